@@ -1,0 +1,67 @@
+"""What every command shares: flat flags, one JSON object as the last line, exit codes.
+
+Exit 0: done. 1: a verification failed, or training diverged. 2: bad request, told in one line.
+"""
+
+import contextlib
+import io
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class VerificationError(Exception):
+    """A result was checked and found wrong."""
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """Print one line on stderr and exit."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def peek(arguments: Sequence[str], flag: str) -> str | None:
+    """Return the value given to a flag, before the flags are parsed."""
+    for position, argument in enumerate(arguments):
+        if argument.startswith(flag + "="):
+            return argument[len(flag) + 1 :]
+        if argument == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+    return None
+
+
+def parse(kind: type[Config] | Callable[..., Config], default: Any = None) -> Config:
+    """Parse the command line; what is wrong with it is told in one line."""
+    complaint = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed: Config = tyro.cli(kind, config=(tyro.conf.OmitArgPrefixes,), **extra)
+            return parsed
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub("[^\x00-\x7fΑ-ω…·]|---+", " ", complaint.getvalue())
+        fail(text.split("For full helptext")[0] + f"; see {sys.argv[0]} --help")
+
+
+def run(command: Callable[[], dict[str, Any]]) -> None:
+    """Run a command and print its JSON; turn what went wrong into a line and an exit code."""
+    try:
+        result = command()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        fail(error)
+    except (VerificationError, ArithmeticError) as error:
+        fail(error, 1)
+    except KeyboardInterrupt as stop:
+        fail(stop or "interrupted", INTERRUPTED)
+    print(json.dumps(result))

@@ -1,0 +1,200 @@
+"""The frozen CLIP encoder from open_clip, its preprocessing, and the class embeddings."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import open_clip
+import open_clip.transform
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+DEFAULT_TEMPLATE = "This is a photo of a {}"
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the encoder's input; travels in the checkpoint."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize_mode: str
+
+    def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
+        """Return open_clip's own preprocessing up to the pixels: image to (3, S, S) uint8."""
+        config = open_clip.transform.PreprocessCfg(**asdict(self))
+        whole = open_clip.transform.image_transform_v2(config, is_train=False)
+        # The last two steps are ToTensor and Normalize, which run later and on the device.
+        resize, last = whole.transforms[:-2], [type(t).__name__ for t in whole.transforms[-2:]]
+        assert last[0].endswith("ToTensor"), last
+        assert last[1] == "Normalize", last
+
+        def apply(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+            for step in resize:
+                image = step(image)
+            return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+
+        return apply
+
+
+class FrozenEncoder(nn.Module):
+    """A CLIP image tower that never learns: no gradients to its weights, always in eval mode.
+
+    Args:
+        visual: image tower, (B, 3, S, S) normalised to (B, E).
+        preprocess: how images become its input.
+        name: open_clip model name, `local-dir:PATH` or `demo`.
+        pretrained: open_clip's tag of the weights.
+        logit_scale: factor of the cosine, at most 100 as in CLIP.
+    """
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        preprocess: Preprocess,
+        *,
+        name: str,
+        pretrained: str,
+        logit_scale: float,
+    ) -> None:
+        super().__init__()
+        self.visual = visual.eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.name, self.pretrained, self.logit_scale = name, pretrained, logit_scale
+        self.sha256 = fingerprint(visual)
+        self.precision: Precision = "fp32"
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        """Keep evaluation mode whatever the surrounding model is put into."""
+        return super().train(False) if mode else super().train(mode)
+
+    def in_precision(self, precision: Precision) -> "FrozenEncoder":
+        """Return a copy whose matrix products run in `precision`, as under autocast.
+
+        Weights of linear and convolution layers are cast once, not at every step; LayerNorm,
+        softmax and the final normalisation stay in fp32.
+        """
+        twin = copy.deepcopy(self)
+        twin.precision = precision
+        for module in twin.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(DTYPES[precision])
+            elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+                module.in_proj_weight.data = module.in_proj_weight.data.to(DTYPES[precision])
+                module.in_proj_bias.data = module.in_proj_bias.data.to(DTYPES[precision])
+        return twin
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed normalised images (B, 3, S, S) as fp32 unit rows (B, E)."""
+        with torch.autocast(
+            images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
+        ):
+            embedding = self.visual(images)
+        return F.normalize(embedding.float(), dim=-1)
+
+
+def fingerprint(visual: nn.Module) -> str:
+    """Hash an image tower: sha256 over its state dict, names sorted, values as fp32 bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(visual.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """The text side of a CLIP, needed once to embed the class names."""
+
+    model: Any
+    tokenizer: Any
+
+    @torch.no_grad()
+    def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embed each class as the mean over templates of its text embeddings.
+
+        Args:
+            class_names: K raw names; `_` and `-` become spaces and capitals lower case.
+            templates: texts with `{}` in the class name's place.
+
+        Returns:
+            (K, E) fp32 unit rows.
+
+        Raises:
+            ValueError: a template has no `{}`.
+        """
+        for template in templates:
+            if "{}" not in template:
+                raise ValueError(f"template {template!r} has no {{}} for the class name; add it")
+        rows = []
+        for name in class_names:
+            readable = name.replace("_", " ").replace("-", " ").lower()
+            tokens = self.tokenizer([t.replace("{}", readable) for t in templates])
+            rows.append(self.model.encode_text(tokens, normalize=True).float().mean(0))
+        return F.normalize(torch.stack(rows), dim=-1)
+
+
+def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTower]:
+    """Load a CLIP with open_clip, on the CPU in fp32.
+
+    Args:
+        model: open_clip name, `local-dir:PATH`, or `demo`.
+        pretrained: open_clip tag or path of the weights; empty is random for a built-in name.
+
+    Raises:
+        ValueError: open_clip does not know the model, cannot load it, or its images are not
+            square.
+    """
+    source = f"local-dir:{DEMO_MODEL}" if model == "demo" else model
+    known = open_clip.list_models()
+    if ":" not in source and source not in known:
+        raise ValueError(
+            f"model {model!r} is unknown to open_clip; use demo, local-dir:PATH or one of "
+            f"{', '.join(known[:3])} ... ({len(known)} names: open_clip.list_models())"
+        )
+    try:
+        clip = open_clip.create_model(source, pretrained=pretrained or None)
+        tokenizer = open_clip.get_tokenizer(source)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0][:300]
+        raise ValueError(
+            f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}"
+        ) from error
+    settings = open_clip.get_model_preprocess_cfg(clip)
+    height, width = (
+        settings["size"] if isinstance(settings["size"], tuple) else (settings["size"],) * 2
+    )
+    if height != width:
+        raise ValueError(f"model {model!r} takes {height}x{width} images; square ones are needed")
+    preprocess = Preprocess(
+        size=height,
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        interpolation=settings["interpolation"],
+        resize_mode=settings["resize_mode"],
+    )
+    encoder = FrozenEncoder(
+        clip.visual,
+        preprocess,
+        name=model,
+        pretrained=pretrained,
+        logit_scale=min(clip.logit_scale.exp().item(), 100.0),
+    )
+    return encoder, TextTower(clip.eval(), tokenizer)
+
+
+def load_encoder(model: str, pretrained: str = "") -> FrozenEncoder:
+    """Load the frozen image tower alone; arguments and errors are `load_clip`'s."""
+    return load_clip(model, pretrained)[0]

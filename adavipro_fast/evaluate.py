@@ -1,0 +1,87 @@
+"""Measure a trained prompt on a test split: `python -m adavipro_fast.evaluate ARTIFACT`."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from adavipro_fast import cli
+from adavipro_fast.artifact import Artifact, open_artifact
+from adavipro_fast.clip import Precision
+from adavipro_fast.data import DataConfig, Split, load_dataset
+from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
+from adavipro_fast.prompt import frame_regions
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a trained prompt on the test split of a data set."""
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """checkpoint.safetensors"""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: str | None = None
+    """where a checkpoint's encoder now lies (default: as in training)"""
+    pretrained: str | None = None
+    """open_clip tag or path of its weights (default: as in training)"""
+    precision: Precision = "fp32"
+    """of a checkpoint's encoder"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    batch_size: int = 64
+    """images at once"""
+
+
+def main() -> None:
+    """Parse, evaluate, print."""
+    config = cli.parse(EvaluateConfig)
+    cli.run(lambda: command(config))
+
+
+def command(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate and return the figures."""
+    artifact = open_artifact(
+        config.artifact,
+        model=config.model,
+        pretrained=config.pretrained,
+        precision=config.precision,
+        device=config.device,
+    )
+    dataset = load_dataset(config.data, artifact.preprocess)
+    if dataset.class_names != artifact.class_names:
+        raise ValueError(
+            f"{config.artifact} knows the classes {', '.join(artifact.class_names[:5])} ..., "
+            f"{config.data.data} has {', '.join(dataset.class_names[:5])} ...; "
+            "name the data set it was trained on with --data"
+        )
+    began = time.perf_counter()
+    evaluation = evaluate_artifact(artifact, dataset.test, config.batch_size)
+    seconds = time.perf_counter() - began
+    inside = frame_regions(artifact.preprocess.size, artifact.config)
+    figures = mask_figures(evaluation.masks, inside)
+    return {
+        "top1": evaluation.top1,
+        "n": len(dataset.test),
+        "per_class": evaluation.per_class(dataset.class_names),
+        "backend": artifact.backend,
+        "provider": artifact.provider,
+        "images_per_s": len(dataset.test) / seconds,
+        "mask_density": figures.density,
+        "mask_adaptivity": figures.adaptivity,
+        "mask_placement": figures.placement,
+    }
+
+
+def evaluate_artifact(artifact: Artifact, split: Split, batch_size: int) -> Evaluation:
+    """Run an artifact over a split, with a progress bar."""
+    batches = split.batches(batch_size, torch.device("cpu"))
+    steps = -(-len(split) // batch_size)
+    return evaluate(lambda x: artifact(x)[:2], tqdm(batches, "evaluate", steps, leave=False))
+
+
+if __name__ == "__main__":
+    main()

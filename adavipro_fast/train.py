@@ -1,0 +1,291 @@
+"""Train a prompt for a frozen CLIP encoder: `python -m adavipro_fast.train`.
+
+Without arguments it trains the embedded demo.
+"""
+
+import json
+import signal
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from adavipro_fast import checkpoint, cli, pictures
+from adavipro_fast.artifact import torch_device
+from adavipro_fast.clip import DEFAULT_TEMPLATE, TextTower, fingerprint, load_clip
+from adavipro_fast.data import DataConfig, load_dataset
+from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
+from adavipro_fast.prompt import AdaViPro, Kernel, PromptConfig
+from adavipro_fast.training import EVAL_BATCH, OptimiserConfig, Trainer
+
+CALIBRATION_IMAGES = 512
+PICTURED = 8
+SAME_MASK = 0.01
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train an adaptive visual prompt for a frozen CLIP encoder; no arguments: the demo."""
+
+    recipe: Literal["paper", "best"] = "best"
+    """sets the defaults of the flags below; explicit flags win"""
+    model: str = "demo"
+    """open_clip model name, local-dir:PATH, or demo"""
+    pretrained: str = ""
+    """open_clip tag or path of the weights"""
+    template: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """text with {} for the name; several make an ensemble (default: This is a photo of a {})"""
+    class_embeddings: Path | None = None
+    """safetensors file with class_embeddings (K, E) instead of the text tower"""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    kernel: Kernel = "auto"
+    """fused (Triton) or plain (PyTorch); auto: fused on CUDA devices where it can run"""
+    output: Path | None = None
+    """folder of the run (default: a new one under runs/)"""
+    resume: Path | None = None
+    """folder of a run to go on with, under its own settings"""
+
+
+RECIPES: dict[str, TrainConfig] = {
+    "paper": TrainConfig(recipe="paper"),
+    "best": TrainConfig(
+        prompt=PromptConfig(
+            edge="laplacian-magnitude",
+            edge_padding="replicate",
+            prompt_init="zero",
+            generator_init="avoid-edges",
+        ),
+        optimiser=OptimiserConfig(clip_prompt=0.03, lr_generator=1e-5),
+    ),
+}
+
+
+def main() -> None:
+    """Parse, train, print."""
+    arguments = sys.argv[1:]
+    if resume := cli.peek(arguments, "--resume"):
+        cli.run(lambda: resume_run(Path(resume)))
+        return
+    recipe = cli.peek(arguments, "--recipe") or "best"
+    config = cli.parse(TrainConfig, RECIPES.get(recipe, RECIPES["best"]))
+    cli.run(lambda: start_run(config))
+
+
+def start_run(config: TrainConfig) -> dict[str, Any]:
+    """Train from the beginning and return the result.
+
+    Raises:
+        ValueError: a setting is wrong, or the output folder already holds a run.
+    """
+    output = config.output or _free_folder(config)
+    if (output / "last.safetensors").exists():
+        raise ValueError(
+            f"{output} already holds a run; go on with --resume {output} or choose another --output"
+        )
+    trainer = _prepare(replace(config, output=output))
+    return _finish(trainer)
+
+
+def resume_run(folder: Path) -> dict[str, Any]:
+    """Go on with an interrupted run; a finished one returns its result again.
+
+    Raises:
+        ValueError: flags differ from the run's, or its state cannot be read.
+        FileNotFoundError: the folder holds no run.
+    """
+    path = folder / "last.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no last.safetensors; start with --output {folder}")
+    _, metadata = checkpoint.read_safetensors(path)
+    stored = _from_json(metadata["settings"])
+    asked = replace(cli.parse(TrainConfig, stored), resume=None, output=stored.output)
+    if asked != stored:
+        raise ValueError(
+            f"--resume keeps a run's settings; asked otherwise: {_diff(stored, asked)}"
+        )
+    if metadata["progress"]["result"]:
+        return dict(metadata["progress"]["result"])
+    trainer = _prepare(replace(stored, output=folder))
+    trainer.restore()
+    print(f"going on in {folder} at epoch {trainer.progress.epoch + 1}", file=sys.stderr)
+    return _finish(trainer)
+
+
+def _free_folder(config: TrainConfig) -> Path:
+    name = f"{Path(config.data.data).name}-{config.prompt.method}"
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return folder
+
+
+def _prepare(config: TrainConfig) -> Trainer:
+    """Load encoder and data, build the model and its trainer."""
+    device = torch_device(config.device)
+    encoder, text = load_clip(config.model, config.pretrained)
+    torch.manual_seed(config.optimiser.seed)
+    # Wrong sizes are told before images are decoded.
+    AdaViPro(encoder, torch.zeros(1, 1), config.prompt, kernel=config.kernel).prompt.path(device)
+    dataset = load_dataset(config.data, encoder.preprocess, seed=config.optimiser.seed)
+    embeddings = _class_embeddings(config, text, dataset.class_names)
+    torch.manual_seed(config.optimiser.seed)
+    model = AdaViPro(encoder, embeddings, config.prompt, kernel=config.kernel).to(device)
+    path = model.prompt.path(device)
+    sample = torch.linspace(0, len(dataset.train) - 1, min(CALIBRATION_IMAGES, len(dataset.train)))
+    model.prompt.initialise(dataset.train.batch(sample.long(), device)[0])
+    dataset = replace(dataset, train=dataset.train.resident(device))
+    assert config.output is not None
+    trainer = Trainer(
+        model, dataset, config.optimiser, output=config.output, settings=_to_json(config)
+    )
+    _log(f"encoder {config.model} on {device}, {encoder.preprocess.size} px, frozen")
+    _log(
+        f"data: {len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test images"
+    )
+    _log(f"{trainable(model)} trainable parameters; output {config.output}")
+    _log(f"prompt by the {path} path (--kernel {config.kernel})")
+    return trainer
+
+
+def trainable(model: AdaViPro) -> int:
+    """Count the trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _class_embeddings(
+    config: TrainConfig, text: TextTower, class_names: tuple[str, ...]
+) -> torch.Tensor:
+    if config.class_embeddings is None:
+        return text.class_embeddings(class_names, config.template or (DEFAULT_TEMPLATE,))
+    tensors, _ = checkpoint.read_safetensors(config.class_embeddings)
+    rows = tensors.get("class_embeddings")
+    if rows is None or rows.ndim != 2 or len(rows) != len(class_names):
+        raise ValueError(
+            f"{config.class_embeddings} needs a tensor class_embeddings with {len(class_names)} "
+            f"rows, in the order {', '.join(class_names[:3])} ..."
+        )
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    """Train to the end, test once, and keep the result with the state."""
+    frozen, config = trainer.model.encoder, trainer.config
+    zero_shot = _zero_shot(trainer)
+    _log(f"zero-shot top-1: {zero_shot.top1:.1f} % (test)")
+    before = frozen.sha256
+    trainer.model.run_in(frozen.in_precision(config.precision))
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: trainer.stop())
+    trainer.run()
+    trainer.model.run_in(frozen)
+    if fingerprint(frozen.visual) != before or any(p.requires_grad for p in frozen.parameters()):
+        raise cli.VerificationError("the frozen encoder changed during training")
+    result = _result(trainer, zero_shot.top1)
+    trainer.progress.result = result
+    trainer.save()
+    return result
+
+
+def _zero_shot(trainer: Trainer) -> Evaluation:
+    model = trainer.model
+
+    def predict(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embedding = model.encoder(model.prompt.normalised(images))
+        return embedding @ model.class_embeddings.t(), trainer.inside[None].expand(
+            len(images), -1, -1
+        )
+
+    return evaluate(predict, trainer.dataset.test.batches(EVAL_BATCH, trainer.device))
+
+
+def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:
+    """Test the best and the last prompt in fp32, draw the pictures, collect the figures."""
+    progress, test = trainer.progress, trainer.dataset.test
+    last = trainer.evaluate(test)
+    path = trainer.output / "checkpoint.safetensors"
+    best = last
+    if progress.best_epoch < trainer.config.epochs - 1:
+        checkpoint.load_prompt(trainer.model, checkpoint.load_checkpoint(path).tensors)
+        best = trainer.evaluate(test)
+    figures = mask_figures(best.masks, trainer.inside)
+    _draw(trainer, zero_shot_top1)
+    if trainer.model.prompt.generator is not None and figures.adaptivity < SAME_MASK:
+        _log(
+            f"warning: the mask does not adapt: adaptivity {figures.adaptivity:.3f}, "
+            f"{figures.density:.2f} of the regions open in every image"
+        )
+    return {
+        "method": trainer.model.prompt.config.method,
+        "zero_shot_top1": zero_shot_top1,
+        "val_top1": progress.best_val,
+        "test_top1": best.top1,
+        "last_test_top1": last.top1,
+        "trainable_params": trainable(trainer.model),
+        "mask_density": figures.density,
+        "mask_adaptivity": figures.adaptivity,
+        "mask_placement": figures.placement,
+        "epochs": trainer.config.epochs,
+        "images_per_s": trainer.config.epochs * len(trainer.dataset.train) / progress.seconds,
+        "seconds": progress.seconds,
+        "checkpoint": str(path),
+    }
+
+
+def _draw(trainer: Trainer, zero_shot_top1: float) -> None:
+    val, names = trainer.dataset.val, trainer.dataset.class_names
+    spread = torch.linspace(0, len(val) - 1, min(PICTURED, len(val))).long()
+    images, labels = val.batch(spread, trainer.device)
+    grid = pictures.mask_grid(trainer.model, images, [names[label] for label in labels.tolist()])
+    pictures.save(grid, trainer.output / "masks.png")
+    curves = pictures.curves(trainer.progress.rows, zero_shot_top1)
+    pictures.save(curves, trainer.output / "curves.png")
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _to_json(config: TrainConfig) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(asdict(config), default=str)))
+
+
+def _from_json(settings: dict[str, Any]) -> TrainConfig:
+    """Rebuild a configuration from `_to_json`'s dictionary."""
+    values = dict(settings)
+    data = values["data"] | {k: Path(values["data"][k]) for k in ("data_root", "cache_dir")}
+    paths = {k: v and Path(v) for k, v in values.items() if k in ("class_embeddings", "output")}
+    nested = {
+        "prompt": PromptConfig(**values["prompt"]),
+        "data": DataConfig(**data),
+        "optimiser": OptimiserConfig(**values["optimiser"]),
+        "template": tuple(values["template"]),
+    }
+    return TrainConfig(**(values | paths | nested))
+
+
+def _diff(stored: TrainConfig, asked: TrainConfig) -> str:
+    flat = [
+        {
+            k: v
+            for part in (asdict(c), *(asdict(c)[n] for n in ("prompt", "data", "optimiser")))
+            for k, v in part.items()
+            if not isinstance(v, dict)
+        }
+        for c in (stored, asked)
+    ]
+    return ", ".join(
+        f"--{k.replace('_', '-')} {flat[1][k]} instead of {v}"
+        for k, v in flat[0].items()
+        if flat[1][k] != v
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""The training loop: SGD on the prompt, best on validation kept, resumable at any step.
+
+All randomness is a function of (seed, epoch, step), so the state that a resumed run needs is the
+weights, their momentum and a few counters.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from adavipro_fast.checkpoint import (
+    checkpoint_of,
+    load_prompt,
+    prompt_tensors,
+    read_safetensors,
+    safetensors_bytes,
+    write_whole,
+)
+from adavipro_fast.clip import Precision
+from adavipro_fast.data import Dataset, Split
+from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
+from adavipro_fast.prompt import AdaViPro, frame_regions
+
+# VP warms up for 1000 steps; shorter runs give it a tenth of their steps.
+WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1
+MOMENTUM = 0.9
+SAVE_EVERY_S = 300.0
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """How the prompt is optimised."""
+
+    epochs: int = 10
+    """passes over the training images"""
+    batch_size: int = 128
+    """images per step"""
+    lr_prompt: float = 40.0
+    """peak learning rate of the template"""
+    lr_generator: float = 1.0
+    """peak learning rate of the mask generator"""
+    clip_prompt: float = 0.0
+    """longest gradient of the template, as a Euclidean norm; 0 leaves gradients as they are"""
+    tau: float = 5.0
+    """first temperature of the mask sampling"""
+    tau_decay: float = 0.98
+    """factor on the temperature, per epoch"""
+    tau_min: float = 0.5
+    """floor of the temperature"""
+    precision: Precision = "bf16"
+    """of the encoder; prompt, masks and noise are fp32"""
+    seed: int = 0
+    """of everything random"""
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "tau", "tau_decay", "tau_min")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
+        for name in ("lr_prompt", "lr_generator", "clip_prompt"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is needed")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}; use 0 to {2**31 - 1}")
+
+    def temperature(self, epoch: int) -> float:
+        """Return τ of an epoch, counted from 0: tau · tau_decay^epoch, at least tau_min."""
+        return max(self.tau * self.tau_decay**epoch, self.tau_min)
+
+
+def lr_factor(step: int, total: int) -> float:
+    """Scale the learning rate: linear warm-up, then half a cosine down to 0."""
+    warm_up = min(WARM_UP_STEPS, round(WARM_UP_SHARE * total))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is saved in `last.safetensors`."""
+
+    epoch: int = 0
+    step: int = 0
+    """steps done within the epoch"""
+    loss_sum: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+    best_val: float = -1.0
+    best_epoch: int = -1
+    scaler: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the last good state is on the disk."""
+
+
+class Trainer:
+    """Trains a prompt and keeps its state in a folder.
+
+    Args:
+        model: prompt in front of the encoder, on its device.
+        dataset: decoded images.
+        config: how to optimise.
+        output: folder of checkpoint, state and metrics.
+        settings: resolved configuration of the whole run, kept beside the state.
+    """
+
+    def __init__(
+        self,
+        model: AdaViPro,
+        dataset: Dataset,
+        config: OptimiserConfig,
+        *,
+        output: Path,
+        settings: dict[str, Any],
+    ) -> None:
+        self.model, self.dataset, self.config = model, dataset, config
+        self.output, self.settings = output, settings
+        self.device = next(model.prompt.parameters()).device
+        self.steps = math.ceil(len(dataset.train) / config.batch_size)
+        self.progress = Progress()
+        groups = [{"params": model.prompt.template.parameters(), "peak": config.lr_prompt}]
+        if model.prompt.generator is not None:
+            generator = model.prompt.generator.parameters()
+            groups.append({"params": generator, "peak": config.lr_generator})
+        self.optimiser = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        side = model.encoder.preprocess.size
+        self.inside = frame_regions(side, model.prompt.config)
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Ask the run to save and end after the step under way."""
+        self.stopping = True
+
+    def run(self) -> None:
+        """Train to the last epoch.
+
+        Raises:
+            KeyboardInterrupt: `stop` was called; the step reached is saved.
+            NonFiniteLossError: the last saved state is good, and nothing was saved since.
+        """
+        self.model.prompt.train()
+        with SummaryWriter(str(self.output), purge_step=self.progress.epoch) as writer:
+            while self.progress.epoch < self.config.epochs:
+                self._epoch(writer)
+
+    def _epoch(self, writer: SummaryWriter) -> None:
+        progress = self.progress
+        tau = self.config.temperature(progress.epoch)
+        bar = tqdm(
+            self._batches(),
+            f"epoch {progress.epoch + 1}/{self.config.epochs}",
+            self.steps,
+            initial=progress.step,
+            unit="step",
+            leave=False,
+        )
+        done, saved, waited = 0, time.perf_counter(), 0.0
+        began = started = time.perf_counter()
+        for images, labels in bar:
+            waited += time.perf_counter() - started
+            loss, correct, density = self._step(images, labels, tau)
+            done += len(labels)
+            progress.loss_sum += loss * len(labels)
+            progress.correct += correct
+            progress.step += 1
+            rate = done / (time.perf_counter() - began)
+            top1 = 100 * correct / len(labels)
+            bar.set_postfix_str(
+                f"loss {loss:.3f} top-1 {top1:.1f} τ {tau:.2f} open {density:.2f} "
+                f"{rate:.0f} images/s"
+            )
+            if self.stopping or time.perf_counter() - saved > SAVE_EVERY_S:
+                self.save()
+                saved = time.perf_counter()
+            if self.stopping:
+                bar.close()
+                raise KeyboardInterrupt(f"stopped; go on with --resume {self.output}")
+            started = time.perf_counter()
+        seconds = time.perf_counter() - began
+        progress.seconds += seconds
+        speed = {
+            "images_per_s": done / max(seconds, 1e-9),
+            "data_wait_share": waited / max(seconds, 1e-9),
+        }
+        self._finish_epoch(writer, tau, speed)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the epoch's batches from the current step on, gathered one step ahead."""
+        size, train = self.config.batch_size, self.dataset.train
+        generator = torch.Generator().manual_seed(self.config.seed << 32 | self.progress.epoch)
+        order = torch.randperm(len(train), generator=generator)
+        chunks = order.split(size)[self.progress.step :]
+        with ThreadPoolExecutor(1) as pool:
+            ahead = [pool.submit(train.batch, c, self.device) for c in chunks[:1]]
+            for chunk in [*chunks[1:], None]:
+                if not ahead:
+                    return
+                ready = ahead.pop().result()
+                if chunk is not None:
+                    ahead = [pool.submit(train.batch, chunk, self.device)]
+                yield ready
+
+    def _step(self, images: Tensor, labels: Tensor, tau: float) -> tuple[float, int, float]:
+        step = self.progress.epoch * self.steps + self.progress.step
+        factor = lr_factor(step, self.config.epochs * self.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * factor
+        noise_key = self.config.seed << 32 | step
+        prediction = self.model(images, tau=tau, seed=noise_key)
+        loss = F.cross_entropy(prediction.logits, labels)
+        right = (prediction.logits.argmax(1) == labels).sum()
+        density = prediction.mask[:, self.inside].detach().mean()
+        # One transfer, so that a GPU waits once.
+        value, correct, share = torch.stack([loss.detach(), right, density]).tolist()
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the loss is {value} in epoch {self.progress.epoch + 1}, step "
+                f"{self.progress.step + 1}; the state before this epoch is in {self.output}; "
+                f"try a lower --lr-prompt than {self.config.lr_prompt:g}"
+            )
+        self.optimiser.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.config.clip_prompt:
+            self.scaler.unscale_(self.optimiser)
+            clip_grad_norm_(self.model.prompt.template.parameters(), self.config.clip_prompt)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return value, int(correct), share
+
+    def _finish_epoch(self, writer: SummaryWriter, tau: float, speed: dict[str, float]) -> None:
+        progress, trained = self.progress, len(self.dataset.train)
+        val = self.evaluate(self.dataset.val)
+        figures = mask_figures(val.masks, self.inside)
+        row = {
+            "epoch": progress.epoch + 1,
+            "loss": progress.loss_sum / trained,
+            "train_top1": 100 * progress.correct / trained,
+            "val_top1": val.top1,
+            "tau": tau,
+            "mask_density": figures.density,
+            "mask_adaptivity": figures.adaptivity,
+            "mask_placement": figures.placement,
+            **speed,
+        }
+        for name, value in row.items():
+            writer.add_scalar(name, value, progress.epoch)
+        progress.rows.append(row)
+        lines = "".join(json.dumps(row) + "\n" for row in progress.rows)
+        write_whole(self.output / "metrics.jsonl", lines.encode())
+        # Among equals the later epoch has trained for longer.
+        if val.top1 >= progress.best_val:
+            progress.best_val, progress.best_epoch = val.top1, progress.epoch
+            checkpoint = checkpoint_of(self.model, self.dataset.class_names)
+            checkpoint.save(self.output / "checkpoint.safetensors")
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum, progress.correct = 0.0, 0
+        self.save()
+        print(
+            f"epoch {progress.epoch}: loss {row['loss']:.3f}, val top-1 {val.top1:.1f} %, "
+            f"open {figures.density:.2f}, adaptivity {figures.adaptivity:.2f}, "
+            f"{speed['images_per_s']:.0f} images/s",
+            file=sys.stderr,
+        )
+
+    def evaluate(self, split: Split) -> Evaluation:
+        """Evaluate the current prompt with argmax masks, in the training precision."""
+        self.model.prompt.eval()
+        try:
+            return evaluate(lambda x: self.model(x)[:2], split.batches(EVAL_BATCH, self.device))
+        finally:
+            self.model.prompt.train()
+
+    def save(self) -> None:
+        """Write `last.safetensors`: all that `restore` needs."""
+        tensors = prompt_tensors(self.model)
+        for name, parameter in self.model.prompt.named_parameters():
+            momentum = self.optimiser.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{name}"] = momentum.cpu()
+        self.progress.scaler = self.scaler.state_dict()
+        metadata = {"settings": self.settings, "progress": asdict(self.progress)}
+        write_whole(self.output / "last.safetensors", safetensors_bytes(tensors, metadata))
+
+    def restore(self) -> None:
+        """Take up the state of `last.safetensors`."""
+        tensors, metadata = read_safetensors(self.output / "last.safetensors")
+        load_prompt(self.model, tensors)
+        for name, parameter in self.model.prompt.named_parameters():
+            if f"momentum.{name}" in tensors:
+                momentum = tensors[f"momentum.{name}"].to(self.device)
+                self.optimiser.state[parameter]["momentum_buffer"] = momentum
+        self.progress = Progress(**metadata["progress"])
+        if self.progress.scaler:
+            self.scaler.load_state_dict(self.progress.scaler)

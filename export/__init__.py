@@ -1,0 +1,1 @@
+"""Exporters: one deployable file from a checkpoint."""

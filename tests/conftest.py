@@ -1,0 +1,61 @@
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+import pytest
+import torch
+from PIL import Image
+
+from adavipro_fast import demo
+from adavipro_fast.clip import FrozenEncoder, TextTower, load_clip
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(config, items):
+    real = (SHARED / "models").is_dir() and (SHARED / "data").is_dir()
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+        if "real" in item.keywords and not real:
+            item.add_marker(pytest.mark.skip(reason="../shared/models or ../shared/data is absent"))
+        if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    torch.manual_seed(0)
+    # Fills fresh memory with NaN, so that a value that nobody wrote is seen.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def demo_clip() -> tuple[FrozenEncoder, TextTower]:
+    return load_clip("demo")
+
+
+@pytest.fixture
+def encoder(demo_clip) -> FrozenEncoder:
+    return demo_clip[0]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A small labelled folder: 3 classes, 10 / 3 / 4 images each, PNG and JPEG."""
+    root = tmp_path_factory.mktemp("shapes")
+    counts = {"train": 10, "val": 3, "test": 4}
+    generator = torch.Generator().manual_seed(3)
+    for split, count in counts.items():
+        images, labels = demo.render(8 * count, demo.DOWNSTREAM, generator)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            if label >= 3:
+                continue
+            name = demo.CLASS_NAMES[label]
+            path = root / split / name / f"{number:03d}.{'png' if number % 2 else 'jpg'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return root

@@ -1,0 +1,243 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adavipro_fast import evaluate, predict
+from adavipro_fast.data import DataConfig
+from adavipro_fast.evaluate import EvaluateConfig
+from adavipro_fast.predict import PredictConfig
+from adavipro_fast.prompt import PromptConfig
+from adavipro_fast.train import RECIPES, TrainConfig, resume_run, start_run
+from adavipro_fast.training import NonFiniteLossError, OptimiserConfig, lr_factor
+
+KEYS = {
+    "method", "zero_shot_top1", "val_top1", "test_top1", "last_test_top1", "trainable_params",
+    "mask_density", "mask_adaptivity", "mask_placement", "epochs", "images_per_s", "seconds",
+    "checkpoint",
+}  # fmt: skip
+
+
+def command(module, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", f"adavipro_fast.{module}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def small(folder, cache):
+    """Return a configuration that trains in seconds."""
+
+    def build(output, method="adavipro", epochs=3, **optimiser):
+        return TrainConfig(
+            prompt=PromptConfig(method=method, embed_dim=4, edge="laplacian-magnitude"),
+            data=DataConfig(str(folder), cache_dir=cache),
+            optimiser=OptimiserConfig(
+                **{"epochs": epochs, "batch_size": 8, "lr_prompt": 1.0, "lr_generator": 0.01}
+                | optimiser
+            ),
+            device="cpu",
+            output=output,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained(small, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    return output, start_run(small(output))
+
+
+def test_training_gives_the_contracts_keys_and_files(trained):
+    output, result = trained
+    assert set(result) == KEYS
+    assert {p.name.split(".")[0] for p in output.iterdir()} == {
+        "checkpoint", "last", "metrics", "masks", "curves", "events"
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert result["trainable_params"] == 69_840 + 4 * 28 + 2 * 4 * 32 * 32 + 2
+
+
+def test_the_same_seed_gives_the_same_bytes(trained, small, tmp_path):
+    start_run(small(tmp_path / "again"))
+    again = (tmp_path / "again" / "checkpoint.safetensors").read_bytes()
+    assert again == (trained[0] / "checkpoint.safetensors").read_bytes()
+
+
+def test_vp_trains_the_template_alone(small, tmp_path):
+    result = start_run(small(tmp_path, method="vp", epochs=1))
+    assert result["trainable_params"] == 69_840
+    assert result["mask_density"] == 1
+    assert result["mask_adaptivity"] == 0
+
+
+def flags(config):
+    return [
+        *("--data", config.data.data, "--cache-dir", config.data.cache_dir),
+        *("--output", config.output, "--embed-dim", 4, "--device", "cpu"),
+        *("--edge", "laplacian-magnitude", "--edge-padding", "zero", "--prompt-init", "normal"),
+        *("--generator-init", "random", "--epochs", config.optimiser.epochs),
+        *("--batch-size", 8, "--lr-prompt", 1, "--lr-generator", 0.01),
+    ]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_in_epoch_3_and_resumed_ends_in_the_same_bytes(
+    small, tmp_path, tmp_path_factory, stop
+):
+    whole, cut = tmp_path_factory.mktemp("whole") / "run", tmp_path / "run"
+    start_run(small(whole, epochs=5))
+    config = small(cut, epochs=5)
+    arguments = [sys.executable, "-m", "adavipro_fast.train", *map(str, flags(config))]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = cut / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(stop)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGKILL, 130)
+    if stop == signal.SIGINT:
+        assert f"go on with --resume {cut}" in complaint
+    result = resume_run_from_command_line(cut)
+    name = "checkpoint.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert resume_run_from_command_line(cut) == result
+
+
+def resume_run_from_command_line(folder):
+    done = command("train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_resuming_with_other_settings_shows_the_difference(trained):
+    done = command("train", "--resume", trained[0], "--prompt-size", 60)
+    assert done.returncode == 2
+    assert "--prompt-size 60 instead of 30" in done.stderr
+
+
+def test_a_folder_with_a_run_is_not_overwritten(trained, small):
+    with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
+        start_run(small(trained[0]))
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no last.safetensors"):
+        resume_run(tmp_path)
+
+
+def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(small, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="try a lower --lr-prompt than 1e"):
+        start_run(small(tmp_path, lr_prompt=1e38, epochs=9))
+    saved = load_file(tmp_path / "last.safetensors") if list(tmp_path.glob("last*")) else {}
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_evaluate_gives_training_s_test_figure(trained, folder, cache):
+    output, result = trained
+    data = DataConfig(str(folder), cache_dir=cache)
+    config = EvaluateConfig(output / "checkpoint.safetensors", data, device="cpu")
+    figures = evaluate.command(config)
+    assert figures["top1"] == result["test_top1"]
+    assert figures["mask_density"] == result["mask_density"]
+    assert (figures["n"], figures["backend"], figures["provider"]) == (12, "torch", "cpu")
+    assert set(figures["per_class"]) == {"circle", "crescent", "cross"}
+
+
+def test_predict_names_classes_and_draws_the_mask(trained, folder, tmp_path):
+    images = tuple(sorted((folder / "test" / "circle").iterdir()))[:2]
+    picture = tmp_path / "out.png"
+    config = PredictConfig(trained[0] / "checkpoint.safetensors", images, picture, device="cpu")
+    predictions = predict.command(config)["predictions"]
+    assert [p["path"] for p in predictions] == [str(i) for i in images]
+    for prediction in predictions:
+        probabilities = [c["probability"] for c in prediction["classes"]]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert torch.tensor(prediction["mask"]).shape == (7, 7)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_class_names_with_markup_and_control_characters_are_drawn_as_text(encoder):
+    from adavipro_fast.pictures import overlay
+
+    images = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+    overlay(images, torch.ones(1, 7, 7), ["$x^{\n\x1b[31m<b>"], PromptConfig())
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("train", ["--data", "nowhere"], "no data folder nowhere"),
+        ("train", ["--region-size", "48"], "48 does not divide image side 224"),
+        ("train", ["--prompt-size", "113"], "113 does not fit an image of side 224"),
+        ("train", ["--model", "ViT-Q-7"], "'ViT-Q-7' is unknown to open_clip"),
+        ("train", ["--model", "local-dir:nowhere"], "'local-dir:nowhere' .* cannot be loaded"),
+        ("train", ["--pretrained", "x", "--model", "RN50"], "'RN50' .* cannot be loaded"),
+        ("train", ["--device", "cuda:9"], "torch sees no CUDA device"),
+        ("train", ["--device", "gpu"], "device 'gpu' is unknown"),
+        ("train", ["--template", "a photo"], "no {} for the class name"),
+        ("train", ["--epochs", "0"], "epochs is 0"),
+        ("train", ["--promt-size", "3"], "--promt-size"),
+        ("train", ["--edge", "canny"], "canny"),
+        ("evaluate", ["nothing.safetensors"], "no such file: nothing.safetensors"),
+        ("predict", ["nothing.safetensors", "a.jpg"], "no such file: nothing.safetensors"),
+    ],
+)
+def test_a_bad_request_is_one_line_and_exit_2(module, arguments, message, tmp_path, monkeypatch):
+    import re
+
+    if arguments[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    environment = os.environ | {"HOME": str(tmp_path)}
+    done = command(module, *arguments, cwd=tmp_path, env=environment)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    factors = [lr_factor(step, 100) for step in range(100)]
+    assert factors[9] == 1
+    assert factors[0] == 0.1
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[-1] < 0.001
+
+
+def test_the_temperature_decays_to_its_floor():
+    config = OptimiserConfig()
+    assert config.temperature(0) == 5
+    assert config.temperature(100) == pytest.approx(5 * 0.98**100)
+    assert config.temperature(1000) == config.tau_min
+
+
+def test_the_papers_settings_are_one_flag_away():
+    paper = RECIPES["paper"]
+    assert (paper.optimiser.lr_prompt, paper.optimiser.lr_generator) == (40, 1)
+    assert (paper.prompt.edge, paper.prompt.edge_padding) == ("laplacian", "zero")
+    assert (paper.optimiser.tau, paper.optimiser.tau_decay) == (5, 0.98)

@@ -1,0 +1,267 @@
+"""The fused kernel against plain PyTorch and float64; without a GPU in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch.library import opcheck
+
+from adavipro_fast import functional
+from adavipro_fast.prompt import AdaptivePrompt, PromptConfig, frame
+
+pytest.importorskip("triton")
+from adavipro_fast.kernels import adaptive_prompt as kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+
+# region, grid, batch, prompt size, mode, edge, replicate, pixels
+CASES = [
+    (8, 8, 3, 5, "hard", "laplacian", False, torch.uint8),
+    (8, 8, 1, 30, "soft", "laplacian-magnitude", True, torch.float32),
+    (16, 5, 3, 30, "hard", "laplacian-magnitude", True, torch.uint8),
+    (16, 4, 9, 5, "soft", "laplacian", True, torch.float16),
+    (32, 3, 5, 30, "hard", "laplacian-magnitude", False, torch.float32),
+    (32, 2, 3, 32, "argmax", "laplacian", False, torch.uint8),
+    (32, 2, 17, 5, "soft", "laplacian", False, torch.float32),
+    (56, 2, 3, 56, "hard", "laplacian-magnitude", True, torch.uint8),
+    (56, 2, 1, 30, "soft", "laplacian", False, torch.float16),
+    (14, 3, 2, 11, "hard", "laplacian", True, torch.float32),
+    (7, 3, 2, 10, "argmax", "laplacian-magnitude", False, torch.float16),
+    (32, 7, 1, 112, "hard", "laplacian", False, torch.uint8),
+    (32, 7, 1, 60, "soft", "laplacian-magnitude", True, torch.uint8),
+    (2, 4, 2, 4, "hard", "laplacian", False, torch.float32),
+]
+
+
+def problem(region, grid, batch, prompt_size, pixels):
+    side = region * grid
+    if pixels == torch.uint8:
+        images = torch.randint(0, 256, (batch, 3, side, side), dtype=pixels)
+    else:
+        images = torch.randn(batch, 3, side, side).to(pixels)
+    template = torch.randn(3, side, side) * frame(side, prompt_size)
+    kernel = torch.randn(3, region + 2, region + 2) / region
+    noise = functional.logistic_noise(1, 0, (batch, grid, grid))
+    return [t.to(DEVICE) for t in (images, template, kernel, torch.randn(()), noise)]
+
+
+def fused(images, template, kernel, bias, noise, **options):
+    defaults = {
+        "mode": "hard", "edge": "laplacian", "replicate": False, "tau": 1.0, "seed": 0,
+        "offset": 0, "mean": MEAN, "std": STD, "dtype": torch.float32,
+    }  # fmt: skip
+    return kernels.adaptive_prompt(images, template, kernel, bias, noise, **(defaults | options))
+
+
+def plain(images, template, kernel, bias, noise, *, mode, edge, replicate, tau, dtype):
+    """The specification, computed in `dtype`."""
+    if images.dtype == torch.uint8:
+        mean, std = (torch.tensor(v, dtype=dtype, device=images.device) for v in (MEAN, STD))
+        images = functional.normalise(images, mean, std)
+    template, kernel, bias, noise = (t.to(dtype) for t in (template, kernel, bias, noise))
+    padding = "replicate" if replicate else "zero"
+    return functional.adaptive_prompt(
+        images.to(dtype), template, kernel, bias,
+        mode=mode, tau=tau, noise=noise, edge=edge, edge_padding=padding,
+    )  # fmt: skip
+
+
+def with_gradients(function, images, parameters, noise, upstream, **options):
+    """Outputs and gradients; a decision is no gradient in argmax mode."""
+    leaves = [p.detach().clone().requires_grad_() for p in parameters]
+    outputs = function(images, *leaves, noise, **options)
+    wanted = leaves if options["mode"] != "argmax" else leaves[:1]
+    grads = torch.autograd.grad(outputs[0], wanted, upstream.to(outputs[0].dtype))
+    return [*outputs, *grads]
+
+
+def error(got, truth):
+    return ((got.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)).replace("torch.", ""))
+def test_outputs_and_gradients_are_as_exact_as_plain_pytorchs(case):
+    assert_as_exact_as_plain(case)
+
+
+def assert_as_exact_as_plain(case):
+    region, grid, batch, prompt_size, mode, edge, replicate, pixels = case
+    images, *parameters, noise = problem(region, grid, batch, prompt_size, pixels)
+    options = {"mode": mode, "edge": edge, "replicate": replicate, "tau": 1.3}
+    upstream = torch.randn(images.shape, device=DEVICE)
+    run = (images, parameters, noise, upstream)
+    got = with_gradients(fused, *run, **options)
+    same_dtype = with_gradients(plain, *run, dtype=torch.float32, **options)
+    truth = with_gradients(plain, *run, dtype=torch.float64, **options)
+    names = ("prompted", "delta", "mask", "template", "kernel", "bias")
+    for name, a, b, t in zip(names, got, same_dtype, truth, strict=False):
+        # Rounding of a few sums, below which a comparison of errors is a lottery.
+        floor = 4e-7 * math.sqrt(t.numel() if name == "bias" else 1)
+        assert error(a, t) <= max(2 * error(b, t), floor), name
+        assert (a.double() - t).abs().max() <= max(
+            4 * (b.double() - t).abs().max(), 2e-5 * t.abs().max()
+        ), name
+
+
+def test_the_prompted_image_is_cast_once_at_the_store():
+    images, *parameters, noise = problem(16, 3, 2, 20, torch.float16)
+    whole = fused(images, *parameters, noise)[0]
+    assert torch.equal(fused(images, *parameters, noise, dtype=torch.float16)[0], whole.half())
+
+
+def test_a_closed_mask_is_the_identity_bit_for_bit():
+    images, template, kernel, bias, noise = problem(16, 3, 3, 24, torch.float32)
+    prompted, _, mask = fused(images, template, kernel, bias - 1e6, noise)
+    assert not mask.any()
+    assert torch.equal(prompted, images)
+
+
+def test_a_skipped_element_is_caught(monkeypatch):
+    case = CASES[4]
+    forward = kernels._forward
+
+    class Skipping:
+        def __getitem__(self, grid):
+            def launch(images, *arguments, **constants):
+                forward[grid](images, *arguments, **constants)
+                arguments[5][0, 0, 0, 0] = images[0, 0, 0, 0]
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_forward", Skipping())
+    with pytest.raises(AssertionError, match="prompted"):
+        assert_as_exact_as_plain((*case[:4], "soft", *case[5:]))
+
+
+@pytest.mark.parametrize("place", [5, 6, 7])
+def test_a_gradient_wrong_by_a_thousandth_is_caught(monkeypatch, place):
+    backward = kernels._backward
+
+    class Wrong:
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                backward[grid](*arguments, **constants)
+                arguments[place + 1].mul_(1.001)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_backward", Wrong())
+    with pytest.raises(AssertionError, match=("template", "kernel", "bias")[place - 5]):
+        assert_as_exact_as_plain(CASES[1])
+
+
+def test_noise_is_drawn_from_the_stream_whatever_the_batch_split():
+    images, template, kernel, bias, _ = problem(8, 4, 5, 16, torch.uint8)
+    options = {"mode": "soft", "seed": (3 << 32) | 5}
+    whole = fused(images, template, kernel, bias, None, **options)[2]
+    first = fused(images[:2], template, kernel, bias, None, **options)[2]
+    rest = fused(images[2:].contiguous(), template, kernel, bias, None, offset=32, **options)[2]
+    assert torch.equal(torch.cat([first, rest]), whole)
+    noise = functional.logistic_noise(options["seed"], 0, (5, 4, 4), DEVICE)
+    given = fused(images, template, kernel, bias, noise, mode="soft")[2]
+    torch.testing.assert_close(given, whole, rtol=0, atol=1e-6)
+
+
+def test_kernel_noise_is_logistic_and_independent():
+    draws = 1_000_000
+    noise = kernels.logistic_noise(11, 0, draws, DEVICE).cpu()
+    assert stats.kstest(noise.numpy(), "logistic").pvalue > 1e-3
+    limit = 5 / math.sqrt(draws)
+    grid, images = 49, draws // 49
+    table = noise[: grid * images].view(images, grid)
+    between_regions = torch.corrcoef(table.T) - torch.eye(grid)
+    assert between_regions.abs().max() < 5 / math.sqrt(images)
+    lagged = torch.corrcoef(torch.stack([noise[:-grid], noise[grid:]]))[0, 1]
+    next_step = kernels.logistic_noise(12, 0, draws, DEVICE).cpu()
+    steps = torch.corrcoef(torch.stack([noise, next_step]))[0, 1]
+    assert abs(lagged) < limit
+    assert abs(steps) < limit
+
+
+def test_backward_is_deterministic():
+    images, *parameters, noise = problem(16, 3, 20, 24, torch.uint8)
+    upstream = torch.randn(images.shape, device=DEVICE)
+    first, second = (
+        with_gradients(fused, images, parameters, noise, upstream, mode="hard") for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_operator_keeps_torchs_rules():
+    images, template, kernel, bias, noise = problem(8, 2, 2, 6, torch.uint8)
+    leaves = [t.requires_grad_() for t in (template, kernel, bias)]
+    options = {
+        "mode": "soft", "edge": "laplacian", "replicate": True, "tau": 1.0, "seed": 0, "offset": 0,
+        "mean": MEAN, "std": STD, "dtype": torch.float32,
+    }  # fmt: skip
+    opcheck(kernels.adaptive_prompt, (images, *leaves, noise), options)
+
+
+def test_a_training_step_compiles_without_a_graph_break():
+    config = PromptConfig(prompt_size=16, region_size=8, embed_dim=2)
+    prompt = AdaptivePrompt(32, config, mean=(0.5,) * 3, std=(0.5,) * 3, kernel="fused")
+    prompt.to(DEVICE).train()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+
+    def step(images):
+        return prompt(images, tau=1.0, seed=3).images.square().mean()
+
+    step(images).backward()
+    eager = [p.grad.clone() for p in prompt.parameters()]
+    prompt.zero_grad()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(images).backward()
+    for parameter, expected in zip(prompt.parameters(), eager, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+@pytest.mark.parametrize("edge", ["laplacian", "laplacian-magnitude"])
+def test_fused_and_plain_module_agree_through_to_the_weights(edge):
+    config = PromptConfig(prompt_size=16, region_size=8, embed_dim=3, edge=edge)
+    options = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    twins = [AdaptivePrompt(24 + 8, config, kernel=k, **options) for k in ("fused", "plain")]
+    twins[1].load_state_dict(twins[0].state_dict())
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    upstream = torch.randn(3, 3, 32, 32, device=DEVICE)
+    for twin in twins:
+        twin.to(DEVICE).train()
+        (twin(images, tau=2.0, seed=9).images * upstream).sum().backward()
+    for a, b in zip(twins[0].parameters(), twins[1].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.__setitem__(0, p[0].transpose(2, 3)), "must be contiguous"),
+        (lambda p: p.__setitem__(1, p[1][:, :-1]), "does not fit images of side 16"),
+        (lambda p: p.__setitem__(2, torch.zeros(3, 9, 9)), "region size 7 does not divide"),
+        (lambda p: p.__setitem__(0, p[0][:, :2]), r"\(B, 3, S, S\) is needed"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = problem(8, 2, 1, 4, torch.float32)
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        fused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PromptConfig(activation="relu"), "activation relu does not collapse"),
+        (PromptConfig(edge="sobel"), "edge sobel is not in it"),
+        (PromptConfig(method="vp"), "method vp has no mask"),
+    ],
+)
+def test_asking_for_the_fused_path_where_it_cannot_run_is_an_error(config, message):
+    prompt = AdaptivePrompt(224, config, kernel="fused")
+    with pytest.raises(ValueError, match=f"the fused kernel cannot run: {message}"):
+        prompt(torch.zeros(1, 3, 224, 224))
+
+
+def test_auto_is_plain_on_a_cpu_and_fused_on_cuda():
+    prompt = AdaptivePrompt(224, PromptConfig())
+    assert prompt.path(torch.device("cpu")) == "plain"
+    assert prompt.path(torch.device("cuda")) == "fused"
