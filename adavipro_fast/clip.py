@@ -114,6 +114,13 @@ def fingerprint(visual: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise ValueError where a template has no `{}` for the class name."""
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}} for the class name; add it")
+
+
 @dataclass(frozen=True)
 class TextTower:
     """The text side of a CLIP, needed once to embed the class names."""
@@ -132,12 +139,7 @@ class TextTower:
         Returns:
             (K, E) fp32 unit rows.
 
-        Raises:
-            ValueError: a template has no `{}`.
         """
-        for template in templates:
-            if "{}" not in template:
-                raise ValueError(f"template {template!r} has no {{}} for the class name; add it")
         rows = []
         for name in class_names:
             readable = name.replace("_", " ").replace("-", " ").lower()

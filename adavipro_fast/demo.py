@@ -137,7 +137,7 @@ def render(count: int, world: World, generator: torch.Generator) -> tuple[Tensor
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
-SPLITS = {"train": 960, "val": 160, "test": 480}
+SPLITS = {"train": 960, "val": 320, "test": 480}
 
 
 def task(split: str) -> tuple[Tensor, Tensor]:

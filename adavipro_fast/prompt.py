@@ -124,7 +124,7 @@ class MaskGenerator(nn.Module):
 
     @torch.no_grad()
     def avoid_edges(self, energy: Tensor) -> None:
-        """Start from Δ ∝ mean + spread - energy: open but where edges are strongest.
+        """Start from Δ ∝ mean + 1.5 spread - energy: open but where edges are strongest.
 
         One convergence channel becomes the mean over the 27 inputs and carries the decision; the
         others keep their random weights, unused until the policy module learns to read them.
@@ -136,12 +136,12 @@ class MaskGenerator(nn.Module):
         assert self.convergence.bias is not None
         assert self.policy.bias is not None
         spread = energy.std().clamp_min(1e-6)
-        threshold = energy.mean() + spread
+        threshold = energy.mean() + 1.5 * spread
         self.convergence.weight[0] = 1 / 27
         self.convergence.bias.zero_()
         self.policy.weight.zero_()
-        # F_c averages three channels, F_p averages R² pixels. A spread of 4 leaves the sampled masks
-        # (noise of spread 1.8) near the argmax ones that the template must work with later.
+        # F_c averages three channels, F_p averages R² pixels. A spread of 4 leaves the sampled
+        # masks (noise of spread 1.8) near the argmax ones that the template must work with later.
         sign = torch.tensor([2.0, -2.0], device=energy.device)
         self.policy.weight[:, 0] = (sign / spread / region**2)[:, None, None]
         self.policy.bias.copy_(-sign * threshold / spread)
@@ -153,6 +153,30 @@ class Prompted(NamedTuple):
     images: Tensor
     delta: Tensor
     mask: Tensor
+
+
+def fused_obstacle(config: PromptConfig) -> str | None:
+    """Say what keeps the fused kernel from running a configuration on any device."""
+    if config.method != "adavipro":
+        return f"method {config.method} has no mask to decide"
+    if config.activation != "none":
+        return f"activation {config.activation} does not collapse"
+    if config.edge not in ("laplacian", "laplacian-magnitude"):
+        return f"edge {config.edge} is not in it"
+    if config.region_size < 2:
+        return "regions are smaller than 2 pixels"
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install 'adavipro_fast[triton]', Linux only)"
+    return None
+
+
+def triton_interprets() -> bool:
+    """Tell whether Triton's interpreter is on, which runs kernels on a CPU, slowly, for tests."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 class AdaptivePrompt(nn.Module):
@@ -194,6 +218,7 @@ class AdaptivePrompt(nn.Module):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         self.mean_std = (list(mean), list(std))
+        self.obstacle, self.interpreted = fused_obstacle(config), triton_interprets()
 
     def normalised(self, images: Tensor) -> Tensor:
         """Normalise uint8 pixels (B, 3, S, S); float images are taken as normalised."""
@@ -242,30 +267,13 @@ class AdaptivePrompt(nn.Module):
         Raises:
             ValueError: the fused kernel was asked for and cannot run.
         """
-        if self.kernel == "plain":
-            return "plain"
-        obstacle = self._fused_obstacle(device)
+        obstacle = self.obstacle
+        if obstacle is None and device.type != "cuda" and not self.interpreted:
+            obstacle = f"it needs a CUDA device, not {device}"
         if self.kernel == "fused" and obstacle:
             raise ValueError(f"the fused kernel cannot run: {obstacle}; use --kernel auto or plain")
-        return "plain" if obstacle or (self.kernel == "auto" and device.type != "cuda") else "fused"
-
-    def _fused_obstacle(self, device: torch.device) -> str | None:
-        config = self.config
-        if config.method != "adavipro":
-            return f"method {config.method} has no mask to decide"
-        if config.activation != "none":
-            return f"activation {config.activation} does not collapse"
-        if config.edge not in ("laplacian", "laplacian-magnitude"):
-            return f"edge {config.edge} is not in it"
-        if config.region_size < 2:
-            return "regions are smaller than 2 pixels"
-        if find_spec("triton") is None:
-            return "triton is not installed (pip install 'adavipro_fast[triton]', Linux only)"
-        import triton
-
-        if device.type != "cuda" and not triton.knobs.runtime.interpret:
-            return f"it needs a CUDA device, not {device}"
-        return None
+        wanted = self.kernel == "fused" or (self.kernel == "auto" and device.type == "cuda")
+        return "fused" if wanted and obstacle is None else "plain"
 
     def _mode(self) -> Mode:
         return self.config.gumbel if self.training else "argmax"

@@ -15,7 +15,13 @@ import tyro
 
 from adavipro_fast import checkpoint, cli, pictures
 from adavipro_fast.artifact import torch_device
-from adavipro_fast.clip import DEFAULT_TEMPLATE, TextTower, fingerprint, load_clip
+from adavipro_fast.clip import (
+    DEFAULT_TEMPLATE,
+    TextTower,
+    check_templates,
+    fingerprint,
+    load_clip,
+)
 from adavipro_fast.data import DataConfig, load_dataset
 from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
 from adavipro_fast.prompt import AdaViPro, Kernel, PromptConfig
@@ -54,7 +60,7 @@ class TrainConfig:
 
 
 RECIPES: dict[str, TrainConfig] = {
-    "paper": TrainConfig(recipe="paper"),
+    "paper": TrainConfig(recipe="paper", optimiser=OptimiserConfig(batch_size=256)),
     "best": TrainConfig(
         prompt=PromptConfig(
             edge="laplacian-magnitude",
@@ -129,6 +135,7 @@ def _free_folder(config: TrainConfig) -> Path:
 def _prepare(config: TrainConfig) -> Trainer:
     """Load encoder and data, build the model and its trainer."""
     device = torch_device(config.device)
+    check_templates(config.template)
     encoder, text = load_clip(config.model, config.pretrained)
     torch.manual_seed(config.optimiser.seed)
     # Wrong sizes are told before images are decoded.

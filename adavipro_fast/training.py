@@ -45,9 +45,9 @@ EVAL_BATCH = 64
 class OptimiserConfig:
     """How the prompt is optimised."""
 
-    epochs: int = 10
+    epochs: int = 8
     """passes over the training images"""
-    batch_size: int = 128
+    batch_size: int = 64
     """images per step"""
     lr_prompt: float = 40.0
     """peak learning rate of the template"""

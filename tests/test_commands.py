@@ -93,8 +93,8 @@ def flags(config):
     return [
         *("--data", config.data.data, "--cache-dir", config.data.cache_dir),
         *("--output", config.output, "--embed-dim", 4, "--device", "cpu"),
-        *("--edge", "laplacian-magnitude", "--edge-padding", "zero", "--prompt-init", "normal"),
-        *("--generator-init", "random", "--epochs", config.optimiser.epochs),
+        *("--edge", "laplacian-magnitude"),
+        *("--recipe", "paper", "--epochs", config.optimiser.epochs),
         *("--batch-size", 8, "--lr-prompt", 1, "--lr-generator", 0.01),
     ]
 

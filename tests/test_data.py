@@ -1,6 +1,7 @@
-import multiprocessing
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,19 +75,19 @@ def test_an_interrupted_cache_is_made_again(folder, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def _pixel_sum(folder, cache, queue):
-    queue.put(int(load(folder, cache).train.images.long().sum()))
-
-
 def test_two_processes_may_fill_the_cache_at_once(folder, tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    workers = [context.Process(target=_pixel_sum, args=(folder, tmp_path, queue)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    sums = {queue.get(timeout=60) for _ in workers}
-    for worker in workers:
-        worker.join()
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from adavipro_fast.clip import Preprocess\n"
+        "from adavipro_fast.data import DataConfig, load_dataset\n"
+        "preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, 'bicubic', 'shortest')\n"
+        "config = DataConfig(sys.argv[1], cache_dir=Path(sys.argv[2]))\n"
+        "print(int(load_dataset(config, preprocess).train.images.long().sum()))\n"
+    )
+    arguments = [sys.executable, "-c", program, str(folder), str(tmp_path)]
+    workers = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    sums = {worker.communicate(timeout=120)[0] for worker in workers}
+    assert [worker.returncode for worker in workers] == [0, 0]
     assert len(sums) == 1
     assert len(list(tmp_path.glob("*.npy"))) == 3
 
