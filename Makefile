@@ -15,6 +15,11 @@ lint: .venv/ready
 	rm -rf build/lint
 	$(BIN)/pip install --quiet --no-deps --target build/lint .
 	$(BIN)/mypy build/lint/adavipro_fast
+	MYPYPATH=build/lint $(BIN)/mypy bench/*.py
+
+bench: .venv/ready
+	$(BIN)/python bench/training.py --json bench/results/training.json
+	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

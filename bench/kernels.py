@@ -76,6 +76,7 @@ def gate(config: KernelsConfig, device: torch.device) -> float:
     noise = logistic_noise(0, 0, (3, 2, 2), device)
     upstream = torch.randn(3, 3, side, side, device=device)
     got = fused(pixels, tau=1.0, noise=noise)
+    assert truth.generator is not None
     kernel, bias = truth.generator.collapsed()
     delta = torch.nn.functional.conv2d(
         truth.edges(truth.normalised(pixels)), kernel[None], bias[None], config.region_size, 1
@@ -85,8 +86,11 @@ def gate(config: KernelsConfig, device: torch.device) -> float:
     (got.images * upstream).sum().backward()
     (prompted * upstream).sum().backward()
     pairs = [(got.images, prompted), (got.delta, delta)]
-    pairs += [(a.grad, b.grad) for a, b in zip(fused.parameters(), truth.parameters(), strict=True)]
-    worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+    for ours, theirs in zip(fused.parameters(), truth.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        pairs.append((ours.grad, theirs.grad))
+    worst = max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
     if not worst <= LARGEST_ERROR:
         raise cli.VerificationError(f"the fused kernel is wrong by {worst:.1e}; no time is printed")
     return worst
@@ -98,15 +102,18 @@ def variants(config: KernelsConfig, device: torch.device) -> dict[str, Callable[
     pixels = torch.randint(0, 256, (config.batch, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
     noise = logistic_noise(0, 0, (config.batch, grid, grid), device)
     plain, fused = (build(config, kernel, device, SIDE) for kernel in ("plain", "fused"))
+    assert plain.generator is not None
+    generator = plain.generator
 
     def paper_form() -> Tensor:
         images = plain.normalised(pixels)
-        delta = plain.generator(plain.edges(images))
+        delta = generator(plain.edges(images))
         mask = decide(delta, "hard", tau=1.0, noise=noise)
         return apply_prompt(images, plain.template(), mask).bfloat16()
 
     def collapsed() -> Tensor:
-        return plain(pixels, tau=1.0, noise=noise).images.bfloat16()
+        prompted: Tensor = plain(pixels, tau=1.0, noise=noise).images
+        return prompted.bfloat16()
 
     return {
         "paper_form_eager": paper_form,

@@ -63,6 +63,7 @@ class PaperForm(AdaptivePrompt):
         """See `AdaptivePrompt.forward`; draws its noise from torch's own generator."""
         with torch.autocast(images.device.type, enabled=False):
             images = self.normalised(images)
+            assert self.generator is not None
             delta = self.generator(self.edges(images))
             if noise is None:
                 noise = torch.logit(torch.rand_like(delta), eps=1e-6)
