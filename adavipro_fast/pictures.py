@@ -50,7 +50,7 @@ def mask_grid(model: AdaViPro, images: Tensor, titles: Sequence[str]) -> Figure:
         _shown((0.4 * mask + 0.6 * applied)[:, None].expand(-1, 3, -1, -1)),
         _shown(prompted.images * std + mean),
     )
-    names = ("image", "edge map", "mask (white: prompt applied)", "prompted image")
+    names = ("image", "edge map", "mask", "prompted image")
     figure = Figure(figsize=(1.5 * len(images), 6.4))
     axes = figure.subplots(4, len(images), squeeze=False)
     for row, (name, pictures) in enumerate(zip(names, rows, strict=True)):

@@ -7,7 +7,7 @@ path), interleaved in one process; peak memory comes from a process of its own p
 """
 
 import json
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,8 +121,9 @@ def own_peak_mib(config: TrainingConfig) -> float:
     synchronise(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # Not getrusage: its peak is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
 
 
 def main() -> None:
