@@ -10,9 +10,9 @@ The (R + 2)² edge values of a region are formed in three tiles whose loads over
 
     core   R x R pixels         edges of rows and columns 1 .. R-2
     rows   8 x (R + 4) pixels   edges of rows -1, 0, R-1, R
-    cols   (R + 4) x 8 pixels   edges of columns -1, 0, R-1, R of the rows 1 .. R-2
+    cols   R x 8 pixels         edges of columns -1, 0, R-1, R of the rows 1 .. R-2
 
-Tiles carry a channel axis of 4, of which 3 are used. Axes and words are `functional.py`'s.
+Axes and words are `functional.py`'s.
 """
 
 from typing import Any
@@ -30,17 +30,17 @@ EDGES = ("laplacian", "laplacian-magnitude")
 def _positions(R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr):
     """Rows and columns of a tile relative to its region, and where its edges count."""
     if TILE == "core":
-        row = tl.arange(0, RP)[None, :, None]
-        col = tl.arange(0, RP)[None, None, :]
+        row = tl.arange(0, RP)[:, None]
+        col = tl.arange(0, RP)[None, :]
         counts = (row >= 1) & (row < R - 1) & (col >= 1) & (col < R - 1)
     elif TILE == "rows":
-        near = tl.arange(0, 8)[None, :, None]
+        near = tl.arange(0, 8)[:, None]
         row = tl.where(near < 4, near - 2, near + R - 6)
-        col = tl.arange(0, WP)[None, None, :] - 2
+        col = tl.arange(0, WP)[None, :] - 2
         counts = ((near % 4 == 1) | (near % 4 == 2)) & (col >= -1) & (col <= R)
     else:
-        row = tl.arange(0, WP)[None, :, None] - 2
-        near = tl.arange(0, 8)[None, None, :]
+        row = tl.arange(0, WP)[:, None] - 2
+        near = tl.arange(0, 8)[None, :]
         col = tl.where(near < 4, near - 2, near + R - 6)
         counts = ((near % 4 == 1) | (near % 4 == 2)) & (row >= 1) & (row < R - 1)
     return row, col, counts
@@ -48,59 +48,73 @@ def _positions(R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def _pixels(
-    image_ptr, affine_ptr, row, col, gy, gx,
-    SIDE: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, UINT8: tl.constexpr,
-    REPLICATE: tl.constexpr,
+    channel_ptr, scale, shift, gy, gx,
+    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr,
+    UINT8: tl.constexpr, REPLICATE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of one image, normalised, as fp32; outside the image 0 or the nearest pixel."""
-    channel = tl.arange(0, 4)[:, None, None]
+    """Load a tile of one channel, normalised, as fp32; outside the image 0 or the nearest pixel."""
+    row, col, _ = _positions(R, RP, WP, TILE)
     y, x = gy * R + row, gx * R + col
     if TILE == "core":
-        wanted = (channel < 3) & (row < R) & (col < R)
+        wanted = (row < R) & (col < R)
     else:
-        wanted = (channel < 3) & (row < R + 2) & (col < R + 2)
+        wanted = (row < R + 2) & (col < R + 2)
+        if TILE == "cols":
+            wanted = wanted & (row >= 0) & (row < R)
         if REPLICATE:
             y = tl.minimum(tl.maximum(y, 0), SIDE - 1)
             x = tl.minimum(tl.maximum(x, 0), SIDE - 1)
         else:
             wanted = wanted & (y >= 0) & (y < SIDE) & (x >= 0) & (x < SIDE)
-    raw = tl.load(image_ptr + (channel * SIDE + y) * SIDE + x, mask=wanted, other=0)
-    pixels = raw.to(tl.float32)
-    if UINT8:
-        scale = tl.load(affine_ptr + channel, mask=channel < 3, other=0.0)
-        shift = tl.load(affine_ptr + 3 + channel, mask=channel < 3, other=0.0)
-        pixels = tl.where(wanted, pixels * scale + shift, 0.0)
-    return pixels
+    pixels = tl.load(channel_ptr + y * SIDE + x, mask=wanted, other=0).to(tl.float32)
+    return tl.where(wanted, pixels * scale + shift, 0.0) if UINT8 else pixels
 
 
 @triton.jit
 def _edges(pixels, MAGNITUDE: tl.constexpr):
     """Laplacian of a tile from its own lanes; the outermost lanes are not valid."""
-    rows: tl.constexpr = pixels.shape[1]
-    cols: tl.constexpr = pixels.shape[2]
-    row = tl.broadcast_to(tl.arange(0, rows)[None, :, None], pixels.shape)
-    col = tl.broadcast_to(tl.arange(0, cols)[None, None, :], pixels.shape)
-    total = tl.gather(pixels, tl.maximum(row - 1, 0), 1)
-    total += tl.gather(pixels, tl.minimum(row + 1, rows - 1), 1)
-    total += tl.gather(pixels, tl.maximum(col - 1, 0), 2)
-    total += tl.gather(pixels, tl.minimum(col + 1, cols - 1), 2)
+    rows: tl.constexpr = pixels.shape[0]
+    cols: tl.constexpr = pixels.shape[1]
+    row = tl.broadcast_to(tl.arange(0, rows)[:, None], pixels.shape)
+    col = tl.broadcast_to(tl.arange(0, cols)[None, :], pixels.shape)
+    total = tl.gather(pixels, tl.maximum(row - 1, 0), 0)
+    total += tl.gather(pixels, tl.minimum(row + 1, rows - 1), 0)
+    total += tl.gather(pixels, tl.maximum(col - 1, 0), 1)
+    total += tl.gather(pixels, tl.minimum(col + 1, cols - 1), 1)
     edges = total - 4.0 * pixels
     return tl.abs(edges) if MAGNITUDE else edges
 
 
 @triton.jit
-def _kernel_offsets(row, col, counts, gy, gx, SIDE: tl.constexpr, R: tl.constexpr):
-    """Offsets into K (3, R + 2, R + 2) and which lanes count: edges outside the image are 0."""
-    channel = tl.arange(0, 4)[:, None, None]
+def _kernel_offsets(
+    gy, gx,
+    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Offsets into a channel of K and which lanes count: edges outside the image are 0."""
+    row, col, counts = _positions(R, RP, WP, TILE)
     y, x = gy * R + row, gx * R + col
     inside = (y >= 0) & (y < SIDE) & (x >= 0) & (x < SIDE)
-    offsets = (channel * (R + 2) + row + 1) * (R + 2) + col + 1
-    return offsets, (channel < 3) & counts & inside
+    return (row + 1) * (R + 2) + col + 1, counts & inside
+
+
+@triton.jit
+def _tile_logit(
+    channel_ptr, kernel_ptr, scale, shift, gy, gx,
+    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr,
+    UINT8: tl.constexpr, REPLICATE: tl.constexpr, MAGNITUDE: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of one channel; return its pixels and what its edges add to Δ."""
+    pixels = _pixels(
+        channel_ptr, scale, shift, gy, gx, SIDE, R, RP, WP, TILE, UINT8, REPLICATE
+    )  # fmt: skip
+    at, used = _kernel_offsets(gy, gx, SIDE, R, RP, WP, TILE)
+    weight = tl.load(kernel_ptr + at, mask=used, other=0.0)
+    return pixels, _total(_edges(pixels, MAGNITUDE) * weight)
 
 
 @triton.jit
 def _total(tile):
-    return tl.sum(tl.sum(tl.sum(tile, 2), 1), 0)
+    return tl.sum(tl.sum(tile, 1), 0)
 
 
 @triton.jit
@@ -131,36 +145,37 @@ def _forward(
 ):  # fmt: skip
     region = tl.program_id(0)
     grid: tl.constexpr = SIDE // R
+    plane: tl.constexpr = SIDE * SIDE
+    weights: tl.constexpr = (R + 2) * (R + 2)
     gy, gx = region // grid, region % grid
     bias = tl.load(bias_ptr)
-    row, col, core_counts = _positions(R, RP, WP, "core")
-    rows_row, rows_col, rows_counts = _positions(R, RP, WP, "rows")
-    cols_row, cols_col, cols_counts = _positions(R, RP, WP, "cols")
-    channel = tl.arange(0, 4)[:, None, None]
-    pixel = (channel * SIDE + gy * R + row) * SIDE + gx * R + col
-    owned = (channel < 3) & (row < R) & (col < R)
-    template = tl.load(template_ptr + pixel, mask=owned, other=0.0)
-    at, used = _kernel_offsets(row, col, core_counts, gy, gx, SIDE, R)
-    core_kernel = tl.load(kernel_ptr + at, mask=used, other=0.0)
-    at, used = _kernel_offsets(rows_row, rows_col, rows_counts, gy, gx, SIDE, R)
-    rows_kernel = tl.load(kernel_ptr + at, mask=used, other=0.0)
-    at, used = _kernel_offsets(cols_row, cols_col, cols_counts, gy, gx, SIDE, R)
-    cols_kernel = tl.load(kernel_ptr + at, mask=used, other=0.0)
+    row, col, _ = _positions(R, RP, WP, "core")
+    pixel = (gy * R + row) * SIDE + gx * R + col
+    owned = (row < R) & (col < R)
     first = tl.program_id(1) * IMAGES
     for step in range(tl.minimum(IMAGES, batch - first)):
         image = (first + step).to(tl.int64)
-        start = image * (3 * SIDE * SIDE)
-        image_ptr = images_ptr + start
-        pixels = _pixels(image_ptr, affine_ptr, row, col, gy, gx, SIDE, R, "core", UINT8, REPLICATE)
-        delta = bias + _total(_edges(pixels, MAGNITUDE) * core_kernel)
-        halo = _pixels(
-            image_ptr, affine_ptr, rows_row, rows_col, gy, gx, SIDE, R, "rows", UINT8, REPLICATE
-        )
-        delta += _total(_edges(halo, MAGNITUDE) * rows_kernel)
-        halo = _pixels(
-            image_ptr, affine_ptr, cols_row, cols_col, gy, gx, SIDE, R, "cols", UINT8, REPLICATE
-        )
-        delta += _total(_edges(halo, MAGNITUDE) * cols_kernel)
+        start = image * (3 * plane)
+        delta = bias
+        core = ()
+        for channel in tl.static_range(3):
+            scale, shift = tl.load(affine_ptr + channel), tl.load(affine_ptr + 3 + channel)
+            channel_ptr = images_ptr + start + channel * plane
+            weight_ptr = kernel_ptr + channel * weights
+            pixels, part = _tile_logit(
+                channel_ptr, weight_ptr, scale, shift, gy, gx,
+                SIDE, R, RP, WP, "core", UINT8, REPLICATE, MAGNITUDE,
+            )  # fmt: skip
+            core += (pixels,)
+            delta += part
+            delta += _tile_logit(
+                channel_ptr, weight_ptr, scale, shift, gy, gx,
+                SIDE, R, RP, WP, "rows", UINT8, REPLICATE, MAGNITUDE,
+            )[1]  # fmt: skip
+            delta += _tile_logit(
+                channel_ptr, weight_ptr, scale, shift, gy, gx,
+                SIDE, R, RP, WP, "cols", UINT8, REPLICATE, MAGNITUDE,
+            )[1]  # fmt: skip
         place = image * (grid * grid) + region
         noisy = _noisy(delta, noise_ptr, place, seed, offset, MODE != "argmax", GIVEN)
         mask = (noisy > 0).to(tl.float32)
@@ -168,8 +183,10 @@ def _forward(
             mask = tl.sigmoid(noisy / tau)
         tl.store(delta_ptr + place, delta)
         tl.store(mask_ptr + place, mask)
-        prompted = pixels + mask * template
-        tl.store(prompted_ptr + start + pixel, prompted, mask=owned)
+        for channel in tl.static_range(3):
+            at = channel * plane + pixel
+            template = tl.load(template_ptr + at, mask=owned, other=0.0)
+            tl.store(prompted_ptr + start + at, core[channel] + mask * template, mask=owned)
 
 
 @triton.jit(do_not_specialize=["batch", "tau", "seed", "offset"])
@@ -182,23 +199,24 @@ def _backward(
 ):  # fmt: skip
     region, block = tl.program_id(0), tl.program_id(1)
     grid: tl.constexpr = SIDE // R
+    plane: tl.constexpr = SIDE * SIDE
+    weights: tl.constexpr = (R + 2) * (R + 2)
     gy, gx = region // grid, region % grid
-    row, col, core_counts = _positions(R, RP, WP, "core")
-    rows_row, rows_col, rows_counts = _positions(R, RP, WP, "rows")
-    cols_row, cols_col, cols_counts = _positions(R, RP, WP, "cols")
-    channel = tl.arange(0, 4)[:, None, None]
-    pixel = (channel * SIDE + gy * R + row) * SIDE + gx * R + col
-    owned = (channel < 3) & (row < R) & (col < R)
-    template = tl.load(template_ptr + pixel, mask=owned, other=0.0)
-    template_grad = tl.zeros((4, RP, RP), tl.float32)
-    core_grad = tl.zeros((4, RP, RP), tl.float32)
-    rows_grad = tl.zeros((4, 8, WP), tl.float32)
-    cols_grad = tl.zeros((4, WP, 8), tl.float32)
+    row, col, _ = _positions(R, RP, WP, "core")
+    pixel = (gy * R + row) * SIDE + gx * R + col
+    owned = (row < R) & (col < R)
+    none = tl.zeros((RP, RP), tl.float32)
+    template_grads = (none, none, none)
+    core_grads = (none, none, none)
+    none = tl.zeros((8, WP), tl.float32)
+    rows_grads = (none, none, none)
+    none = tl.zeros((WP, 8), tl.float32)
+    cols_grads = (none, none, none)
     bias_grad = 0.0
     first = block * IMAGES
     for step in range(tl.minimum(IMAGES, batch - first)):
         image = (first + step).to(tl.int64)
-        start = image * (3 * SIDE * SIDE)
+        start = image * (3 * plane)
         place = image * (grid * grid) + region
         delta = tl.load(delta_ptr + place)
         noisy = _noisy(delta, noise_ptr, place, seed, offset, MODE != "argmax", GIVEN)
@@ -206,37 +224,48 @@ def _backward(
         mask = (noisy > 0).to(tl.float32)
         if MODE == "soft":
             mask = soft
-        grad = tl.load(grad_ptr + start + pixel, mask=owned, other=0.0).to(tl.float32)
-        template_grad += mask * grad
+        mask_grad = 0.0
+        sums = ()
+        for channel in tl.static_range(3):
+            at = channel * plane + pixel
+            grad = tl.load(grad_ptr + start + at, mask=owned, other=0.0).to(tl.float32)
+            sums += (template_grads[channel] + mask * grad,)
+            template = tl.load(template_ptr + at, mask=owned, other=0.0)
+            mask_grad += _total(grad * template)
+        template_grads = sums
         if MODE != "argmax":
-            delta_grad = _total(grad * template) * soft * (1.0 - soft) / tau
+            delta_grad = mask_grad * soft * (1.0 - soft) / tau
             bias_grad += delta_grad
-            image_ptr = images_ptr + start
-            pixels = _pixels(
-                image_ptr, affine_ptr, row, col, gy, gx, SIDE, R, "core", UINT8, REPLICATE
-            )
-            core_grad += delta_grad * _edges(pixels, MAGNITUDE)
-            halo = _pixels(
-                image_ptr, affine_ptr, rows_row, rows_col, gy, gx, SIDE, R, "rows", UINT8, REPLICATE
-            )
-            rows_grad += delta_grad * _edges(halo, MAGNITUDE)
-            halo = _pixels(
-                image_ptr, affine_ptr, cols_row, cols_col, gy, gx, SIDE, R, "cols", UINT8, REPLICATE
-            )
-            cols_grad += delta_grad * _edges(halo, MAGNITUDE)
-    tl.store(
-        template_grad_ptr + block.to(tl.int64) * (3 * SIDE * SIDE) + pixel, template_grad, owned
-    )
+            core_sums, rows_sums, cols_sums = (), (), ()
+            for channel in tl.static_range(3):
+                scale, shift = tl.load(affine_ptr + channel), tl.load(affine_ptr + 3 + channel)
+                channel_ptr = images_ptr + start + channel * plane
+                pixels = _pixels(
+                    channel_ptr, scale, shift, gy, gx, SIDE, R, RP, WP, "core", UINT8, REPLICATE
+                )  # fmt: skip
+                core_sums += (core_grads[channel] + delta_grad * _edges(pixels, MAGNITUDE),)
+                pixels = _pixels(
+                    channel_ptr, scale, shift, gy, gx, SIDE, R, RP, WP, "rows", UINT8, REPLICATE
+                )  # fmt: skip
+                rows_sums += (rows_grads[channel] + delta_grad * _edges(pixels, MAGNITUDE),)
+                pixels = _pixels(
+                    channel_ptr, scale, shift, gy, gx, SIDE, R, RP, WP, "cols", UINT8, REPLICATE
+                )  # fmt: skip
+                cols_sums += (cols_grads[channel] + delta_grad * _edges(pixels, MAGNITUDE),)
+            core_grads, rows_grads, cols_grads = core_sums, rows_sums, cols_sums
     part = block.to(tl.int64) * (grid * grid) + region
     tl.store(bias_grad_ptr + part, bias_grad)
-    part_ptr = kernel_grad_ptr + part * (3 * (R + 2) * (R + 2))
-    # Edges that lie outside the image are 0: their places of the partial sum stay 0.
-    at, used = _kernel_offsets(row, col, core_counts, gy, gx, SIDE, R)
-    tl.store(part_ptr + at, core_grad, used)
-    at, used = _kernel_offsets(rows_row, rows_col, rows_counts, gy, gx, SIDE, R)
-    tl.store(part_ptr + at, rows_grad, used)
-    at, used = _kernel_offsets(cols_row, cols_col, cols_counts, gy, gx, SIDE, R)
-    tl.store(part_ptr + at, cols_grad, used)
+    template_ptr = template_grad_ptr + block.to(tl.int64) * (3 * plane) + pixel
+    part_ptr = kernel_grad_ptr + part * (3 * weights)
+    for channel in tl.static_range(3):
+        tl.store(template_ptr + channel * plane, template_grads[channel], mask=owned)
+        # Edges outside the image are 0: their places of the partial sum stay 0.
+        at, used = _kernel_offsets(gy, gx, SIDE, R, RP, WP, "core")
+        tl.store(part_ptr + channel * weights + at, core_grads[channel], mask=used)
+        at, used = _kernel_offsets(gy, gx, SIDE, R, RP, WP, "rows")
+        tl.store(part_ptr + channel * weights + at, rows_grads[channel], mask=used)
+        at, used = _kernel_offsets(gy, gx, SIDE, R, RP, WP, "cols")
+        tl.store(part_ptr + channel * weights + at, cols_grads[channel], mask=used)
 
 
 @triton.jit(do_not_specialize=["count", "seed", "offset"])
@@ -260,10 +289,12 @@ def launch_options(region_size: int, direction: str) -> dict[str, int]:
 
     More images share one read of K and P and one partial sum; fewer fill the device better.
     """
-    images = 8 if direction == "forward" else 16
-    # Fewest warps whose registers hold a region without spills, up to R = 32 (ptxas, sm_80 to 120).
-    warps = 16 if region_size > 32 else 8 if region_size > 16 else 4 if region_size > 8 else 2
-    return {"IMAGES": images, "num_warps": warps}
+    # Forward, 8 pixels a thread and channel make a 16-byte store of bf16; the gradients' sums need
+    # twice the threads (ptxas, sm_80 to sm_120: no spills but in the backward pass at R > 32).
+    warps = 8 if region_size > 32 else 4 if region_size > 16 else 2 if region_size > 8 else 1
+    if direction == "forward":
+        return {"IMAGES": 8, "num_warps": warps}
+    return {"IMAGES": 16, "num_warps": 2 * warps}
 
 
 def _check(images: Tensor, template: Tensor, kernel: Tensor, mode: str, edge: str) -> None:
