@@ -49,8 +49,8 @@ def compiled(name: str, arch: int, region_size: int) -> Any:
     constants = {
         "SIDE": SIDE,
         "R": region_size,
-        "RP": triton.next_power_of_2(region_size),
-        "WP": triton.next_power_of_2(region_size + 4),
+        "H": kernels.piece_size(region_size),
+        "LANES": triton.next_power_of_2(kernels.piece_size(region_size)),
         "IMAGES": options["IMAGES"],
         "UINT8": True,
         "REPLICATE": True,
@@ -81,9 +81,7 @@ def resources(ptx: str) -> dict[str, int]:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         done = subprocess.run(
-            [
-                *(assembler, "-v", f"--gpu-name={target[1]}", "-o", Path(folder, "out"), source),
-            ],
+            [assembler, "-v", f"--gpu-name={target[1]}", "-o", Path(folder, "out"), source],
             capture_output=True,
             text=True,
             check=True,

@@ -6,11 +6,17 @@ adds noise, decides, adds the prompt template and writes the region. The backwar
 and output gradient once, and leaves one partial sum of dP and dK per block of images, which are
 then summed: no atomics, so gradients are deterministic.
 
-The (R + 2)² edge values of a region are formed in three tiles whose loads overlap little:
+Registers hold pieces of at most 32 x 32 pixels: a region of side R is PIECES x PIECES pieces of
+side H. The edge values of a piece are formed in four tiles:
 
-    core   R x R pixels         edges of rows and columns 1 .. R-2
-    rows   8 x (R + 4) pixels   edges of rows -1, 0, R-1, R
-    cols   R x 8 pixels         edges of columns -1, 0, R-1, R of the rows 1 .. R-2
+    core      H x H pixels    edges of rows and columns 1 .. H-2
+    rows      8 x H pixels    edges of rows -1, 0, H-1, H, columns 1 .. H-2
+    cols      H x 8 pixels    edges of columns -1, 0, H-1, H, rows 1 .. H-2
+    corners   8 x 8 pixels    edges of the same rows and columns
+
+The 8 of a tile are the two outermost rows or columns of the piece and the two beyond, at either
+side; edges at -1 and H count where the region ends. Pixels that a tile shares with the one before
+are handed over, so that (H + 4)² are loaded.
 
 Axes and words are `functional.py`'s.
 """
@@ -27,47 +33,77 @@ EDGES = ("laplacian", "laplacian-magnitude")
 
 
 @triton.jit
-def _positions(R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr):
-    """Rows and columns of a tile relative to its region, and where its edges count."""
-    if TILE == "core":
-        row = tl.arange(0, RP)[:, None]
-        col = tl.arange(0, RP)[None, :]
-        counts = (row >= 1) & (row < R - 1) & (col >= 1) & (col < R - 1)
-    elif TILE == "rows":
-        near = tl.arange(0, 8)[:, None]
-        row = tl.where(near < 4, near - 2, near + R - 6)
-        col = tl.arange(0, WP)[None, :] - 2
-        counts = ((near % 4 == 1) | (near % 4 == 2)) & (col >= -1) & (col <= R)
-    else:
-        row = tl.arange(0, WP)[:, None] - 2
-        near = tl.arange(0, 8)[None, :]
-        col = tl.where(near < 4, near - 2, near + R - 6)
-        counts = ((near % 4 == 1) | (near % 4 == 2)) & (row >= 1) & (row < R - 1)
-    return row, col, counts
+def _near(H: tl.constexpr):
+    """Rows -2 .. 1 and H-2 .. H+1, and of which the edges count."""
+    lane = tl.arange(0, 8)
+    return tl.where(lane < 4, lane - 2, lane + H - 6), (lane % 4 == 1) | (lane % 4 == 2)
 
 
 @triton.jit
-def _pixels(
-    channel_ptr, scale, shift, gy, gx,
-    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr,
-    UINT8: tl.constexpr, REPLICATE: tl.constexpr,
+def _positions(H: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
+    """Rows and columns of a tile relative to its piece, and where its edges count."""
+    row = tl.arange(0, LANES)
+    row_counts = (row >= 1) & (row < H - 1)
+    col, col_counts = row, row_counts
+    if TILE == "rows" or TILE == "corners":
+        row, row_counts = _near(H)
+    if TILE == "cols" or TILE == "corners":
+        col, col_counts = _near(H)
+    return row[:, None], col[None, :], row_counts[:, None] & col_counts[None, :]
+
+
+@triton.jit
+def _load(
+    channel_ptr, scale, shift, y, x, wanted,
+    SIDE: tl.constexpr, UINT8: tl.constexpr, REPLICATE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of one channel, normalised, as fp32; outside the image 0 or the nearest pixel."""
-    row, col, _ = _positions(R, RP, WP, TILE)
-    y, x = gy * R + row, gx * R + col
-    if TILE == "core":
-        wanted = (row < R) & (col < R)
+    """Load pixels of one channel, normalised, as fp32; outside the image 0 or the nearest pixel."""
+    if REPLICATE:
+        y = tl.minimum(tl.maximum(y, 0), SIDE - 1)
+        x = tl.minimum(tl.maximum(x, 0), SIDE - 1)
     else:
-        wanted = (row < R + 2) & (col < R + 2)
-        if TILE == "cols":
-            wanted = wanted & (row >= 0) & (row < R)
-        if REPLICATE:
-            y = tl.minimum(tl.maximum(y, 0), SIDE - 1)
-            x = tl.minimum(tl.maximum(x, 0), SIDE - 1)
-        else:
-            wanted = wanted & (y >= 0) & (y < SIDE) & (x >= 0) & (x < SIDE)
+        wanted = wanted & (y >= 0) & (y < SIDE) & (x >= 0) & (x < SIDE)
     pixels = tl.load(channel_ptr + y * SIDE + x, mask=wanted, other=0).to(tl.float32)
     return tl.where(wanted, pixels * scale + shift, 0.0) if UINT8 else pixels
+
+
+@triton.jit
+def _tiles(
+    channel_ptr, scale, shift, top, left,
+    SIDE: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr,
+    UINT8: tl.constexpr, REPLICATE: tl.constexpr,
+):  # fmt: skip
+    """Load a piece of one channel with its halo, each pixel once: core, rows, cols, corners."""
+    row, col, _ = _positions(H, LANES, "core")
+    near, _ = _near(H)
+    down, across = near[:, None], near[None, :]
+    within = (near >= 0) & (near < H)
+    row_within, col_within = within[:, None], within[None, :]
+    nearest = tl.minimum(tl.maximum(near, 0), H - 1)
+    core = _load(
+        channel_ptr, scale, shift, top + row, left + col, (row < H) & (col < H),
+        SIDE, UINT8, REPLICATE,
+    )  # fmt: skip
+    rows = _load(
+        channel_ptr, scale, shift, top + down, left + col, (col < H) & ~row_within,
+        SIDE, UINT8, REPLICATE,
+    )  # fmt: skip
+    shared = tl.gather(core, tl.broadcast_to(nearest[:, None], (8, LANES)), 0)
+    rows = tl.where(row_within, shared, rows)
+    cols = _load(
+        channel_ptr, scale, shift, top + row, left + across, (row < H) & ~col_within,
+        SIDE, UINT8, REPLICATE,
+    )  # fmt: skip
+    shared = tl.gather(core, tl.broadcast_to(nearest[None, :], (LANES, 8)), 1)
+    cols = tl.where(col_within, shared, cols)
+    corners = _load(
+        channel_ptr, scale, shift, top + down, left + across, ~row_within & ~col_within,
+        SIDE, UINT8, REPLICATE,
+    )  # fmt: skip
+    shared = tl.gather(cols, tl.broadcast_to(nearest[:, None], (8, 8)), 0)
+    corners = tl.where(row_within, shared, corners)
+    shared = tl.gather(rows, tl.broadcast_to(nearest[None, :], (8, 8)), 1)
+    return core, rows, cols, tl.where(col_within, shared, corners)
 
 
 @triton.jit
@@ -87,29 +123,30 @@ def _edges(pixels, MAGNITUDE: tl.constexpr):
 
 @triton.jit
 def _kernel_offsets(
-    gy, gx,
-    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr,
+    gy, gx, py, px,
+    SIDE: tl.constexpr, R: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Offsets into a channel of K and which lanes count: edges outside the image are 0."""
-    row, col, counts = _positions(R, RP, WP, TILE)
+    row, col, counts = _positions(H, LANES, TILE)
+    # Edges at an inner border belong to the piece that holds their pixel.
+    counts = counts & ((row >= 0) | (py == 0)) & ((row < H) | (py == R // H - 1))
+    counts = counts & ((col >= 0) | (px == 0)) & ((col < H) | (px == R // H - 1))
+    row, col = py * H + row, px * H + col
     y, x = gy * R + row, gx * R + col
     inside = (y >= 0) & (y < SIDE) & (x >= 0) & (x < SIDE)
     return (row + 1) * (R + 2) + col + 1, counts & inside
 
 
 @triton.jit
-def _tile_logit(
-    channel_ptr, kernel_ptr, scale, shift, gy, gx,
-    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr, TILE: tl.constexpr,
-    UINT8: tl.constexpr, REPLICATE: tl.constexpr, MAGNITUDE: tl.constexpr,
+def _part(
+    pixels, weight_ptr, gy, gx, py, px,
+    SIDE: tl.constexpr, R: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of one channel; return its pixels and what its edges add to Δ."""
-    pixels = _pixels(
-        channel_ptr, scale, shift, gy, gx, SIDE, R, RP, WP, TILE, UINT8, REPLICATE
-    )  # fmt: skip
-    at, used = _kernel_offsets(gy, gx, SIDE, R, RP, WP, TILE)
-    weight = tl.load(kernel_ptr + at, mask=used, other=0.0)
-    return pixels, _total(_edges(pixels, MAGNITUDE) * weight)
+    """What the edges of a tile add to Δ."""
+    at, used = _kernel_offsets(gy, gx, py, px, SIDE, R, H, LANES, TILE)
+    weight = tl.load(weight_ptr + at, mask=used, other=0.0)
+    return _total(_edges(pixels, MAGNITUDE) * weight)
 
 
 @triton.jit
@@ -125,11 +162,13 @@ def _logistic(uniform):
 
 
 @triton.jit
-def _noisy(delta, noise_ptr, place, seed, offset, SAMPLED: tl.constexpr, GIVEN: tl.constexpr):
-    """Add logistic noise to a region's Δ: given, or the stream's at `offset + place`."""
+def _noisy(
+    delta, noise_ptr, place, wanted, seed, offset, SAMPLED: tl.constexpr, GIVEN: tl.constexpr
+):
+    """Add logistic noise to Δ: given, or the stream's at `offset + place`."""
     if SAMPLED:
         if GIVEN:
-            delta += tl.load(noise_ptr + place)
+            delta += tl.load(noise_ptr + place, mask=wanted, other=0.0)
         else:
             delta += _logistic(tl.rand(seed, offset + place))
     return delta
@@ -139,7 +178,7 @@ def _noisy(delta, noise_ptr, place, seed, offset, SAMPLED: tl.constexpr, GIVEN: 
 def _forward(
     images_ptr, template_ptr, kernel_ptr, bias_ptr, affine_ptr, noise_ptr,
     prompted_ptr, delta_ptr, mask_ptr, batch, tau, seed, offset,
-    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr,
+    SIDE: tl.constexpr, R: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr,
     IMAGES: tl.constexpr, UINT8: tl.constexpr, REPLICATE: tl.constexpr, MAGNITUDE: tl.constexpr,
     MODE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
@@ -147,53 +186,55 @@ def _forward(
     grid: tl.constexpr = SIDE // R
     plane: tl.constexpr = SIDE * SIDE
     weights: tl.constexpr = (R + 2) * (R + 2)
+    pieces: tl.constexpr = R // H
     gy, gx = region // grid, region % grid
     bias = tl.load(bias_ptr)
-    row, col, _ = _positions(R, RP, WP, "core")
-    pixel = (gy * R + row) * SIDE + gx * R + col
-    owned = (row < R) & (col < R)
+    row, col, _ = _positions(H, LANES, "core")
+    owned = (row < H) & (col < H)
     first = tl.program_id(1) * IMAGES
     for step in range(tl.minimum(IMAGES, batch - first)):
         image = (first + step).to(tl.int64)
         start = image * (3 * plane)
         delta = bias
-        core = ()
-        for channel in tl.static_range(3):
+        cores = ()
+        for part in tl.static_range(3 * pieces * pieces):
+            channel, py, px = part // (pieces * pieces), part // pieces % pieces, part % pieces
             scale, shift = tl.load(affine_ptr + channel), tl.load(affine_ptr + 3 + channel)
-            channel_ptr = images_ptr + start + channel * plane
-            weight_ptr = kernel_ptr + channel * weights
-            pixels, part = _tile_logit(
-                channel_ptr, weight_ptr, scale, shift, gy, gx,
-                SIDE, R, RP, WP, "core", UINT8, REPLICATE, MAGNITUDE,
+            core, rows, cols, corners = _tiles(
+                images_ptr + start + channel * plane, scale, shift, gy * R + py * H, gx * R + px * H,
+                SIDE, H, LANES, UINT8, REPLICATE,
             )  # fmt: skip
-            core += (pixels,)
-            delta += part
-            delta += _tile_logit(
-                channel_ptr, weight_ptr, scale, shift, gy, gx,
-                SIDE, R, RP, WP, "rows", UINT8, REPLICATE, MAGNITUDE,
-            )[1]  # fmt: skip
-            delta += _tile_logit(
-                channel_ptr, weight_ptr, scale, shift, gy, gx,
-                SIDE, R, RP, WP, "cols", UINT8, REPLICATE, MAGNITUDE,
-            )[1]  # fmt: skip
+            cores += (core,)
+            at = kernel_ptr + channel * weights
+            delta += _part(core, at, gy, gx, py, px, SIDE, R, H, LANES, "core", MAGNITUDE)
+            delta += _part(rows, at, gy, gx, py, px, SIDE, R, H, LANES, "rows", MAGNITUDE)
+            delta += _part(cols, at, gy, gx, py, px, SIDE, R, H, LANES, "cols", MAGNITUDE)
+            delta += _part(corners, at, gy, gx, py, px, SIDE, R, H, LANES, "corners", MAGNITUDE)
         place = image * (grid * grid) + region
-        noisy = _noisy(delta, noise_ptr, place, seed, offset, MODE != "argmax", GIVEN)
+        noisy = _noisy(delta, noise_ptr, place, True, seed, offset, MODE != "argmax", GIVEN)
         mask = (noisy > 0).to(tl.float32)
         if MODE == "soft":
             mask = tl.sigmoid(noisy / tau)
         tl.store(delta_ptr + place, delta)
         tl.store(mask_ptr + place, mask)
-        for channel in tl.static_range(3):
+        for part in tl.static_range(3 * pieces * pieces):
+            channel, py, px = part // (pieces * pieces), part // pieces % pieces, part % pieces
+            pixel = (gy * R + py * H + row) * SIDE + gx * R + px * H + col
             at = channel * plane + pixel
             template = tl.load(template_ptr + at, mask=owned, other=0.0)
-            tl.store(prompted_ptr + start + at, core[channel] + mask * template, mask=owned)
+            tl.store(prompted_ptr + start + at, cores[part] + mask * template, mask=owned)
+
+
+@triton.jit
+def _pick(values, step, IMAGES: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, IMAGES) == step, values, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["batch", "tau", "seed", "offset"])
 def _backward(
     images_ptr, template_ptr, affine_ptr, noise_ptr, delta_ptr, grad_ptr,
     template_grad_ptr, kernel_grad_ptr, bias_grad_ptr, batch, tau, seed, offset,
-    SIDE: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WP: tl.constexpr,
+    SIDE: tl.constexpr, R: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr,
     IMAGES: tl.constexpr, UINT8: tl.constexpr, REPLICATE: tl.constexpr, MAGNITUDE: tl.constexpr,
     MODE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
@@ -201,71 +242,69 @@ def _backward(
     grid: tl.constexpr = SIDE // R
     plane: tl.constexpr = SIDE * SIDE
     weights: tl.constexpr = (R + 2) * (R + 2)
+    pieces: tl.constexpr = R // H
     gy, gx = region // grid, region % grid
-    row, col, _ = _positions(R, RP, WP, "core")
-    pixel = (gy * R + row) * SIDE + gx * R + col
-    owned = (row < R) & (col < R)
-    none = tl.zeros((RP, RP), tl.float32)
-    template_grads = (none, none, none)
-    core_grads = (none, none, none)
-    none = tl.zeros((8, WP), tl.float32)
-    rows_grads = (none, none, none)
-    none = tl.zeros((WP, 8), tl.float32)
-    cols_grads = (none, none, none)
-    bias_grad = 0.0
-    first = block * IMAGES
-    for step in range(tl.minimum(IMAGES, batch - first)):
-        image = (first + step).to(tl.int64)
-        start = image * (3 * plane)
-        place = image * (grid * grid) + region
-        delta = tl.load(delta_ptr + place)
-        noisy = _noisy(delta, noise_ptr, place, seed, offset, MODE != "argmax", GIVEN)
-        soft = tl.sigmoid(noisy / tau)
-        mask = (noisy > 0).to(tl.float32)
-        if MODE == "soft":
-            mask = soft
-        mask_grad = 0.0
-        sums = ()
-        for channel in tl.static_range(3):
-            at = channel * plane + pixel
+    row, col, _ = _positions(H, LANES, "core")
+    owned = (row < H) & (col < H)
+    first = block.to(tl.int64) * IMAGES
+    count = tl.minimum(IMAGES, batch - first).to(tl.int32)
+    # One lane an image, so that the sums of one channel at a time are all that is kept.
+    lane = tl.arange(0, IMAGES)
+    place = (first + lane) * (grid * grid) + region
+    delta = tl.load(delta_ptr + place, mask=lane < count, other=0.0)
+    noisy = _noisy(delta, noise_ptr, place, lane < count, seed, offset, MODE != "argmax", GIVEN)
+    soft = tl.sigmoid(noisy / tau)
+    mask = (noisy > 0).to(tl.float32)
+    if MODE == "soft":
+        mask = soft
+    mask_grad = tl.zeros((IMAGES,), tl.float32)
+    for part in range(3 * pieces * pieces):
+        channel, py, px = part // (pieces * pieces), part // pieces % pieces, part % pieces
+        pixel = (gy * R + py * H + row) * SIDE + gx * R + px * H + col
+        at = channel * plane + pixel
+        template = tl.load(template_ptr + at, mask=owned, other=0.0)
+        template_grad = tl.zeros((LANES, LANES), tl.float32)
+        for step in range(count):
+            start = (first + step) * (3 * plane)
             grad = tl.load(grad_ptr + start + at, mask=owned, other=0.0).to(tl.float32)
-            sums += (template_grads[channel] + mask * grad,)
-            template = tl.load(template_ptr + at, mask=owned, other=0.0)
-            mask_grad += _total(grad * template)
-        template_grads = sums
-        if MODE != "argmax":
-            delta_grad = mask_grad * soft * (1.0 - soft) / tau
-            bias_grad += delta_grad
-            core_sums, rows_sums, cols_sums = (), (), ()
-            for channel in tl.static_range(3):
-                scale, shift = tl.load(affine_ptr + channel), tl.load(affine_ptr + 3 + channel)
-                channel_ptr = images_ptr + start + channel * plane
-                pixels = _pixels(
-                    channel_ptr, scale, shift, gy, gx, SIDE, R, RP, WP, "core", UINT8, REPLICATE
+            template_grad += _pick(mask, step, IMAGES) * grad
+            mask_grad += tl.where(lane == step, _total(grad * template), 0.0)
+        template_grad_at = template_grad_ptr + block.to(tl.int64) * (3 * plane) + at
+        tl.store(template_grad_at, template_grad, mask=owned)
+    delta_grad = mask_grad * soft * (1.0 - soft) / tau
+    if MODE == "argmax":
+        delta_grad = tl.zeros((IMAGES,), tl.float32)
+    place = block.to(tl.int64) * (grid * grid) + region
+    tl.store(bias_grad_ptr + place, tl.sum(delta_grad, 0))
+    if MODE != "argmax":
+        for part in range(3 * pieces * pieces):
+            channel, py, px = part // (pieces * pieces), part // pieces % pieces, part % pieces
+            scale, shift = tl.load(affine_ptr + channel), tl.load(affine_ptr + 3 + channel)
+            core_grad = tl.zeros((LANES, LANES), tl.float32)
+            rows_grad = tl.zeros((8, LANES), tl.float32)
+            cols_grad = tl.zeros((LANES, 8), tl.float32)
+            corners_grad = tl.zeros((8, 8), tl.float32)
+            for step in range(count):
+                start = (first + step) * (3 * plane) + channel * plane
+                core, rows, cols, corners = _tiles(
+                    images_ptr + start, scale, shift, gy * R + py * H, gx * R + px * H,
+                    SIDE, H, LANES, UINT8, REPLICATE,
                 )  # fmt: skip
-                core_sums += (core_grads[channel] + delta_grad * _edges(pixels, MAGNITUDE),)
-                pixels = _pixels(
-                    channel_ptr, scale, shift, gy, gx, SIDE, R, RP, WP, "rows", UINT8, REPLICATE
-                )  # fmt: skip
-                rows_sums += (rows_grads[channel] + delta_grad * _edges(pixels, MAGNITUDE),)
-                pixels = _pixels(
-                    channel_ptr, scale, shift, gy, gx, SIDE, R, RP, WP, "cols", UINT8, REPLICATE
-                )  # fmt: skip
-                cols_sums += (cols_grads[channel] + delta_grad * _edges(pixels, MAGNITUDE),)
-            core_grads, rows_grads, cols_grads = core_sums, rows_sums, cols_sums
-    part = block.to(tl.int64) * (grid * grid) + region
-    tl.store(bias_grad_ptr + part, bias_grad)
-    template_ptr = template_grad_ptr + block.to(tl.int64) * (3 * plane) + pixel
-    part_ptr = kernel_grad_ptr + part * (3 * weights)
-    for channel in tl.static_range(3):
-        tl.store(template_ptr + channel * plane, template_grads[channel], mask=owned)
-        # Edges outside the image are 0: their places of the partial sum stay 0.
-        at, used = _kernel_offsets(gy, gx, SIDE, R, RP, WP, "core")
-        tl.store(part_ptr + channel * weights + at, core_grads[channel], mask=used)
-        at, used = _kernel_offsets(gy, gx, SIDE, R, RP, WP, "rows")
-        tl.store(part_ptr + channel * weights + at, rows_grads[channel], mask=used)
-        at, used = _kernel_offsets(gy, gx, SIDE, R, RP, WP, "cols")
-        tl.store(part_ptr + channel * weights + at, cols_grads[channel], mask=used)
+                factor = _pick(delta_grad, step, IMAGES)
+                core_grad += factor * _edges(core, MAGNITUDE)
+                rows_grad += factor * _edges(rows, MAGNITUDE)
+                cols_grad += factor * _edges(cols, MAGNITUDE)
+                corners_grad += factor * _edges(corners, MAGNITUDE)
+            part_ptr = kernel_grad_ptr + (place * 3 + channel) * weights
+            # Edges outside the image are 0: their places of the partial sum stay 0.
+            at, used = _kernel_offsets(gy, gx, py, px, SIDE, R, H, LANES, "core")
+            tl.store(part_ptr + at, core_grad, mask=used)
+            at, used = _kernel_offsets(gy, gx, py, px, SIDE, R, H, LANES, "rows")
+            tl.store(part_ptr + at, rows_grad, mask=used)
+            at, used = _kernel_offsets(gy, gx, py, px, SIDE, R, H, LANES, "cols")
+            tl.store(part_ptr + at, cols_grad, mask=used)
+            at, used = _kernel_offsets(gy, gx, py, px, SIDE, R, H, LANES, "corners")
+            tl.store(part_ptr + at, corners_grad, mask=used)
 
 
 @triton.jit(do_not_specialize=["count", "seed", "offset"])
@@ -284,17 +323,27 @@ def logistic_noise(
     return noise
 
 
+def piece_size(region_size: int) -> int:
+    """Return H, the side of the largest equal pieces of at most 32 pixels (or else the region's)."""
+    fitting = [h for h in range(2, 33) if region_size % h == 0]
+    return max(fitting, default=region_size)
+
+
 def launch_options(region_size: int, direction: str) -> dict[str, int]:
     """Choose images per program and warps; `bench/kernels.py --tune` measures the choices.
 
     More images share one read of K and P and one partial sum; fewer fill the device better.
     """
-    # Forward, 8 pixels a thread and channel make a 16-byte store of bf16; the gradients' sums need
-    # twice the threads (ptxas, sm_80 to sm_120: no spills but in the backward pass at R > 32).
-    warps = 8 if region_size > 32 else 4 if region_size > 16 else 2 if region_size > 8 else 1
-    if direction == "forward":
-        return {"IMAGES": 8, "num_warps": warps}
-    return {"IMAGES": 16, "num_warps": 2 * warps}
+    # ptxas finds no spills with these for sm_80 to sm_120 (bench/results/kernels-aot.json). Forward,
+    # 8 pixels a thread make a 16-byte store of bf16; more than one piece leaves no registers for
+    # what a loop over images would keep.
+    piece = piece_size(region_size)
+    warps = 4 if piece > 16 else 2 if piece > 8 else 1
+    if direction == "backward":
+        return {"IMAGES": 16, "num_warps": 2 * warps}
+    if piece < region_size:
+        return {"IMAGES": 1, "num_warps": 2 * warps}
+    return {"IMAGES": 8, "num_warps": warps}
 
 
 def _check(images: Tensor, template: Tensor, kernel: Tensor, mode: str, edge: str) -> None:
@@ -317,11 +366,12 @@ def _check(images: Tensor, template: Tensor, kernel: Tensor, mode: str, edge: st
 
 def _constants(images: Tensor, kernel: Tensor, direction: str, **chosen: Any) -> dict[str, Any]:
     region = kernel.shape[-1] - 2
+    piece = piece_size(region)
     return {
         "SIDE": images.shape[-1],
         "R": region,
-        "RP": triton.next_power_of_2(region),
-        "WP": triton.next_power_of_2(region + 4),
+        "H": piece,
+        "LANES": triton.next_power_of_2(piece),
         "UINT8": images.dtype == torch.uint8,
         **chosen,
         **launch_options(region, direction),
@@ -373,8 +423,7 @@ def adaptive_prompt(
 
     Returns:
         Prompted images (B, 3, S, S) in `dtype`, Δ (B, G, G) fp32 and mask (B, G, G) fp32. Reads
-        (R + 4)² / R² of the image (and as much again of the halo's inner side, from cache), writes
-        it once.
+        (R + 4)² / R² of the image up to R = 32, (H + 4)² / H² above, and writes it once.
 
     Raises:
         ValueError: shapes, mode or edge do not fit, or a tensor is not contiguous.

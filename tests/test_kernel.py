@@ -28,20 +28,19 @@ MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 # region, grid, batch, prompt size, mode, edge, replicate, pixels
 CASES = [
-    (8, 5, 3, 5, "hard", "laplacian", False, torch.uint8),
-    (8, 8, 1, 30, "soft", "laplacian-magnitude", True, torch.float32),
-    (16, 5, 3, 30, "hard", "laplacian-magnitude", True, torch.uint8),
+    (8, 3, 3, 5, "hard", "laplacian", False, torch.uint8),
+    (16, 4, 1, 30, "soft", "laplacian-magnitude", True, torch.float32),
+    (16, 4, 3, 30, "hard", "laplacian-magnitude", True, torch.uint8),
     (16, 2, 9, 5, "soft", "laplacian", True, torch.float16),
-    (32, 3, 5, 30, "hard", "laplacian-magnitude", False, torch.float32),
+    (32, 3, 3, 30, "hard", "laplacian-magnitude", False, torch.float32),
     (32, 2, 3, 32, "argmax", "laplacian", False, torch.uint8),
-    (32, 2, 17, 5, "soft", "laplacian", False, torch.float32),
-    (56, 2, 3, 56, "hard", "laplacian-magnitude", True, torch.uint8),
-    (56, 2, 1, 30, "soft", "laplacian", False, torch.float16),
+    (32, 2, 9, 5, "soft", "laplacian", False, torch.float32),
+    (32, 4, 1, 60, "soft", "laplacian-magnitude", True, torch.uint8),
+    (56, 4, 1, 112, "hard", "laplacian-magnitude", True, torch.uint8),
+    (56, 2, 5, 30, "soft", "laplacian", False, torch.float16),
     (14, 3, 2, 11, "hard", "laplacian", True, torch.float32),
     (7, 3, 2, 10, "argmax", "laplacian-magnitude", False, torch.float16),
-    (32, 7, 1, 112, "hard", "laplacian", False, torch.uint8),
-    (32, 7, 1, 60, "soft", "laplacian-magnitude", True, torch.uint8),
-    (2, 4, 2, 4, "hard", "laplacian", False, torch.float32),
+    (2, 2, 9, 2, "hard", "laplacian", False, torch.float32),
 ]
 
 
@@ -87,10 +86,6 @@ def with_gradients(function, images, parameters, noise, upstream, **options):
     return [*outputs, *grads]
 
 
-def error(got, truth):
-    return ((got.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)).replace("torch.", ""))
 def test_outputs_and_gradients_are_as_exact_as_plain_pytorchs(case):
     assert_as_exact_as_plain(case)
@@ -105,15 +100,16 @@ def assert_as_exact_as_plain(case):
     got = with_gradients(fused, *run, **options)
     same_dtype = with_gradients(plain, *run, dtype=torch.float32, **options)
     truth = with_gradients(plain, *run, dtype=torch.float64, **options)
+    # db is a sum of s' g P / τ over all pixels, which may cancel; its rounding is that of its terms.
+    terms = (upstream * parameters[0]).double().norm().item() / 4 / options["tau"]
     names = ("prompted", "delta", "mask", "template", "kernel", "bias")
     for name, a, b, t in zip(names, got, same_dtype, truth, strict=False):
-        # Rounding, below which a comparison of errors is a lottery; db sums one term per region,
-        # which may cancel.
-        floor = 4e-7 * math.sqrt(noise.numel() if name == "bias" else 1)
-        assert error(a, t) <= max(2 * error(b, t), floor), name
-        assert (a.double() - t).abs().max() <= max(
-            4 * (b.double() - t).abs().max(), 2e-5 * t.abs().max()
-        ), name
+        size = terms if name == "bias" else t.norm().item()
+        wrong, plain_wrong = ((x.double() - t).norm().item() for x in (a, b))
+        # 4e-7 is rounding, below which a comparison of errors is a lottery.
+        assert wrong <= max(2 * plain_wrong, 4e-7 * size), name
+        farthest, plain_farthest = ((x.double() - t).abs().max() for x in (a, b))
+        assert farthest <= max(4 * plain_farthest, 2e-5 * t.abs().max()), name
 
 
 def test_the_prompted_image_is_cast_once_at_the_store():
@@ -144,6 +140,32 @@ def test_a_skipped_element_is_caught(monkeypatch):
     monkeypatch.setattr(kernels, "_forward", Skipping())
     with pytest.raises(AssertionError, match="prompted"):
         assert_as_exact_as_plain((*case[:4], "soft", *case[5:]))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter counts")
+@pytest.mark.parametrize("region", [8, 32])
+def test_every_pixel_is_loaded_once_with_its_halo_and_every_gradient_once(monkeypatch, region):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, loaded = InterpreterBuilder.create_masked_load, {}
+
+    def count(self, pointers, mask, *rest):
+        kind = str(pointers.get_element_ty())
+        loaded[kind] = loaded.get(kind, 0) + int(mask.data.sum())
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", count)
+    batch, grid = 2, 3
+    images, *parameters, noise = problem(region, grid, batch, 4, torch.uint8)
+    leaves = [p.requires_grad_() for p in parameters]
+    # Replicate padding loads beyond the image too, so that all regions are alike.
+    prompted = fused(images, *leaves, noise, replicate=True, dtype=torch.float16)[0]
+    halo = batch * grid**2 * 3 * (region + 4) ** 2
+    assert loaded.pop("uint8") == halo
+    loaded.clear()
+    prompted.backward(torch.randn(images.shape, dtype=torch.float16))
+    assert loaded["uint8"] == halo
+    assert loaded["fp16"] == images.numel()
 
 
 @pytest.mark.parametrize("place", [5, 6, 7])
@@ -192,7 +214,7 @@ def test_kernel_noise_is_logistic_and_independent():
 
 
 def test_backward_is_deterministic():
-    images, *parameters, noise = problem(8, 2, 20, 6, torch.uint8)
+    images, *parameters, noise = problem(8, 1, 20, 4, torch.uint8)
     upstream = torch.randn(images.shape, device=DEVICE)
     first, second = (
         with_gradients(fused, images, parameters, noise, upstream, mode="hard") for _ in range(2)
@@ -211,10 +233,10 @@ def test_the_operator_keeps_torchs_rules():
 
 
 def test_a_training_step_compiles_without_a_graph_break():
-    config = PromptConfig(prompt_size=16, region_size=8, embed_dim=2)
-    prompt = AdaptivePrompt(32, config, mean=(0.5,) * 3, std=(0.5,) * 3, kernel="fused")
+    config = PromptConfig(prompt_size=8, region_size=8, embed_dim=2)
+    prompt = AdaptivePrompt(16, config, mean=(0.5,) * 3, std=(0.5,) * 3, kernel="fused")
     prompt.to(DEVICE).train()
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, device=DEVICE)
 
     def step(images):
         return prompt(images, tau=1.0, seed=3).images.square().mean()
@@ -295,8 +317,8 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("kernel", ["fused", "plain"])
 def test_no_training_path_makes_wide_maps_and_the_fused_one_no_edge_map_nor_dilated_mask(kernel):
-    batch, width, side = 4, 5, 32
-    config = PromptConfig(prompt_size=16, region_size=8, embed_dim=width)
+    batch, width, side = 4, 5, 16
+    config = PromptConfig(prompt_size=8, region_size=8, embed_dim=width)
     prompt = AdaptivePrompt(side, config, kernel=kernel).to(DEVICE).train()
     images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=DEVICE)
     with Shapes() as shapes:
@@ -313,7 +335,7 @@ def test_no_training_path_makes_wide_maps_and_the_fused_one_no_edge_map_nor_dila
 def test_cubins_compile_for_every_architecture_without_spills():
     script = Path(__file__).parents[1] / "bench" / "kernels_aot.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    arguments = [sys.executable, script, "--region-sizes", "32"]
+    arguments = [sys.executable, script, "--region-sizes", "32", "56"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -324,7 +346,7 @@ def test_cubins_compile_for_every_architecture_without_spills():
     }
     for row in rows:
         assert row["spill_bytes"] == 0, row
-        assert row["vector_stores"] > 0, row
+        assert row["vector_stores"] > 0 or row["region_size"] == 56, row
         assert row["cubin_bytes"] > 1000, row
 
 
