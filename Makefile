@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test lint bench
 
 demo: .venv/ready
-	$(BIN)/python -m adavipro_fast.train
+	$(BIN)/python bench/demo.py
 
 test: .venv/ready
 	$(BIN)/pytest

@@ -5,16 +5,24 @@ logits, mask, embedding = artifact(pixels)            # (B, 3, S, S) uint8 RGB
 print(artifact.class_names[logits[0].argmax()])
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from adavipro_fast.checkpoint import load_checkpoint
+from adavipro_fast.checkpoint import FORMAT, load_checkpoint, parse
 from adavipro_fast.clip import Precision, Preprocess, load_encoder
+from adavipro_fast.functional import normalise
 from adavipro_fast.prompt import AdaViPro, Prediction, PromptConfig
+
+# An .onnx file carries its own sha256, computed with zeros in the place of the digest.
+SEAL_KEY, UNSEALED = "content_sha256", "0" * 64
+# How protobuf stores the entry: key, then a string of 64 bytes.
+SEAL = SEAL_KEY.encode() + b"\x12\x40"
 
 
 def torch_device(name: str) -> torch.device:
@@ -34,31 +42,86 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Description:
+    """What an artifact says about itself."""
+
+    class_names: tuple[str, ...]
+    """raw names in label order"""
+    preprocess: Preprocess
+    """how images become its pixels"""
+    config: PromptConfig
+    """what the prompt is made of"""
+    precision: Precision
+    """of the encoder"""
+    input: str
+    """float32 (normalised) or uint8 (RGB 0-255)"""
+    baseline: bool
+    """the encoder alone, without a prompt"""
+
+    @classmethod
+    def of(cls, values: dict[str, Any], path: Path) -> "Description":
+        """Read and check the metadata of an exported file.
+
+        Raises:
+            ValueError: not one of ours.
+        """
+        if values.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} was not exported by adavipro_fast (format {values.get('format')!r}, "
+                f"{FORMAT!r} is needed); export a checkpoint with export/to_onnx.py"
+            )
+        try:
+            if values["precision"] not in ("fp32", "fp16", "bf16"):
+                raise ValueError(f"precision is {values['precision']!r}")
+            if values["input"] not in ("float32", "uint8"):
+                raise ValueError(f"input is {values['input']!r}")
+            return cls(
+                tuple(str(name) for name in values["class_names"]),
+                parse(Preprocess, values["preprocess"]),
+                parse(PromptConfig, values["config"]),
+                values["precision"],
+                values["input"],
+                bool(values["baseline"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} has metadata that cannot be used: {error}") from error
+
+    def image(self, pixels: Tensor) -> Tensor:
+        """Turn (B, 3, S, S) uint8 RGB pixels into the graph's input."""
+        if self.input == "uint8":
+            return pixels
+        mean, std = (
+            torch.tensor(v, device=pixels.device)
+            for v in (self.preprocess.mean, self.preprocess.std)
+        )
+        return normalise(pixels, mean, std)
+
+    def prediction(self, outputs: dict[str, Tensor]) -> Prediction:
+        """Name the graph's outputs; a baseline's mask is closed everywhere."""
+        logits, embedding = outputs["logits"], outputs["embedding"]
+        grid = self.preprocess.size // self.config.region_size
+        closed = torch.zeros(len(logits), grid, grid, dtype=torch.int32)
+        return Prediction(logits, outputs.get("mask", closed), embedding)
+
+
 class Artifact(Protocol):
     """A classifier ready to run."""
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """Raw names in label order."""
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """How images become its pixels."""
-
-    @property
-    def config(self) -> PromptConfig:
-        """What the prompt is made of."""
+    def about(self) -> Description:
+        """What it says about itself."""
 
     @property
     def backend(self) -> str:
-        """Which runtime."""
+        """Which runtime: torch, onnxruntime, tensorrt or tensorrt-rtx."""
 
     @property
     def provider(self) -> str:
         """Which device or execution provider it really uses."""
 
     def __call__(self, pixels: Tensor) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels."""
+        """Classify (B, 3, S, S) uint8 RGB pixels; the prediction lies on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +129,7 @@ class TorchArtifact:
     """A checkpoint run by PyTorch."""
 
     model: AdaViPro
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
-    config: PromptConfig
+    about: Description
     provider: str
     backend: str = "torch"
 
@@ -76,6 +137,120 @@ class TorchArtifact:
     def __call__(self, pixels: Tensor) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
         return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
+
+
+@dataclass(frozen=True)
+class OnnxArtifact:
+    """An exported graph run by ONNX Runtime."""
+
+    session: Any
+    about: Description
+    device: torch.device
+    provider: str
+    backend: str = "onnxruntime"
+
+    @classmethod
+    def open(cls, path: Path, device: str = "auto") -> "OnnxArtifact":
+        """Load a file on the CPU or a CUDA device; never on another one than asked for.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ImportError: ONNX Runtime is not installed.
+            ValueError: not one of ours, damaged, or not runnable there.
+        """
+        about = describe_onnx(path)
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                "running .onnx files needs ONNX Runtime: pip install onnxruntime-gpu (Linux, "
+                "Windows) or onnxruntime"
+            ) from error
+        place = torch_device(device)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        provider: Any = "CPUExecutionProvider"
+        if place.type == "cuda":
+            # Without this, what CUDA cannot run would silently run on the CPU.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            provider = ("CUDAExecutionProvider", {"device_id": place.index or 0})
+        level = onnxruntime.GraphOptimizationLevel
+        if about.precision != "fp32":
+            # The last level crashes on half-precision ViTs (ONNX Runtime 1.31, CPU).
+            options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's exceptions have no common public base.
+            raise ValueError(f"ONNX Runtime cannot run {path} on {place}: {error}") from error
+        used = session.get_providers()[0]
+        if place.type == "cuda" and used != "CUDAExecutionProvider":
+            raise ValueError(f"ONNX Runtime runs {path} by {used}, CUDA was asked for")
+        return cls(session, about, place, used)
+
+    def __call__(self, pixels: Tensor) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels."""
+        image = self.about.image(pixels.to(self.device)).contiguous()
+        names = [output.name for output in self.session.get_outputs()]
+        if self.device.type == "cpu":
+            arrays = self.session.run(names, {"image": image.numpy()})
+            tensors = [torch.from_numpy(array) for array in arrays]
+        else:
+            tensors = self._bound(image, names)
+        return self.about.prediction(dict(zip(names, tensors, strict=True)))
+
+    def _bound(self, image: Tensor, names: list[str]) -> list[Tensor]:
+        """Run on tensors that lie on the device, without copies through the host."""
+        binding, index = self.session.io_binding(), self.device.index or 0
+        kind = "uint8" if image.dtype == torch.uint8 else "float32"
+        torch.cuda.current_stream(self.device).synchronize()
+        binding.bind_input("image", "cuda", index, kind, tuple(image.shape), image.data_ptr())
+        for name in names:
+            binding.bind_output(name, "cuda", index)
+        self.session.run_with_iobinding(binding)
+        return [torch.from_numpy(array) for array in binding.copy_outputs_to_cpu()]
+
+
+def seal(content: bytes) -> bytes:
+    """Put the content's own sha256 into its metadata."""
+    place = content.rindex(SEAL) + len(SEAL)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return content[:place] + digest + content[place + len(digest) :]
+
+
+def describe_onnx(path: Path) -> Description:
+    """Read what a file says about itself, once it is found to be as it was exported.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged or not one of ours.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    content = path.read_bytes()
+    place = content.rfind(SEAL) + len(SEAL)
+    if place < len(SEAL):
+        raise ValueError(
+            f"{path} is cut short or was not exported by adavipro_fast; export a checkpoint with "
+            "export/to_onnx.py"
+        )
+    digest = content[place : place + 64]
+    unsealed = content[:place] + UNSEALED.encode() + content[place + 64 :]
+    if hashlib.sha256(unsealed).hexdigest().encode() != digest:
+        raise ValueError(f"{path} is damaged: it is not what was exported; export it again")
+    import onnx
+
+    properties = onnx.load_model_from_string(content).metadata_props
+    values = {p.key: json.loads(p.value) for p in properties if p.key != SEAL_KEY}
+    data = path.with_name(path.name + ".data")
+    if "data_sha256" in values and values["data_sha256"] != file_sha256(data):
+        raise ValueError(f"{data} is damaged: it is not what was exported; export it again")
+    return Description.of(values, path)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_artifact(
@@ -89,7 +264,7 @@ def open_artifact(
     """Open a trained prompt for inference.
 
     Args:
-        path: `checkpoint.safetensors`.
+        path: `checkpoint.safetensors`, `.onnx` or `.engine`.
         model: where a checkpoint's encoder now lies; its hash must match.
         pretrained: open_clip tag or path of the encoder's weights.
         precision: of a checkpoint's encoder.
@@ -97,9 +272,16 @@ def open_artifact(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not one of ours, damaged, or of another encoder.
+        ValueError: not one of ours, damaged, of another encoder, or not runnable here.
     """
-    checkpoint = load_checkpoint(Path(path))
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return OnnxArtifact.open(path, device)
+    if path.suffix == ".engine":
+        from adavipro_fast.engine import EngineArtifact
+
+        return EngineArtifact.open(path, device)
+    checkpoint = load_checkpoint(path)
     place = torch_device(device)
     encoder = load_encoder(
         model or checkpoint.encoder.name,
@@ -107,10 +289,7 @@ def open_artifact(
     )
     prompted = checkpoint.model(encoder)
     prompted.run_in(encoder.in_precision(precision))
-    return TorchArtifact(
-        prompted.to(place),
-        checkpoint.class_names,
-        checkpoint.preprocess,
-        checkpoint.config,
-        provider=str(place),
+    about = Description(
+        checkpoint.class_names, checkpoint.preprocess, checkpoint.config, precision, "uint8", False
     )
+    return TorchArtifact(prompted.to(place), about, provider=str(place))

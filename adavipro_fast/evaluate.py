@@ -22,7 +22,7 @@ class EvaluateConfig:
     """Measure a trained prompt on the test split of a data set."""
 
     artifact: Annotated[Path, tyro.conf.Positional]
-    """checkpoint.safetensors"""
+    """checkpoint.safetensors, .onnx or .engine"""
     data: DataConfig = field(default_factory=DataConfig)
     model: str | None = None
     """where a checkpoint's encoder now lies (default: as in training)"""
@@ -51,17 +51,17 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         precision=config.precision,
         device=config.device,
     )
-    dataset = load_dataset(config.data, artifact.preprocess)
-    if dataset.class_names != artifact.class_names:
+    dataset = load_dataset(config.data, artifact.about.preprocess)
+    if dataset.class_names != artifact.about.class_names:
         raise ValueError(
-            f"{config.artifact} knows the classes {', '.join(artifact.class_names[:5])} ..., "
+            f"{config.artifact} knows the classes {', '.join(artifact.about.class_names[:5])} ..., "
             f"{config.data.data} has {', '.join(dataset.class_names[:5])} ...; "
             "name the data set it was trained on with --data"
         )
     began = time.perf_counter()
     evaluation = evaluate_artifact(artifact, dataset.test, config.batch_size)
     seconds = time.perf_counter() - began
-    inside = frame_regions(artifact.preprocess.size, artifact.config)
+    inside = frame_regions(artifact.about.preprocess.size, artifact.about.config)
     figures = mask_figures(evaluation.masks, inside)
     return {
         "top1": evaluation.top1,

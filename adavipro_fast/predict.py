@@ -22,7 +22,7 @@ class PredictConfig:
     """Classify images; prints class names, probabilities and the mask of each."""
 
     artifact: Annotated[Path, tyro.conf.Positional]
-    """checkpoint.safetensors"""
+    """checkpoint.safetensors, .onnx or .engine"""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """image files"""
     picture: Path | None = None
@@ -54,14 +54,14 @@ def command(config: PredictConfig) -> dict[str, Any]:
         precision=config.precision,
         device=config.device,
     )
-    pixels = read_pixels(config.images, artifact.preprocess)
+    pixels = read_pixels(config.images, artifact.about.preprocess)
     logits, masks, _ = artifact(pixels)
     probabilities = logits.softmax(1)
     predictions = []
     for path, row, mask in zip(config.images, probabilities, masks, strict=True):
         top = row.topk(min(SHOWN_CLASSES, len(row)))
         classes = [
-            {"name": artifact.class_names[index], "probability": value}
+            {"name": artifact.about.class_names[index], "probability": value}
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ]
         predictions.append({"path": str(path), "classes": classes, "mask": mask.int().tolist()})
@@ -70,7 +70,9 @@ def command(config: PredictConfig) -> dict[str, Any]:
         titles = [
             f"{p['classes'][0]['name']} {p['classes'][0]['probability']:.0%}" for p in predictions
         ]
-        pictures.save(pictures.overlay(pixels, masks, titles, artifact.config), config.picture)
+        pictures.save(
+            pictures.overlay(pixels, masks, titles, artifact.about.config), config.picture
+        )
     return {"predictions": predictions}
 
 

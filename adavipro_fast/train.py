@@ -68,7 +68,7 @@ RECIPES: dict[str, TrainConfig] = {
             prompt_init="zero",
             generator_init="avoid-edges",
         ),
-        optimiser=OptimiserConfig(clip_prompt=0.03, lr_generator=1e-5),
+        optimiser=OptimiserConfig(clip_prompt=0.02, lr_generator=1e-6),
     ),
 }
 

@@ -19,12 +19,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from adavipro_fast.kernels import adaptive_prompt as kernels
 from measure import interleaved_ms, publish, summary
 from torch import Tensor
 
 from adavipro_fast import PromptConfig, cli
 from adavipro_fast.functional import Edge, apply_prompt, decide, logistic_noise
+from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.prompt import AdaptivePrompt, Kernel
 
 SIDE = 224

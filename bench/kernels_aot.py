@@ -18,12 +18,12 @@ from typing import Any
 
 import triton
 import tyro
-from adavipro_fast.kernels import adaptive_prompt as kernels
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from adavipro_fast.checkpoint import write_whole
+from adavipro_fast.kernels import adaptive_prompt as kernels
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SIDE = 224

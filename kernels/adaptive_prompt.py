@@ -201,8 +201,8 @@ def _forward(
             channel, py, px = part // (pieces * pieces), part // pieces % pieces, part % pieces
             scale, shift = tl.load(affine_ptr + channel), tl.load(affine_ptr + 3 + channel)
             core, rows, cols, corners = _tiles(
-                images_ptr + start + channel * plane, scale, shift, gy * R + py * H, gx * R + px * H,
-                SIDE, H, LANES, UINT8, REPLICATE,
+                images_ptr + start + channel * plane, scale, shift,
+                gy * R + py * H, gx * R + px * H, SIDE, H, LANES, UINT8, REPLICATE,
             )  # fmt: skip
             cores += (core,)
             at = kernel_ptr + channel * weights
@@ -324,7 +324,7 @@ def logistic_noise(
 
 
 def piece_size(region_size: int) -> int:
-    """Return H, the side of the largest equal pieces of at most 32 pixels (or else the region's)."""
+    """Return H, the side of the largest equal pieces of 2 to 32 pixels, or else the region's."""
     fitting = [h for h in range(2, 33) if region_size % h == 0]
     return max(fitting, default=region_size)
 
@@ -334,7 +334,7 @@ def launch_options(region_size: int, direction: str) -> dict[str, int]:
 
     More images share one read of K and P and one partial sum; fewer fill the device better.
     """
-    # ptxas finds no spills with these for sm_80 to sm_120 (bench/results/kernels-aot.json). Forward,
+    # ptxas finds no spills with these, sm_80 to sm_120 (bench/results/kernels-aot.json). Forward,
     # 8 pixels a thread make a 16-byte store of bf16; more than one piece leaves no registers for
     # what a loop over images would keep.
     piece = piece_size(region_size)

@@ -10,6 +10,10 @@ if not torch.cuda.is_available():
 
 from adavipro_fast import demo
 from adavipro_fast.clip import FrozenEncoder, TextTower, load_clip
+from adavipro_fast.data import DataConfig
+from adavipro_fast.prompt import PromptConfig
+from adavipro_fast.train import TrainConfig
+from adavipro_fast.training import OptimiserConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -60,3 +64,27 @@ def folder(tmp_path_factory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     return root
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def small(folder, cache):
+    """Return a configuration that trains in seconds."""
+
+    def build(output, method="adavipro", epochs=3, **optimiser):
+        return TrainConfig(
+            prompt=PromptConfig(method=method, embed_dim=4, edge="laplacian-magnitude"),
+            data=DataConfig(str(folder), cache_dir=cache),
+            optimiser=OptimiserConfig(
+                **{"epochs": epochs, "batch_size": 8, "lr_prompt": 1.0, "lr_generator": 0.01}
+                | optimiser
+            ),
+            device="cpu",
+            output=output,
+        )
+
+    return build

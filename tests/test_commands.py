@@ -14,7 +14,7 @@ from adavipro_fast.data import DataConfig
 from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.predict import PredictConfig
 from adavipro_fast.prompt import PromptConfig
-from adavipro_fast.train import RECIPES, TrainConfig, resume_run, start_run
+from adavipro_fast.train import RECIPES, resume_run, start_run
 from adavipro_fast.training import NonFiniteLossError, OptimiserConfig, lr_factor
 
 KEYS = {
@@ -33,30 +33,6 @@ def command(module, *arguments, **options):
         check=False,
         **options,
     )
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def small(folder, cache):
-    """Return a configuration that trains in seconds."""
-
-    def build(output, method="adavipro", epochs=3, **optimiser):
-        return TrainConfig(
-            prompt=PromptConfig(method=method, embed_dim=4, edge="laplacian-magnitude"),
-            data=DataConfig(str(folder), cache_dir=cache),
-            optimiser=OptimiserConfig(
-                **{"epochs": epochs, "batch_size": 8, "lr_prompt": 1.0, "lr_generator": 0.01}
-                | optimiser
-            ),
-            device="cpu",
-            output=output,
-        )
-
-    return build
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def assert_as_exact_as_plain(case):
     got = with_gradients(fused, *run, **options)
     same_dtype = with_gradients(plain, *run, dtype=torch.float32, **options)
     truth = with_gradients(plain, *run, dtype=torch.float64, **options)
-    # db is a sum of s' g P / τ over all pixels, which may cancel; its rounding is that of its terms.
+    # db is a sum of s' g P / τ over all pixels, which may cancel: its terms round.
     terms = (upstream * parameters[0]).double().norm().item() / 4 / options["tau"]
     names = ("prompted", "delta", "mask", "template", "kernel", "bias")
     for name, a, b, t in zip(names, got, same_dtype, truth, strict=False):

@@ -1,0 +1,195 @@
+"""Run TensorRT and TensorRT-RTX engines: CUDA graphs, pinned buffers, a sidecar that must match."""
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.artifact import Description, file_sha256, torch_device
+from adavipro_fast.prompt import Prediction
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt-rtx": "pip install tensorrt-rtx-cu13"}
+
+
+def runtime_module(runtime: str) -> ModuleType:
+    """Import TensorRT or TensorRT-RTX.
+
+    Raises:
+        ImportError: not installed; says how to.
+    """
+    try:
+        return importlib.import_module(MODULES[runtime])
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(
+            f"{runtime} is not installed or cannot be loaded ({error}); {INSTALL[runtime]}"
+        ) from error
+
+
+def compute_capability() -> str | None:
+    """Return the CUDA device's compute capability, such as 8.6, or none without a device."""
+    if not torch.cuda.is_available():
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability())
+
+
+def sidecar_path(engine: Path) -> Path:
+    """Where an engine's sidecar lies."""
+    return engine.with_name(engine.name + ".json")
+
+
+def sidecar_sha256(values: dict[str, Any]) -> str:
+    """Hash a sidecar's content, its own digest aside."""
+    rest = {k: v for k, v in values.items() if k != "sidecar_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_sidecar(engine: Path) -> dict[str, Any]:
+    """Read what an engine's sidecar says, once both files are found to be as they were built.
+
+    Raises:
+        FileNotFoundError: one of the two is missing.
+        ValueError: one of the two is damaged.
+    """
+    path = sidecar_path(engine)
+    for file in (engine, path):
+        if not file.is_file():
+            raise FileNotFoundError(f"no such file: {file}; build with export/to_tensorrt.py")
+    try:
+        values = json.loads(path.read_text())
+        if sidecar_sha256(values) != values["sidecar_sha256"]:
+            raise ValueError("its content is not what was written")
+        expected = values["engine_sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"sidecar {path} is damaged: {error}; build the engine again") from error
+    if file_sha256(engine) != expected:
+        raise ValueError(f"{engine} is not the engine that {path.name} describes; build it again")
+    return dict(values)
+
+
+def check_runs_here(values: dict[str, Any], version: str, capability: str | None) -> None:
+    """Raise ValueError unless an engine fits the runtime's version and the device."""
+    if capability is None:
+        raise ValueError("running an engine needs a CUDA device; use the .onnx file on a CPU")
+    if values["runtime_version"] != version:
+        raise ValueError(
+            f"the engine was built by {values['runtime']} {values['runtime_version']}, here is "
+            f"{version}; build it again with export/to_tensorrt.py or install that version"
+        )
+    if capability not in values["compute_capabilities"]:
+        raise ValueError(
+            f"the engine was built for compute capability "
+            f"{', '.join(values['compute_capabilities'])}, here is {capability}; build it again "
+            f"with export/to_tensorrt.py --compute-capability {capability}"
+        )
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Pinned host and device tensors of one batch size, and the graph that runs on them."""
+
+    host: Tensor
+    image: Tensor
+    outputs: dict[str, Tensor]
+    graph: torch.cuda.CUDAGraph
+
+
+@dataclass(frozen=True)
+class EngineArtifact:
+    """An engine on a CUDA device; each batch size is captured as a CUDA graph once."""
+
+    trt: ModuleType
+    engine: Any
+    context: Any
+    about: Description
+    batch: tuple[int, int, int]
+    device: torch.device
+    backend: str
+    provider: str
+    buffers: dict[int, Buffers] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, device: str = "auto") -> "EngineArtifact":
+        """Load an engine.
+
+        Raises:
+            FileNotFoundError: engine or sidecar is missing.
+            ImportError: its runtime is not installed.
+            ValueError: damaged, or not made for this version or device.
+        """
+        values = read_sidecar(path)
+        about = Description.of(values, path)
+        trt = runtime_module(values["runtime"])
+        check_runs_here(values, trt.__version__, compute_capability())
+        place = torch_device(device)
+        if place.type != "cuda":
+            raise ValueError(f"an engine cannot run on {place}; use --device cuda")
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise ValueError(f"{values['runtime']} cannot load {path}; build it again")
+        smallest, usual, largest = values["batch"]
+        return cls(
+            trt,
+            engine,
+            engine.create_execution_context(),
+            about,
+            (smallest, usual, largest),
+            place,
+            values["runtime"],
+            torch.cuda.get_device_name(place),
+        )
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels, in parts of the profile's largest batch."""
+        parts = [self._run(part) for part in pixels.split(self.batch[2])]
+        return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _run(self, pixels: Tensor) -> Prediction:
+        count = len(pixels)
+        size = max(count, self.batch[0])
+        if size not in self.buffers:
+            self.buffers[size] = self._capture(size)
+        buffers = self.buffers[size]
+        buffers.host[:count].copy_(self.about.image(pixels))
+        buffers.image.copy_(buffers.host, non_blocking=True)
+        buffers.graph.replay()
+        return self.about.prediction({k: v[:count].cpu() for k, v in buffers.outputs.items()})
+
+    def _capture(self, size: int) -> Buffers:
+        """Allocate for a batch size and capture the engine's work on it."""
+        side = self.about.preprocess.size
+        dtype = torch.uint8 if self.about.input == "uint8" else torch.float32
+        host = torch.zeros(size, 3, side, side, dtype=dtype, pin_memory=True)
+        image = host.to(self.device)
+        self.context.set_input_shape("image", tuple(image.shape))
+        self.context.set_tensor_address("image", image.data_ptr())
+        outputs = {}
+        for index in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(index)
+            if name != "image":
+                kind = torch.int32 if name == "mask" else torch.float32
+                shape = tuple(self.context.get_tensor_shape(name))
+                outputs[name] = torch.empty(shape, dtype=kind, device=self.device)
+                self.context.set_tensor_address(name, outputs[name].data_ptr())
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            # The first run allocates and, in TensorRT-RTX, compiles; it cannot be captured.
+            self._enqueue(stream)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._enqueue(stream)
+        return Buffers(host, image, outputs, graph)
+
+    def _enqueue(self, stream: torch.cuda.Stream) -> None:
+        if not self.context.execute_async_v3(stream.cuda_stream):
+            raise RuntimeError(f"{self.backend} could not run the engine")

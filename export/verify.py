@@ -1,0 +1,187 @@
+"""Compare two backends on the same images: `python export/verify.py CHECKPOINT ARTIFACT`.
+
+Masks must agree everywhere but where Δ is within rounding of 0, and those ties are counted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from adavipro_fast import cli, demo
+from adavipro_fast.artifact import TorchArtifact, open_artifact
+from adavipro_fast.clip import Preprocess
+from adavipro_fast.predict import read_pixels
+from adavipro_fast.prompt import AdaViPro, Prediction
+
+Classify = Callable[[Tensor], Prediction]
+
+# 1, an odd number and a large one.
+BATCHES = (1, 3, 16)
+LARGEST_ERROR_FP32 = 1e-5
+SMALLEST_COSINE = 0.9999
+# Δ sums some thousand products; a few roundings of its largest terms decide nothing.
+TIE = 4e-6
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two backends are apart, over all images."""
+
+    max_abs_error: float
+    """of the embedding"""
+    min_cosine: float
+    """of the embeddings, worst image"""
+    top1_agreement: float
+    """share of images, percent"""
+    mask_agreement: float
+    """share of regions, 0-1, ties aside"""
+    mask_ties: int
+    """regions whose Δ is within rounding of 0 and whose decisions differ"""
+
+    def complaint(self, precision: str) -> str | None:
+        """Say what is worse than rounding in `precision` explains."""
+        if self.mask_agreement < 1:
+            return f"masks agree on {self.mask_agreement:.4%} of the regions only"
+        if precision == "fp32" and not self.max_abs_error <= LARGEST_ERROR_FP32:
+            return f"embeddings differ by {self.max_abs_error:.1e}, more than {LARGEST_ERROR_FP32}"
+        if not self.min_cosine >= SMALLEST_COSINE:
+            return f"the worst cosine is {self.min_cosine:.6f}, less than {SMALLEST_COSINE}"
+        return None
+
+
+def sample_batches(preprocess: Preprocess, images: Path | None) -> list[Tensor]:
+    """Make batches of real images and noise: (B, 3, S, S) uint8 each.
+
+    Args:
+        preprocess: how images become pixels.
+        images: folder of images; none takes the demo's procedural ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = sum(BATCHES)
+    if images is None:
+        drawn, _ = demo.render(count, demo.DOWNSTREAM, generator)
+        scaled = F.interpolate(drawn.float(), (preprocess.size,) * 2, mode="bilinear")
+        real = scaled.round().to(torch.uint8)
+    else:
+        files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not files:
+            raise ValueError(f"no image lies in {images}; name a folder of images")
+        picked = tuple(files[i * len(files) // count] for i in range(count))
+        real = read_pixels(picked, preprocess)
+    noise = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=generator)
+    # Every third image is noise.
+    mixed = torch.where((torch.arange(count) % 3 == 2).view(-1, 1, 1, 1), noise, real)
+    return list(mixed.split(BATCHES))
+
+
+def ties(model: AdaViPro, pixels: Tensor) -> Tensor:
+    """Mark the regions whose Δ is within rounding of 0: (B, G, G) bool."""
+    prompt = model.prompt
+    images = prompt.normalised(pixels)
+    if prompt.generator is None:
+        return torch.zeros(len(pixels), prompt.grid, prompt.grid, dtype=torch.bool)
+    edges = prompt.edges(images)
+    if prompt.config.activation != "none":
+        delta = prompt.generator(edges)[:, None]
+        size = 1 + delta.abs().amax()
+    else:
+        kernel, bias = prompt.generator.collapsed()
+        region = prompt.config.region_size
+        delta = F.conv2d(edges, kernel[None], bias.view(1), stride=region, padding=1)
+        # Edges are differences of pixels, which round too.
+        size = F.conv2d(edges.abs() + 8, kernel.abs()[None], bias.abs().view(1), region, 1)
+    near: Tensor = delta.abs() <= TIE * size
+    return near[:, 0]
+
+
+@torch.no_grad()
+def compare(
+    model: AdaViPro, reference: Classify, candidate: Classify, batches: Sequence[Tensor]
+) -> Comparison:
+    """Run both on all batches and compare what they say; `model` knows where Δ is near 0."""
+    errors, cosines, same_top1, same_mask, near = [], [], [], [], []
+    for pixels in batches:
+        expected, got = reference(pixels), candidate(pixels)
+        errors.append((expected.embedding - got.embedding).abs().max())
+        cosines.append(F.cosine_similarity(expected.embedding, got.embedding, dim=-1))
+        same_top1.append(expected.logits.argmax(1) == got.logits.argmax(1))
+        same_mask.append((expected.mask.int() == got.mask.int()).flatten())
+        near.append(ties(model, pixels).flatten())
+    same, tied = torch.cat(same_mask), torch.cat(near)
+    return Comparison(
+        max_abs_error=torch.stack(errors).max().item(),
+        min_cosine=torch.cat(cosines).min().item(),
+        top1_agreement=100 * torch.cat(same_top1).double().mean().item(),
+        mask_agreement=(same | tied).double().mean().item(),
+        mask_ties=int((~same & tied).sum()),
+    )
+
+
+@dataclass(frozen=True)
+class Unprompted:
+    """A frozen encoder's own predictions, the reference of a baseline."""
+
+    model: AdaViPro
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels."""
+        model = self.model
+        embedding = model.encoder(model.prompt.normalised(pixels))
+        logits = model.encoder.logit_scale * embedding @ model.class_embeddings.t()
+        grid = model.prompt.grid
+        return Prediction(logits, torch.zeros(len(pixels), grid, grid), embedding)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Compare an exported artifact with the checkpoint it was made of."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """checkpoint.safetensors, run by PyTorch in fp32"""
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """.onnx or .engine"""
+    images: Path | None = None
+    """folder of images (default: procedural ones)"""
+    model: str | None = None
+    """where the checkpoint's encoder now lies (default: as in training)"""
+    pretrained: str | None = None
+    """open_clip tag or path of its weights (default: as in training)"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+def main() -> None:
+    """Parse, compare, print."""
+    config = cli.parse(VerifyConfig)
+    cli.run(lambda: command(config))
+
+
+def command(config: VerifyConfig) -> dict[str, Any]:
+    """Compare and return the figures.
+
+    Raises:
+        VerificationError: they differ by more than rounding.
+    """
+    reference = open_artifact(
+        config.checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
+    )
+    if not isinstance(reference, TorchArtifact):
+        raise ValueError(f"{config.checkpoint} is no checkpoint; name the one it was exported from")
+    candidate = open_artifact(config.artifact, device=config.device)
+    batches = sample_batches(reference.about.preprocess, config.images)
+    comparison = compare(reference.model, reference, candidate, batches)
+    if complaint := comparison.complaint(candidate.about.precision):
+        raise cli.VerificationError(f"{config.artifact} is not its checkpoint: {complaint}")
+    return {"backend": candidate.backend, "provider": candidate.provider, **vars(comparison)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,516 @@
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from importlib import metadata, util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+
+from adavipro_fast import engine, evaluate, train
+from adavipro_fast.artifact import open_artifact
+from adavipro_fast.checkpoint import checkpoint_of
+from adavipro_fast.cli import VerificationError
+from adavipro_fast.clip import FrozenEncoder, Preprocess, load_clip
+from adavipro_fast.data import DataConfig
+from adavipro_fast.export import fold, to_onnx, to_tensorrt, verify
+from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export.to_tensorrt import TensorRtConfig
+from adavipro_fast.functional import normalise
+from adavipro_fast.prompt import AdaViPro, PromptConfig
+
+SHARED = Path(__file__).parents[2] / "shared"
+KEYS = {
+    "path", "graph", "precision", "input", "opset", "verified", "reason", "max_abs_error",
+    "min_cosine", "top1_agreement", "mask_agreement", "bytes",
+}  # fmt: skip
+SIDECAR_KEYS = {
+    "class_names", "preprocess", "config", "runtime", "runtime_version", "compute_capabilities",
+    "precision", "tensor_dtypes", "batch", "onnx_sha256", "engine_sha256", "verified", "reason",
+}  # fmt: skip
+
+
+def tower(side=56, patch=14, **options):
+    visual = VisionTransformer(
+        side, patch, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16, **options
+    )
+    for parameter in visual.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    preprocess = Preprocess(side, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicubic", "shortest")
+    return FrozenEncoder(visual, preprocess, name="test", pretrained="", logit_scale=20.0)
+
+
+def prompted(encoder, **config):
+    classes = encoder(torch.zeros(1, 3, *[encoder.preprocess.size] * 2)).shape[1]
+    embeddings = F.normalize(torch.randn(5, classes), dim=-1)
+    model = AdaViPro(encoder, embeddings, PromptConfig(embed_dim=3, **config), kernel="plain")
+    return model.eval()
+
+
+# encoder, region size, prompt size, other options
+FOLDS = [
+    ({}, 14, 14, {}),
+    ({}, 8, 11, {"edge": "laplacian-magnitude", "edge_padding": "replicate"}),
+    ({}, 28, 28, {"edge": "laplacian-magnitude"}),
+    ({"patch": 28}, 7, 9, {"edge": "sobel"}),
+    ({"patch": 8, "no_ln_pre": True}, 14, 20, {"edge": "sobel", "edge_padding": "replicate"}),
+    ({"pool_type": "avg"}, 14, 5, {"edge": "none"}),
+    ({"ls_init_value": 0.1, "final_ln_after_pool": True}, 56, 14, {"edge_padding": "replicate"}),
+    ({}, 14, 14, {"activation": "relu", "edge": "laplacian-magnitude"}),
+    ({}, 14, 14, {"method": "vp"}),
+]
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("case", FOLDS, ids=str)
+def test_the_deployed_module_is_the_model(case, folded, uint8):
+    options, region, prompt, rest = case
+    model = prompted(tower(**options), region_size=region, prompt_size=prompt, **rest)
+    pixels = torch.randint(0, 256, (5, 3, 56, 56), dtype=torch.uint8)
+    image = pixels if uint8 else normalise(pixels, model.prompt.mean, model.prompt.std)
+    with torch.inference_mode():
+        expected = model(pixels)
+        got = fold.Deployed(model, folded=folded, uint8=uint8)(image)
+    assert torch.equal(got[1], expected.mask.int())
+    assert got[1].dtype == torch.int32
+    torch.testing.assert_close(got[2], expected.embedding, rtol=0, atol=2e-6)
+    torch.testing.assert_close(got[0], expected.logits, rtol=0, atol=1e-4)
+    if region == 14:
+        assert 0 < expected.mask.mean() <= 1
+
+
+def test_a_tower_that_is_no_plain_vit_is_not_folded():
+    assert "attends" in fold.folding_obstacle(tower(attentional_pool=True).visual)
+    with pytest.raises(ValueError, match="cannot be folded: .* use --graph pixel"):
+        fold.Deployed(prompted(tower(attentional_pool=True), region_size=14, prompt_size=3))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(demo_clip, tmp_path_factory):
+    """A checkpoint of the demo whose masks are neither open nor closed."""
+    torch.manual_seed(5)
+    encoder, text = demo_clip
+    names = ("disc", 'a "quoted"\nname')
+    classes = text.class_embeddings(names, ["{}"])
+    config = PromptConfig(
+        embed_dim=4, edge="laplacian-magnitude", edge_padding="replicate",
+        generator_init="avoid-edges", prompt_size=40,
+    )  # fmt: skip
+    model = AdaViPro(encoder, classes, config)
+    sample = torch.cat(verify.sample_batches(encoder.preprocess, None))
+    model.prompt.initialise(sample)
+    model.prompt.generator.policy.bias.data *= 0.5
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors"
+    checkpoint_of(model, names).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint, tmp_path_factory):
+    """Export once for each set of options."""
+    done = {}
+    folder = tmp_path_factory.mktemp("onnx")
+
+    def export(**options):
+        key = json.dumps(options)
+        if key not in done:
+            path = folder / f"{len(done)}.onnx"
+            result = to_onnx.command(OnnxConfig(checkpoint, path, **options))
+            done[key] = path, result
+        return done[key]
+
+    return export
+
+
+VARIANTS = [
+    {},
+    {"precision": "fp16", "input": "uint8"},
+    {"graph": "pixel", "input": "uint8"},
+    {"graph": "pixel", "precision": "fp16"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_an_exported_file_is_verified_and_says_so(exported, options):
+    path, result = exported(**options)
+    assert set(result) >= KEYS
+    assert result["verified"] is True
+    assert result["graph"] == options.get("graph", "folded")
+    assert result["mask_agreement"] == 1
+    assert result["top1_agreement"] == 100
+    assert result["min_cosine"] >= 0.9999
+    if "precision" not in options:
+        assert result["max_abs_error"] <= 1e-5
+    assert result["bytes"] == path.stat().st_size
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_mask_of_the_checkpoint_is_neither_open_nor_closed(checkpoint):
+    pixels = torch.cat(verify.sample_batches(open_artifact(checkpoint).about.preprocess, None))
+    assert 0.2 < open_artifact(checkpoint)(pixels).mask.mean() < 0.9
+
+
+def test_the_graph_is_lean_and_tells_nothing_of_the_machine(exported):
+    path, result = exported()
+    baseline, told = exported(baseline=True)
+    assert result["nodes"] - told["nodes"] <= 15
+    assert path.stat().st_size < 1.05 * baseline.stat().st_size
+    assert told["mask_agreement"] is None
+    model = onnx.load(path)
+    used = {name for node in model.graph.node for name in node.input}
+    assert {t.name for t in model.graph.initializer} <= used
+    assert str(Path.cwd()).encode() not in path.read_bytes()
+    assert b"site-packages" not in path.read_bytes()
+    assert "Shape" not in Counter(node.op_type for node in model.graph.node)
+
+
+def test_bf16_is_checked_in_structure_where_no_backend_runs_it(exported):
+    path, result = exported(precision="bf16")
+    if not torch.cuda.is_available():
+        assert result["verified"] is False
+        assert "bf16" in result["reason"]
+    with pytest.raises(VerificationError, match="fp16 was asked for"):
+        to_onnx.check_dtypes(path, "fp16")
+
+
+def test_a_reader_that_knows_only_the_contract_gets_the_same_predictions(
+    exported, checkpoint, folder, tmp_path
+):
+    session = onnxruntime.InferenceSession(str(exported(input="uint8")[0]))
+    about = session.get_modelmeta().custom_metadata_map
+    size = json.loads(about["preprocess"])["size"]
+    assert json.loads(about["class_names"]) == ["disc", 'a "quoted"\nname']
+    assert json.loads(about["config"])["prompt_size"] == 40
+    assert re.fullmatch("[0-9a-f]{64}", json.loads(about["checkpoint_sha256"]))
+    artifact = open_artifact(checkpoint)
+    for file in sorted(folder.rglob("*.png"))[:4]:
+        image = Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image).transpose(2, 0, 1)[None]
+        logits, mask, embedding = session.run(["logits", "mask", "embedding"], {"image": pixels})
+        expected = artifact(torch.from_numpy(pixels.copy()))
+        np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+        np.testing.assert_array_equal(mask, expected.mask)
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-6)
+        assert (logits.dtype, mask.dtype, embedding.dtype) == ("float32", "int32", "float32")
+
+
+def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder, cache):
+    train.start_run(small(tmp_path / "run", epochs=1))
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    to_onnx.command(OnnxConfig(path, tmp_path / "model.onnx"))
+    data = DataConfig(str(folder), cache_dir=cache)
+    results = [
+        evaluate.command(evaluate.EvaluateConfig(p, data=data, device="cpu"))
+        for p in (path, tmp_path / "model.onnx")
+    ]
+    assert results[1]["backend"] == "onnxruntime"
+    assert results[1]["provider"] == "CPUExecutionProvider"
+    same = ("top1", "n", "per_class", "mask_density", "mask_adaptivity", "mask_placement")
+    assert [results[0][k] for k in same] == [results[1][k] for k in same]
+
+
+def test_a_prompt_that_is_always_open_is_exported(encoder, tmp_path):
+    model = prompted(encoder, method="vp")
+    checkpoint_of(model, tuple("abcde")).save(tmp_path / "checkpoint.safetensors")
+    config = OnnxConfig(tmp_path / "checkpoint.safetensors", tmp_path / "f.onnx")
+    # The test's class embeddings belong to the demo's encoder.
+    assert to_onnx.command(replace(config, model="demo"))["verified"] is True
+    assert open_artifact(config.output)(torch.zeros(3, 3, 224, 224).byte()).mask.all()
+
+
+def test_a_resnet_is_exported_on_the_pixels(tmp_path):
+    torch.manual_seed(1)
+    encoder, _ = load_clip("RN50")
+    model = prompted(encoder, prompt_size=30, edge="sobel")
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint_of(model, tuple("abcde")).save(path)
+    identity = {"model": "RN50"}
+    with pytest.MonkeyPatch.context() as patch:
+        # The weights are random: the same encoder cannot be loaded again.
+        patch.setattr("adavipro_fast.artifact.load_encoder", lambda *_: encoder)
+        for precision in ("fp32", "fp16"):
+            result = to_onnx.command(
+                OnnxConfig(path, tmp_path / f"{precision}.onnx", precision=precision, **identity)
+            )
+            assert (result["graph"], result["verified"]) == ("pixel", True)
+        with pytest.raises(ValueError, match="ModifiedResNet has no patch embedding"):
+            to_onnx.command(OnnxConfig(path, tmp_path / "f.onnx", graph="folded", **identity))
+
+
+def test_a_graph_that_computes_something_else_is_red_and_leaves_no_file(
+    checkpoint, tmp_path, monkeypatch
+):
+    head = fold.MaskHead.forward
+    monkeypatch.setattr(fold.MaskHead, "forward", lambda self, x: -head(self, x))
+    with pytest.raises(VerificationError, match="masks agree on"):
+        to_onnx.command(OnnxConfig(checkpoint, tmp_path / "model.onnx"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_one_file_lie_beside_it(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(to_onnx, "ONE_FILE_BYTES", 1000)
+    path = tmp_path / "model.onnx"
+    result = to_onnx.command(OnnxConfig(checkpoint, path))
+    data = tmp_path / "model.onnx.data"
+    assert sorted(tmp_path.iterdir()) == [path, data]
+    assert result["bytes"] == path.stat().st_size + data.stat().st_size
+    data.write_bytes(data.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="is damaged"):
+        open_artifact(path)
+
+
+def script(name, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, Path(__file__).parents[1] / "export" / name, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+def one_line(done, *words):
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in errors[0]
+
+
+def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path):
+    output = tmp_path / "model.onnx"
+    done = script(
+        "to_onnx.py", checkpoint, "--output", output,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )  # fmt: skip
+    one_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no.safetensors", "--output", "f.onnx"], "no such file"),
+        (["{checkpoint}", "--output", "f.txt"], "does not end in .onnx"),
+        (
+            ["{checkpoint}", "--output", "f.onnx", "--precision", "fp16", "--opset", "20"],
+            "opset 20",
+        ),
+        (["{checkpoint}", "--output", "f.onnx", "--precision", "int4"], "int4"),
+        (["{checkpoint}", "--output", "f.onnx", "--model", "{other}"], "is not the one"),
+        (["{checkpoint}", "--output", "{checkpoint}/f.onnx"], "checkpoint.safetensors"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_in_one_line(checkpoint, tmp_path, arguments, words):
+    other = f"local-dir:{SHARED}/models/vit-tiny-16-aligned"
+    if "{other}" in arguments and not SHARED.is_dir():
+        pytest.skip("../shared is absent")
+    filled = [
+        a.replace("{checkpoint}", str(checkpoint)).replace("{other}", other) for a in arguments
+    ]
+    one_line(script("to_onnx.py", *filled, cwd=tmp_path), words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c[: len(c) // 2], "is cut short or was not exported"),
+        (lambda c: c[:5000] + bytes([c[5000] ^ 1]) + c[5001:], "is damaged"),
+        (lambda c: c.replace(b'"prompt_size": 40', b'"prompt_size": 41'), "is damaged"),
+        (lambda _: b"", "is cut short or was not exported"),
+    ],
+)
+def test_a_tampered_onnx_file_is_refused(exported, tmp_path, change, message):
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(change(exported()[0].read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        open_artifact(path)
+
+
+def test_a_foreign_onnx_file_is_refused(tmp_path):
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    value = [onnx.helper.make_tensor_value_info(n, 1, [1]) for n in "xy"]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", value[:1], value[1:]))
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(ValueError, match="was not exported by adavipro_fast"):
+        open_artifact(tmp_path / "foreign.onnx")
+
+
+@pytest.fixture(scope="session")
+def built(checkpoint, tmp_path_factory):
+    """Build once for each set of options."""
+    pytest.importorskip("tensorrt_rtx")
+    done = {}
+    folder = tmp_path_factory.mktemp("engines")
+
+    def build(**options):
+        key = json.dumps(options)
+        if key not in done:
+            path = folder / f"{len(done)}.engine"
+            result = to_tensorrt.command(
+                TensorRtConfig(checkpoint, path, runtime="tensorrt-rtx", **options)
+            )
+            done[key] = path, result
+        return done[key]
+
+    return build
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_real_engines_are_built_for_three_gpus_and_their_types_proven(
+    built, exported, precision, tmp_path
+):
+    path, result = built(precision=precision, compute_capability=("8.6", "8.9", "12.0"))
+    told = json.loads(engine.sidecar_path(path).read_text())
+    assert set(told) >= SIDECAR_KEYS
+    assert set(result) >= (SIDECAR_KEYS - {"class_names"}) | {"path", "build_seconds", "bytes"}
+    assert told["compute_capabilities"] == ["8.6", "8.9", "12.0"]
+    assert told["batch"] == [1, 16, 256]
+    kinds = told["tensor_dtypes"]
+    if precision == "fp16":
+        assert kinds["float16"] > kinds["float32"]
+    else:
+        assert "float16" not in kinds
+    if not torch.cuda.is_available():
+        assert told["verified"] is False
+        assert "could not be run" in told["reason"]
+    assert result["bytes"] > 1_000_000
+
+
+def test_an_engine_costs_hardly_more_than_its_baseline(built):
+    options = {"precision": "fp16", "compute_capability": ("8.6",)}
+    sizes = [built(**options, baseline=b)[1]["bytes"] for b in (False, True)]
+    # The demo's encoder is so small that the mask head's convolutions count.
+    assert sizes[0] < 1.15 * sizes[1]
+
+
+def test_a_fake_fp16_engine_is_an_error(exported):
+    trt = pytest.importorskip("tensorrt_rtx")
+    network = to_tensorrt.Network(trt, "tensorrt-rtx", exported()[0])
+    with pytest.raises(VerificationError, match="fp16 was asked for"):
+        to_tensorrt.prove_precision(network.types()["products"], "fp16")
+
+
+def test_an_engine_is_refused_where_it_cannot_run(built):
+    path, _ = built(precision="fp16", compute_capability=("8.6",))
+    values = engine.read_sidecar(path)
+    version = values["runtime_version"]
+    engine.check_runs_here(values, version, "8.6")
+    with pytest.raises(ValueError, match=r"built for compute capability 8\.6, here is 9\.0"):
+        engine.check_runs_here(values, version, "9.0")
+    with pytest.raises(ValueError, match=r"here is 0\.1; build it again"):
+        engine.check_runs_here(values, "0.1", "8.6")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            open_artifact(path)
+
+
+def test_tampered_engines_and_sidecars_are_refused(built, tmp_path):
+    source, _ = built(precision="fp16", compute_capability=("8.6",))
+    content, text = source.read_bytes(), engine.sidecar_path(source).read_text()
+    path = tmp_path / "f.engine"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        engine.read_sidecar(path)
+    path.write_bytes(content[:-100])
+    with pytest.raises(FileNotFoundError, match="json"):
+        engine.read_sidecar(path)
+    engine.sidecar_path(path).write_text(text)
+    with pytest.raises(ValueError, match="is not the engine that"):
+        engine.read_sidecar(path)
+    path.write_bytes(content)
+    assert engine.read_sidecar(path)["precision"] == "fp16"
+    for damaged in (text.replace("fp16", "fp32"), text[:300], "[]", "{}", ""):
+        engine.sidecar_path(path).write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            engine.read_sidecar(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": "4,2,8"}, "out of order"),
+        ({"batch": "1,2"}, "is not MIN,OPT,MAX"),
+        ({"compute_capability": ("9.9",)}, "'9.9' is unknown to tensorrt-rtx"),
+        ({"output": Path("f.onnx")}, "does not end in .engine"),
+        ({"source": Path("no.onnx")}, "no such file"),
+        ({"runtime": "tensorrt"}, "tensorrt"),
+    ],
+)
+def test_what_cannot_be_built_is_told(checkpoint, tmp_path, monkeypatch, options, message):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.chdir(tmp_path)
+    config = TensorRtConfig(
+        checkpoint, Path("f.engine"), runtime="tensorrt-rtx", compute_capability=("8.6",)
+    )
+    with pytest.raises((ValueError, OSError, ImportError), match=re.escape(message)):
+        to_tensorrt.command(replace(config, **options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_files_precision_is_not_rewritten(exported, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    config = TensorRtConfig(
+        exported()[0], tmp_path / "f.engine", runtime="tensorrt-rtx",
+        compute_capability=("8.6",), precision="fp16",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="holds fp32, fp16 was asked for"):
+        to_tensorrt.command(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_installed_says_how_to_get_it():
+    if util.find_spec("tensorrt"):
+        pytest.skip("tensorrt is installed here")
+    with pytest.raises(ImportError, match="pip install tensorrt"):
+        engine.runtime_module("tensorrt")
+
+
+def test_every_name_of_tensorrts_api_exists_in_its_newest_bindings():
+    try:
+        files = metadata.files("tensorrt-cu13-bindings")
+    except metadata.PackageNotFoundError:
+        pytest.skip("tensorrt-cu13-bindings is not installed")
+    library = next(f for f in files if f.name.startswith("tensorrt.") and f.suffix == ".so")
+    names = set(re.findall(rb"[A-Za-z_][A-Za-z0-9_]+", library.locate().read_bytes()))
+    sources = "".join(Path(module.__file__).read_text() for module in (engine, to_tensorrt))
+    owners = "trt|self.builder|self.definition|self.parser|options|profile|layer|runtime|context"
+    used = set(re.findall(rf"\b(?:{owners}|self.engine)\.([a-zA-Z_]\w+)", sources))
+    used |= set(re.findall(r"\btrt\.\w+\.(\w+)", sources))
+    assert {"build_serialized_network", "execute_async_v3", "STRONGLY_TYPED"} <= used
+    rtx_only = {"num_compute_capabilities", "set_compute_capability", "ComputeCapability"}
+    assert {name for name in used if name.encode() not in names} <= rtx_only
+
+
+@pytest.mark.real
+def test_real_images_and_a_real_encoder_agree_through_every_file(tmp_path):
+    encoder, text = load_clip(f"local-dir:{SHARED}/models/vit-tiny-16-aligned")
+    model = AdaViPro(
+        encoder,
+        text.class_embeddings(["banded", "dotted", "woven"], ["a photo of a {}"]),
+        PromptConfig(edge="laplacian-magnitude", edge_padding="replicate", prompt_size=60),
+    ).eval()
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint_of(model, ("banded", "dotted", "woven")).save(path)
+    subprocess.run(
+        ["tar", "xf", SHARED / "data" / "dtd10.tar", "-C", tmp_path, "dtd10/test"], check=True
+    )
+    for options in ({}, {"precision": "fp16", "input": "uint8"}):
+        result = to_onnx.command(
+            OnnxConfig(path, tmp_path / "f.onnx", images=tmp_path / "dtd10", **options)
+        )
+        assert result["verified"] is True
+        assert result["mask_agreement"] == 1
