@@ -25,7 +25,7 @@ from adavipro_fast.clip import (
 from adavipro_fast.data import DataConfig, load_dataset
 from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
 from adavipro_fast.prompt import AdaViPro, Kernel, PromptConfig
-from adavipro_fast.training import EVAL_BATCH, OptimiserConfig, Trainer
+from adavipro_fast.training import EVAL_BATCH, UNTRAINED, OptimiserConfig, Trainer
 
 CALIBRATION_IMAGES = 512
 PICTURED = 8
@@ -68,7 +68,7 @@ RECIPES: dict[str, TrainConfig] = {
             prompt_init="zero",
             generator_init="avoid-edges",
         ),
-        optimiser=OptimiserConfig(clip_prompt=0.02, lr_generator=1e-6),
+        optimiser=OptimiserConfig(clip_prompt=0.05, lr_generator=1e-6),
     ),
 }
 
@@ -223,6 +223,8 @@ def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:
         best = trainer.evaluate(test)
     figures = mask_figures(best.masks, trainer.inside)
     _draw(trainer, zero_shot_top1)
+    if progress.best_epoch == UNTRAINED:
+        _log("warning: no epoch beat the untrained prompt on validation; that one is kept")
     if trainer.model.prompt.generator is not None and figures.adaptivity < SAME_MASK:
         _log(
             f"warning: the mask does not adapt: adaptivity {figures.adaptivity:.3f}, "

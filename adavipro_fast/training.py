@@ -39,6 +39,7 @@ WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1
 MOMENTUM = 0.9
 SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
+UNTRAINED = -1
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Progress:
     correct: int = 0
     seconds: float = 0.0
     best_val: float = -1.0
-    best_epoch: int = -1
+    best_epoch: int = UNTRAINED
     scaler: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +159,9 @@ class Trainer:
             NonFiniteLossError: the last saved state is good, and nothing was saved since.
         """
         self.model.prompt.train()
+        if self.progress.best_val < 0:
+            # The untrained prompt is a candidate too: one that starts from zero does no harm.
+            self._keep(self.evaluate(self.dataset.val).top1, epoch=UNTRAINED)
         with SummaryWriter(str(self.output), purge_step=self.progress.epoch) as writer:
             while self.progress.epoch < self.config.epochs:
                 self._epoch(writer)
@@ -268,9 +272,7 @@ class Trainer:
         write_whole(self.output / "metrics.jsonl", lines.encode())
         # Among equals the later epoch has trained for longer.
         if val.top1 >= progress.best_val:
-            progress.best_val, progress.best_epoch = val.top1, progress.epoch
-            checkpoint = checkpoint_of(self.model, self.dataset.class_names)
-            checkpoint.save(self.output / "checkpoint.safetensors")
+            self._keep(val.top1, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.correct = 0.0, 0
         self.save()
@@ -280,6 +282,12 @@ class Trainer:
             f"{speed['images_per_s']:.0f} images/s",
             file=sys.stderr,
         )
+
+    def _keep(self, val_top1: float, epoch: int) -> None:
+        """Write the best prompt so far."""
+        self.progress.best_val, self.progress.best_epoch = val_top1, epoch
+        checkpoint = checkpoint_of(self.model, self.dataset.class_names)
+        checkpoint.save(self.output / "checkpoint.safetensors")
 
     def evaluate(self, split: Split) -> Evaluation:
         """Evaluate the current prompt with argmax masks, in the training precision."""
