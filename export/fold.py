@@ -100,22 +100,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Trunk(nn.Module):
-    """A vision transformer from patch tokens (B, N, W) to the pooled embedding (B, E).
+    """A vision transformer from patch tokens (B, N, W) to the pooled embedding (B, E)."""
 
-    Args:
-        visual: the tower.
-        constant: (W,), added to every patch token.
-        dtype: of the matrix products.
-    """
-
-    def __init__(self, visual: VisionTransformer, constant: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, visual: VisionTransformer, dtype: torch.dtype) -> None:
         super().__init__()
         self.class_token = visual.pool_type == "tok"
         self.pool_first = visual.final_ln_after_pool
         self.ln_pre, self.ln_post = visual.ln_pre, visual.ln_post
         positions = visual.positional_embedding.detach().double().clone()
         positions[0] += visual.class_embedding.detach()
-        positions[1:] += constant
         self.positions = nn.Parameter(positions.to(dtype))
         last = len(visual.transformer.resblocks) - 1
         self.blocks = nn.ModuleList(
@@ -140,7 +133,7 @@ class Trunk(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Images (B, 3, S, S) to patch tokens (B, N, W), but for `constant`.
+    """Images (B, 3, S, S) to patch tokens (B, N, W).
 
     Args:
         visual: the tower.
@@ -155,14 +148,17 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         weight = visual.conv1.weight.detach().double()
         self.stride = weight.shape[-1]
-        self.constant = (weight * shift.double().view(3, 1, 1)).sum((1, 2, 3))
+        bias = (weight * shift.double().view(3, 1, 1)).sum((1, 2, 3))
         if visual.conv1.bias is not None:
-            self.constant += visual.conv1.bias.detach().double()
+            bias += visual.conv1.bias.detach().double()
+        # Added before the sum is rounded: bytes are not centred, and their sums are large.
+        self.bias = nn.Parameter(bias.to(dtype)) if bool(bias.any()) else None
         self.weight = nn.Parameter((weight * scale.double().view(3, 1, 1)).to(dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images."""
-        tokens = F.conv2d(images.to(self.weight.dtype), self.weight, stride=self.stride)
+        images = images.to(self.weight.dtype)
+        tokens = F.conv2d(images, self.weight, self.bias, stride=self.stride)
         return tokens.flatten(2).transpose(1, 2)
 
 
@@ -328,7 +324,7 @@ class Deployed(nn.Module):
         self.trunk: nn.Module = Whole(visual, dtype) if obstacle else nn.Identity()
         if obstacle is None:
             self.patches = PatchEmbedding(visual, scale, shift, dtype)
-            self.trunk = Trunk(visual, self.patches.constant, dtype)
+            self.trunk = Trunk(visual, dtype)
         rows = model.class_embeddings * model.encoder.logit_scale
         self.register_buffer("classes", rows.t().contiguous())
 
