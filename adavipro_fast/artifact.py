@@ -189,14 +189,17 @@ class OnnxArtifact:
 
     def __call__(self, pixels: Tensor) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
-        image = self.about.image(pixels.to(self.device)).contiguous()
+        return self.about.prediction(self.run(self.about.image(pixels.to(self.device))))
+
+    def run(self, image: Tensor) -> dict[str, Tensor]:
+        """Run the graph on its input (B, 3, S, S), on the artifact's device."""
         names = [output.name for output in self.session.get_outputs()]
         if self.device.type == "cpu":
             arrays = self.session.run(names, {"image": image.numpy()})
             tensors = [torch.from_numpy(array) for array in arrays]
         else:
-            tensors = self._bound(image, names)
-        return self.about.prediction(dict(zip(names, tensors, strict=True)))
+            tensors = self._bound(image.contiguous(), names)
+        return dict(zip(names, tensors, strict=True))
 
     def _bound(self, image: Tensor, names: list[str]) -> list[Tensor]:
         """Run on tensors that lie on the device, without copies through the host."""

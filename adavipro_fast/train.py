@@ -224,7 +224,10 @@ def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:
     figures = mask_figures(best.masks, trainer.inside)
     _draw(trainer, zero_shot_top1)
     if progress.best_epoch == UNTRAINED:
-        _log("warning: no epoch beat the untrained prompt on validation; that one is kept")
+        _log(
+            f"warning: no epoch was better than the untrained prompt ({progress.best_val:.1f} % on "
+            "validation) by more than a standard error; the untrained one is kept"
+        )
     if trainer.model.prompt.generator is not None and figures.adaptivity < SAME_MASK:
         _log(
             f"warning: the mask does not adapt: adaptivity {figures.adaptivity:.3f}, "

@@ -102,6 +102,8 @@ class Progress:
     correct: int = 0
     seconds: float = 0.0
     best_val: float = -1.0
+    least_val: float = 0.0
+    """what an epoch must exceed to take the untrained prompt's place"""
     best_epoch: int = UNTRAINED
     scaler: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -160,8 +162,7 @@ class Trainer:
         """
         self.model.prompt.train()
         if self.progress.best_val < 0:
-            # The untrained prompt is a candidate too: one that starts from zero does no harm.
-            self._keep(self.evaluate(self.dataset.val).top1, epoch=UNTRAINED)
+            self._keep_untrained()
         with SummaryWriter(str(self.output), purge_step=self.progress.epoch) as writer:
             while self.progress.epoch < self.config.epochs:
                 self._epoch(writer)
@@ -271,7 +272,7 @@ class Trainer:
         lines = "".join(json.dumps(row) + "\n" for row in progress.rows)
         write_whole(self.output / "metrics.jsonl", lines.encode())
         # Among equals the later epoch has trained for longer.
-        if val.top1 >= progress.best_val:
+        if val.top1 >= progress.best_val and val.top1 > progress.least_val:
             self._keep(val.top1, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.correct = 0.0, 0
@@ -282,6 +283,17 @@ class Trainer:
             f"{speed['images_per_s']:.0f} images/s",
             file=sys.stderr,
         )
+
+    def _keep_untrained(self) -> None:
+        """Take the untrained prompt as a candidate: one that starts from zero does no harm.
+
+        A trained one takes its place only if it is better by a standard error of the validation
+        accuracy, for less is luck (Breiman et al., 1984).
+        """
+        val = self.evaluate(self.dataset.val)
+        share, count = val.top1 / 100, len(val.labels)
+        self.progress.least_val = val.top1 + 100 * math.sqrt(share * (1 - share) / count)
+        self._keep(val.top1, epoch=UNTRAINED)
 
     def _keep(self, val_top1: float, epoch: int) -> None:
         """Write the best prompt so far."""

@@ -203,10 +203,7 @@ def main() -> None:
     """Parse, measure, print."""
     config = cli.parse(KernelsConfig)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        publish(command(config), device, config.json)
-    except cli.VerificationError as error:
-        cli.fail(error, 1)
+    cli.run(lambda: publish(command(config), device, config.json))
 
 
 if __name__ == "__main__":

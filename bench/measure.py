@@ -1,6 +1,7 @@
 """What every bench shares: interleaved timing, medians, the machine's description, the output."""
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from adavipro_fast.checkpoint import write_whole
 
 ROOT = Path(__file__).parents[1]
+LEAST_ROUNDS = 11
 
 
 def synchronise(device: torch.device) -> None:
@@ -54,15 +56,69 @@ def interleaved_ms(
     return times
 
 
+def until_steady(
+    variants: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float
+) -> dict[str, list[float]]:
+    """Time variants in turn until every median's 95 % interval is within 2 %, or time is over.
+
+    Args:
+        variants: name to work.
+        device: where the work runs.
+        seconds: longest time to measure for.
+
+    Returns:
+        Milliseconds of each timed call, by name.
+    """
+    times = interleaved_ms(variants, device, rounds=LEAST_ROUNDS)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end and not all(map(steady, times.values())):
+        # Another order in every turn: a row must not always follow the same one.
+        order = sorted(variants, key=lambda name: hash((name, len(times[name]))))
+        more = interleaved_ms({n: variants[n] for n in order}, device, rounds=5, warm_up=0)
+        times = {name: times[name] + more[name] for name in variants}
+    return times
+
+
+def steady(times_ms: list[float]) -> bool:
+    """Tell whether the 95 % interval of the median is within 2 % of it (order statistics)."""
+    ordered = sorted(times_ms)
+    reach = 0.98 * len(ordered) ** 0.5
+    low = ordered[max(0, math.floor(len(ordered) / 2 - reach))]
+    high = ordered[min(len(ordered) - 1, math.ceil(len(ordered) / 2 + reach))]
+    return bool(high - low < 0.02 * statistics.median(ordered))
+
+
 def summary(times_ms: list[float]) -> dict[str, float]:
     """Median and interquartile range, ms."""
     low, middle, high = statistics.quantiles(times_ms, n=4)
     return {"median_ms": middle, "iqr_ms": high - low}
 
 
+def percentiles(times_ms: list[float]) -> dict[str, float]:
+    """p50, p90, p99 and interquartile range, ms."""
+    cut = statistics.quantiles(times_ms, n=100, method="inclusive")
+    return {
+        "p50_ms": cut[49],
+        "p90_ms": cut[89],
+        "p99_ms": cut[98],
+        "iqr_ms": cut[74] - cut[24],
+        "calls": len(times_ms),
+    }
+
+
 def paired_ratio(times_ms: list[float], base_ms: list[float]) -> float:
     """Median over rounds of the ratio to the base timed in the same round."""
     return statistics.median(t / b for t, b in zip(times_ms, base_ms, strict=True))
+
+
+def ratio_interval(times_ms: list[float], base_ms: list[float]) -> tuple[float, float]:
+    """95 % interval of `paired_ratio`, by bootstrap over rounds."""
+    ratios = torch.tensor(times_ms, dtype=torch.double) / torch.tensor(base_ms, dtype=torch.double)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(ratios), (2000, len(ratios)), generator=generator)
+    medians = ratios[drawn].median(1).values
+    low, high = torch.quantile(medians, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return low, high
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -86,12 +142,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def publish(rows: list[dict[str, Any]], device: torch.device, path: Path | None) -> None:
-    """Print the rows, write them where asked, and end with one JSON line."""
+def publish(rows: list[dict[str, Any]], device: torch.device, path: Path | None) -> dict[str, Any]:
+    """Show the rows, write them where asked, and return them with the machine's description."""
     for row in rows:
         figures = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
         print("  ".join(figures), file=sys.stderr)
     result = {"rows": rows, "machine": machine(device)}
     if path is not None:
         write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps(result))
+    return result

@@ -50,7 +50,7 @@ class TrainingConfig:
 
 
 class PaperForm(AdaptivePrompt):
-    """The generator as the paper writes it: 64 full-resolution maps, nothing collapsed."""
+    """The paper's generator as it is written: 64 full-resolution maps, nothing collapsed."""
 
     def forward(
         self,
@@ -65,9 +65,9 @@ class PaperForm(AdaptivePrompt):
             images = self.normalised(images)
             assert self.generator is not None
             delta = self.generator(self.edges(images))
-            if noise is None:
+            if noise is None and self.training:
                 noise = torch.logit(torch.rand_like(delta), eps=1e-6)
-            mask = decide(delta, "hard", tau=tau, noise=noise)
+            mask = decide(delta, "hard" if self.training else "argmax", tau=tau, noise=noise)
             return Prompted(apply_prompt(images, self.template(), mask), delta, mask)
 
 
@@ -129,9 +129,13 @@ def own_peak_mib(config: TrainingConfig) -> float:
 def main() -> None:
     """Parse, measure, print."""
     config = cli.parse(TrainingConfig)
+    cli.run(lambda: command(config))
+
+
+def command(config: TrainingConfig) -> dict[str, Any]:
+    """Measure all rows, or one row's memory."""
     if config.only is not None:
-        print(json.dumps({"peak_mib": own_peak_mib(config)}))
-        return
+        return {"peak_mib": own_peak_mib(config)}
     device = torch_device(config.device)
     encoder = load_encoder(config.model).in_precision(config.precision).to(device)
     steps = {name: build_step(name, encoder, config) for name in NAMES}
@@ -149,7 +153,7 @@ def main() -> None:
                 "images_per_s": 1e3 * config.batch / figures["median_ms"],
             }
         )
-    publish(rows, device, config.json)
+    return publish(rows, device, config.json)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,15 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(small,
         start_run(small(tmp_path, lr_prompt=1e38, epochs=9))
     saved = load_file(tmp_path / "last.safetensors") if list(tmp_path.glob("last*")) else {}
     assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_a_run_that_helps_no_one_gives_the_untrained_prompt_back(small, tmp_path, capsys):
+    config = small(tmp_path / "run", epochs=1, lr_prompt=0.0)
+    config = replace(config, prompt=replace(config.prompt, prompt_init="zero"))
+    result = start_run(config)
+    assert "the untrained one is kept" in capsys.readouterr().err
+    assert result["test_top1"] == result["zero_shot_top1"]
+    assert not load_file(result["checkpoint"])["prompt"].any()
 
 
 def test_evaluate_gives_training_s_test_figure(trained, folder, cache):
