@@ -28,19 +28,19 @@ MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 # region, grid, batch, prompt size, mode, edge, replicate, pixels
 CASES = [
-    (8, 3, 3, 5, "hard", "laplacian", False, torch.uint8),
-    (16, 4, 1, 30, "soft", "laplacian-magnitude", True, torch.float32),
-    (16, 4, 3, 30, "hard", "laplacian-magnitude", True, torch.uint8),
-    (16, 2, 9, 5, "soft", "laplacian", True, torch.float16),
-    (32, 3, 3, 30, "hard", "laplacian-magnitude", False, torch.float32),
+    (8, 3, 2, 5, "hard", "laplacian", False, torch.uint8),
+    (16, 3, 1, 24, "soft", "laplacian-magnitude", True, torch.float32),
+    (16, 2, 3, 16, "hard", "laplacian-magnitude", True, torch.uint8),
+    (16, 2, 5, 5, "soft", "laplacian", True, torch.float16),
+    (32, 3, 1, 30, "hard", "laplacian-magnitude", False, torch.float32),
     (32, 2, 3, 32, "argmax", "laplacian", False, torch.uint8),
-    (32, 2, 9, 5, "soft", "laplacian", False, torch.float32),
+    (32, 2, 5, 5, "soft", "laplacian", False, torch.float32),
     (32, 4, 1, 60, "soft", "laplacian-magnitude", True, torch.uint8),
     (56, 4, 1, 112, "hard", "laplacian-magnitude", True, torch.uint8),
-    (56, 2, 5, 30, "soft", "laplacian", False, torch.float16),
+    (56, 2, 3, 30, "soft", "laplacian", False, torch.float16),
     (14, 3, 2, 11, "hard", "laplacian", True, torch.float32),
     (7, 3, 2, 10, "argmax", "laplacian-magnitude", False, torch.float16),
-    (2, 2, 9, 2, "hard", "laplacian", False, torch.float32),
+    (2, 2, 5, 2, "hard", "laplacian", False, torch.float32),
 ]
 
 
@@ -207,10 +207,10 @@ def test_kernel_noise_is_logistic_and_independent():
     between_regions = torch.corrcoef(table.T) - torch.eye(grid)
     assert between_regions.abs().max() < 5 / math.sqrt(images)
     lagged = torch.corrcoef(torch.stack([noise[:-grid], noise[grid:]]))[0, 1]
-    next_step = kernels.logistic_noise(12, 0, draws, DEVICE).cpu()
-    steps = torch.corrcoef(torch.stack([noise, next_step]))[0, 1]
+    next_step = kernels.logistic_noise(12, 0, draws // 10, DEVICE).cpu()
+    steps = torch.corrcoef(torch.stack([noise[: draws // 10], next_step]))[0, 1]
     assert abs(lagged) < limit
-    assert abs(steps) < limit
+    assert abs(steps) < limit * math.sqrt(10)
 
 
 def test_backward_is_deterministic():
@@ -335,7 +335,7 @@ def test_no_training_path_makes_wide_maps_and_the_fused_one_no_edge_map_nor_dila
 def test_cubins_compile_for_every_architecture_without_spills():
     script = Path(__file__).parents[1] / "bench" / "kernels_aot.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    arguments = [sys.executable, script, "--region-sizes", "32", "56"]
+    arguments = [sys.executable, script, "--region-sizes", "32"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -346,13 +346,24 @@ def test_cubins_compile_for_every_architecture_without_spills():
     }
     for row in rows:
         assert row["spill_bytes"] == 0, row
-        assert row["vector_stores"] > 0 or row["region_size"] == 56, row
+        assert row["vector_stores"] > 0, row
         assert row["cubin_bytes"] > 1000, row
+    result = json.loads(done.stdout.splitlines()[-1])
+    committed = json.loads((script.parent / "results" / "kernels-aot.json").read_text())
+    table = committed["rows"]
+    assert {r["region_size"] for r in table} == {8, 16, 32, 56}
+    assert not any(r["spill_bytes"] for r in table)
+    same = ("kernel", "arch", "registers", "shared_bytes")
+    # Another compiler gives other figures.
+    if result["machine"] == committed["machine"]:
+        told = [tuple(r[k] for k in same) for r in table if r["region_size"] == 32]
+        assert told == [tuple(r[k] for k in same) for r in rows]
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_argmax_agrees_on_every_region_of_100_real_images(tmp_path):
+@pytest.mark.parametrize("edge", ["laplacian", "laplacian-magnitude"])
+def test_argmax_agrees_on_every_region_of_100_real_images(edge, tmp_path):
     with tarfile.open(SHARED / "data" / "dtd10.tar") as archive:
         members = [m for m in archive if m.name.endswith(".jpg")][::12][:100]
         archive.extractall(tmp_path, members, filter="data")
@@ -360,13 +371,12 @@ def test_argmax_agrees_on_every_region_of_100_real_images(tmp_path):
     files = sorted(tmp_path.rglob("*.jpg"))
     assert len(files) == 100
     pixels = torch.stack([torch.from_numpy(transform(Image.open(f))) for f in files]).to(DEVICE)
-    for edge in ("laplacian", "laplacian-magnitude"):
-        options = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-        config = PromptConfig(edge=edge, embed_dim=8)
-        twins = [AdaptivePrompt(224, config, kernel=k, **options) for k in ("fused", "plain")]
-        twins[1].load_state_dict(twins[0].state_dict())
-        with torch.no_grad():
-            fused_masks, plain_masks = (t.to(DEVICE).eval()(pixels) for t in twins)
-        tie = plain_masks.delta.abs() < 1e-5 * plain_masks.delta.abs().max()
-        assert tie.sum() <= 5
-        assert torch.equal(fused_masks.mask[~tie], plain_masks.mask[~tie])
+    options = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    config = PromptConfig(edge=edge, embed_dim=8)
+    twins = [AdaptivePrompt(224, config, kernel=k, **options) for k in ("fused", "plain")]
+    twins[1].load_state_dict(twins[0].state_dict())
+    with torch.no_grad():
+        fused_masks, plain_masks = (t.to(DEVICE).eval()(pixels) for t in twins)
+    tie = plain_masks.delta.abs() < 1e-5 * plain_masks.delta.abs().max()
+    assert tie.sum() <= 5
+    assert torch.equal(fused_masks.mask[~tie], plain_masks.mask[~tie])
