@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -46,10 +47,13 @@ def interleaved_ms(
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in tqdm(range(warm_up + rounds), "measure", leave=False):
-        for name, work in variants.items():
+        order = list(variants)
+        # What ran before leaves caches and clocks behind: nobody always follows the same one.
+        random.Random(turn).shuffle(order)
+        for name in order:
             synchronise(device)
             began = time.perf_counter()
-            work()
+            variants[name]()
             synchronise(device)
             if turn >= warm_up:
                 times[name].append(1e3 * (time.perf_counter() - began))
@@ -72,9 +76,7 @@ def until_steady(
     times = interleaved_ms(variants, device, rounds=LEAST_ROUNDS)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end and not all(map(steady, times.values())):
-        # Another order in every turn: a row must not always follow the same one.
-        order = sorted(variants, key=lambda name: hash((name, len(times[name]))))
-        more = interleaved_ms({n: variants[n] for n in order}, device, rounds=5, warm_up=0)
+        more = interleaved_ms(variants, device, rounds=5, warm_up=0)
         times = {name: times[name] + more[name] for name in variants}
     return times
 

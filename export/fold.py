@@ -115,7 +115,8 @@ class Trunk(nn.Module):
             Block(block, dtype, first_only=self.class_token and number == last)
             for number, block in enumerate(visual.transformer.resblocks)
         )
-        self.proj = nn.Parameter(visual.proj.detach().to(dtype))
+        # What is left of the embedding's accuracy is not rounded away at its last step.
+        self.proj = nn.Parameter(visual.proj.detach().float())
 
     def forward(self, patches: Tensor) -> Tensor:
         """Encode patch tokens (B, N, W)."""
@@ -124,8 +125,8 @@ class Trunk(nn.Module):
         for block in self.blocks:
             x = block(x)
         if self.class_token:
-            return layer_norm(x[:, 0], self.ln_post) @ self.proj
-        x = x[:, 1:]
+            return layer_norm(x[:, 0].float(), self.ln_post) @ self.proj
+        x = x[:, 1:].float()
         pooled = layer_norm(x.mean(1), self.ln_post)
         if not self.pool_first:
             pooled = layer_norm(x, self.ln_post).mean(1)
@@ -148,12 +149,15 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         weight = visual.conv1.weight.detach().double()
         self.stride = weight.shape[-1]
-        bias = (weight * shift.double().view(3, 1, 1)).sum((1, 2, 3))
+        scaled = weight * scale.double().view(3, 1, 1)
+        self.weight = nn.Parameter(scaled.to(dtype))
+        # Of the rounded weights, so that their rounding meets centred pixels, not bytes.
+        offset = (shift / scale).double().view(3, 1, 1)
+        bias = (self.weight.detach().double() * offset).sum((1, 2, 3))
         if visual.conv1.bias is not None:
             bias += visual.conv1.bias.detach().double()
-        # Added before the sum is rounded: bytes are not centred, and their sums are large.
+        # In the convolution, where it is added before the sum is rounded.
         self.bias = nn.Parameter(bias.to(dtype)) if bool(bias.any()) else None
-        self.weight = nn.Parameter((weight * scale.double().view(3, 1, 1)).to(dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images."""

@@ -237,7 +237,9 @@ def check_dtypes(path: Path, precision: Precision) -> None:
     found: Counter[int] = Counter()
     for node in graph.node:
         kind = kinds.get(node.input[0])
-        wide = node.op_type in safe or any(n.startswith(("head.", "classes")) for n in node.input)
+        wide = node.op_type in safe or any(
+            n.startswith(("head.", "trunk.proj", "classes")) for n in node.input
+        )
         if wide and kind != TensorProto.FLOAT:
             raise cli.VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
         if not wide and node.op_type in ("MatMul", "Gemm", "Conv", "Attention"):

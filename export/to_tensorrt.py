@@ -43,8 +43,8 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # TensorRT's names of the types.
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "ATTENTION", "ATTENTION_INPUT")
-# The mask path's convolutions and the logits stay in fp32.
-WIDE_PRODUCTS = 4
+# The mask path's convolutions, the last projection and the logits stay in fp32.
+WIDE_PRODUCTS = 5
 
 
 @dataclass(frozen=True)
