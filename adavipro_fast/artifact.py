@@ -2,7 +2,7 @@
 
 artifact = open_artifact("runs/demo-adavipro-1/checkpoint.safetensors")
 logits, mask, embedding = artifact(pixels)            # (B, 3, S, S) uint8 RGB
-print(artifact.class_names[logits[0].argmax()])
+print(artifact.about.class_names[logits[0].argmax()])
 """
 
 import hashlib

@@ -386,6 +386,10 @@ class AdaViPro(nn.Module):
     ) -> Prediction:
         """Classify a batch (paper eq. 2); the arguments are `AdaptivePrompt.forward`'s."""
         prompted = self.prompt(images, tau=tau, noise=noise, seed=seed)
-        embedding = self.encoder(prompted.images)
+        return self.classify(prompted.images, prompted.mask)
+
+    def classify(self, images: Tensor, mask: Tensor) -> Prediction:
+        """Classify normalised images (B, 3, S, S) as they are, prompted or not."""
+        embedding = self.encoder(images)
         logits = self.encoder.logit_scale * embedding @ self.class_embeddings.t()
-        return Prediction(logits, prompted.mask, embedding)
+        return Prediction(logits, mask, embedding)

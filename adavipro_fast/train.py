@@ -204,10 +204,8 @@ def _zero_shot(trainer: Trainer) -> Evaluation:
     model = trainer.model
 
     def predict(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding = model.encoder(model.prompt.normalised(images))
-        return embedding @ model.class_embeddings.t(), trainer.inside[None].expand(
-            len(images), -1, -1
-        )
+        mask = trainer.inside[None].expand(len(images), -1, -1)
+        return model.classify(model.prompt.normalised(images), mask)[:2]
 
     return evaluate(predict, trainer.dataset.test.batches(EVAL_BATCH, trainer.device))
 

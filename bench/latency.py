@@ -108,7 +108,7 @@ class Subject:
             self.model.prompt.config,
             kernel="auto",
         )
-        model.load_state_dict(self.model.state_dict(), strict=False)
+        model.prompt.load_state_dict(self.model.prompt.state_dict())
         return model.eval().to(self.device)
 
     def check(self, row: Row, count: int) -> None:
@@ -183,9 +183,10 @@ def replace_prompt(model: AdaViPro, prompt: torch.nn.Module) -> AdaViPro:
     twin = AdaViPro(
         model.encoder, model.class_embeddings, model.prompt.config, kernel=model.prompt.kernel
     )
-    twin.load_state_dict({f"prompt.{k}": v for k, v in prompt.state_dict().items()}, strict=False)
     if isinstance(prompt, PaperForm):
         twin.prompt = prompt
+    else:
+        twin.prompt.load_state_dict(prompt.state_dict())
     return twin.eval().to(model.class_embeddings.device)
 
 
@@ -265,12 +266,17 @@ def pipeline_rows(subject: Subject, folder: Path) -> list[Row]:
 
 
 def engine_rows() -> list[Row]:
-    """Say why no engine is timed here, or that bench/gpu_check.py does it."""
+    """Say why no engine is timed."""
     reason = "export/to_tensorrt.py builds the engine; it needs a CUDA device to run"
     if compute_capability() is not None:
-        reason = "engines are timed by their own runtime's tools on this machine"
+        reason = "this bench cannot time engines yet"
     return [
-        Row(name, name.rsplit("_", 1)[0] + "_baseline", "prompt + encoder", skipped=reason)
+        Row(
+            name,
+            name.rsplit("_", 1)[0] + "_baseline",
+            "encoder" if name.endswith("baseline") else "prompt + encoder",
+            skipped=reason,
+        )
         for name in ENGINES
     ]
 

@@ -193,7 +193,7 @@ class TokenTable(nn.Module):
         ]
         pairs = [[(y, x) for y in rows for x in cols] for rows in spans for cols in spans]
         most = max(map(len, pairs))
-        # A token with fewer regions repeats its first one with an empty row.
+        # A token with fewer regions than others names region 0 again, with an empty row.
         index = [[y * grid + x for y, x in p] + [0] * (most - len(p)) for p in pairs]
         table = torch.zeros(most, len(pairs), weight.shape[0], dtype=torch.double)
         regions = torch.arange(side) // region

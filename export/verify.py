@@ -133,11 +133,9 @@ class Unprompted:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
-        model = self.model
-        embedding = model.encoder(model.prompt.normalised(pixels))
-        logits = model.encoder.logit_scale * embedding @ model.class_embeddings.t()
-        grid = model.prompt.grid
-        return Prediction(logits, torch.zeros(len(pixels), grid, grid), embedding)
+        prompt = self.model.prompt
+        closed = torch.zeros(len(pixels), prompt.grid, prompt.grid)
+        return self.model.classify(prompt.normalised(pixels), closed)
 
 
 @dataclass(frozen=True)
