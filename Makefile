@@ -18,8 +18,10 @@ lint: .venv/ready
 	MYPYPATH=build/lint $(BIN)/mypy bench/*.py
 
 bench: .venv/ready
-	$(BIN)/python bench/training.py --json bench/results/training.json
-	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
+	$(BIN)/python bench/latency.py --quick
+	$(BIN)/python bench/throughput.py --quick
+	$(BIN)/python bench/training.py --quick
+	$(BIN)/python bench/kernels.py
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

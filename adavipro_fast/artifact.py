@@ -84,7 +84,7 @@ class Description:
                 values["input"],
                 bool(values["baseline"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} has metadata that cannot be used: {error}") from error
 
     def image(self, pixels: Tensor) -> Tensor:
@@ -169,6 +169,8 @@ class OnnxArtifact:
         place = torch_device(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        # Its threads would go on spinning and take the cores from what runs next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         provider: Any = "CPUExecutionProvider"
         if place.type == "cuda":
             # Without this, what CUDA cannot run would silently run on the CPU.
@@ -242,9 +244,16 @@ def describe_onnx(path: Path) -> Description:
         raise ValueError(f"{path} is damaged: it is not what was exported; export it again")
     import onnx
 
-    properties = onnx.load_model_from_string(content).metadata_props
-    values = {p.key: json.loads(p.value) for p in properties if p.key != SEAL_KEY}
     data = path.with_name(path.name + ".data")
+    try:
+        model = onnx.load_model_from_string(content)
+        values = {p.key: json.loads(p.value) for p in model.metadata_props if p.key != SEAL_KEY}
+    except Exception as error:  # protobuf's own errors, nesting without end, ...
+        raise ValueError(f"{path} is no ONNX file of ours: {error}") from error
+    for tensor in model.graph.initializer:
+        # A file may name any other file as the place of its weights.
+        if any(e.key == "location" and e.value != data.name for e in tensor.external_data):
+            raise ValueError(f"{path} wants weights from elsewhere than {data.name}; refused")
     if "data_sha256" in values and values["data_sha256"] != file_sha256(data):
         raise ValueError(f"{data} is damaged: it is not what was exported; export it again")
     return Description.of(values, path)

@@ -60,12 +60,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safetensors.safe_open(str(path), "pt") as file:
             metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    # Not only SafetensorError: types that torch lacks, nesting without end, ...
+    except Exception as error:
         raise ValueError(
             f"{path} is not a whole safetensors file of ours: {error}; make it again"
         ) from error
     for name, value in tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not bool(value.float().isfinite().all()):
             raise ValueError(f"{path}: tensor {name!r} holds NaN or infinity; train it again")
     return tensors, metadata
 
@@ -165,7 +166,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         check_region(checkpoint.preprocess.size, checkpoint.config.region_size)
         frame(checkpoint.preprocess.size, checkpoint.config.prompt_size)
         _check_shapes(checkpoint)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint that can be used: {error}") from error
     return checkpoint
 

@@ -23,9 +23,14 @@ class VerificationError(Exception):
     """A result was checked and found wrong."""
 
 
+def printable(text: str) -> str:
+    """Escape what a terminal would take as a command: names come from folders and files."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def fail(message: object, code: int = 2) -> NoReturn:
     """Print one line on stderr and exit."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    print("error: " + printable(" ".join(str(message).split())), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -54,7 +59,7 @@ def parse(kind: type[Config] | Callable[..., Config], default: Any = None) -> Co
         fail(text.split("For full helptext")[0] + f"; see {sys.argv[0]} --help")
 
 
-def run(command: Callable[[], dict[str, Any]]) -> None:
+def run(command: Callable[[], dict[str, Any]], *, quiet: bool = False) -> None:
     """Run a command and print its JSON; turn what went wrong into a line and an exit code."""
     try:
         result = command()
@@ -64,4 +69,5 @@ def run(command: Callable[[], dict[str, Any]]) -> None:
         fail(error, 1)
     except KeyboardInterrupt as stop:
         fail(stop or "interrupted", INTERRUPTED)
-    print(json.dumps(result))
+    if not quiet:
+        print(json.dumps(result))

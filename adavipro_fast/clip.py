@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+LARGEST_SIDE = 4096
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+RESIZE_MODES = ("shortest", "longest", "squash")
 DEFAULT_TEMPLATE = "This is a photo of a {}"
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
@@ -31,6 +35,19 @@ class Preprocess:
     std: tuple[float, ...]
     interpolation: str
     resize_mode: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= LARGEST_SIDE:
+            raise ValueError(f"image side {self.size} is out of range; 1 to {LARGEST_SIDE} works")
+        if not (len(self.mean) == len(self.std) == 3):
+            raise ValueError("mean and std need three channels")
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} or std {self.std} cannot normalise an image")
+        if self.interpolation not in INTERPOLATIONS or self.resize_mode not in RESIZE_MODES:
+            raise ValueError(
+                f"interpolation {self.interpolation!r} with resize mode {self.resize_mode!r} is "
+                f"unknown; use {', '.join(INTERPOLATIONS)} and {', '.join(RESIZE_MODES)}"
+            )
 
     def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
         """Return open_clip's own preprocessing up to the pixels: image to (3, S, S) uint8."""

@@ -1,34 +1,23 @@
-"""Data sets, splits and the decoded-image cache.
-
-Images are decoded and resized once, by the encoder's own preprocessing, into a memory-mapped
-uint8 file. Its name is a hash of the images' bytes and of the preprocessing, so a changed image or
-another encoder makes a new file and a moved folder does not.
-"""
+"""Data sets and their splits: folders, torchvision's, and those in CoOp's format."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from io import BytesIO
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
-from filelock import FileLock
-from numpy.lib.format import open_memmap
-from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
 from adavipro_fast import demo
+from adavipro_fast.cache import DEFAULT_DIR, Source, decoded
 from adavipro_fast.clip import Preprocess
 
 HOLDOUT = 0.1
-DECODERS = 8
+LARGEST_LIST = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,49 +25,18 @@ class DataConfig:
     """Which labelled images are used."""
 
     data: str = "demo"
-    """cifar10, cifar100, demo, or a folder with train/ [val/] test/<class name>/*"""
+    """a folder with train/ [val/] test/<class name>/*, demo, cifar10, cifar100, dtd, eurosat,
+    flowers102, food101, pets, sun397 or ucf101"""
     data_root: Path = Path("data")
     """where named data sets lie"""
     download: bool = False
     """fetch a named data set where torchvision can"""
     limit_train: int | None = None
     """use this many training images, the same number of each class"""
-    cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "adavipro_fast")
+    cache_dir: Path = DEFAULT_DIR
     """where decoded images are kept"""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images of one split before decoding, with labels."""
-
-    labels: tuple[int, ...]
-    read: Callable[[int], bytes]
-    """encoded bytes of image i, or raw RGB bytes where `shape` is set"""
-    name: Callable[[int], str]
-    """what to call image i in a message"""
-    shape: tuple[int, int, int] | None = None
-    """(height, width, 3) of raw images"""
-
-    def open(self, index: int) -> Image.Image:
-        """Decode image i."""
-        content = self.read(index)
-        if self.shape is not None:
-            return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.shape))
-        return decode_image(content, self.name(index))
-
-
-def decode_image(content: bytes, name: str) -> Image.Image:
-    """Decode a JPEG, PNG, ... completely.
-
-    Raises:
-        ValueError: broken, unreadable, or of an absurd size.
-    """
-    try:
-        image = Image.open(BytesIO(content))
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {name}: {error}; replace or remove it") from error
-    return image
+    cache_limit_gb: float = 100.0
+    """most that is kept there, 10^9 bytes; images used longest ago go first"""
 
 
 @dataclass(frozen=True)
@@ -101,10 +59,12 @@ class Split:
         images = self.images[rows.to(self.images.device)]
         return images.to(device, non_blocking=True), self.labels[rows].to(device)
 
-    def batches(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all images in order, in batches of at most `size`."""
-        for start in range(0, len(self), size):
-            yield self.batch(torch.arange(start, min(start + size, len(self))), device)
+    def batches(
+        self, size: int, device: torch.device, *, part: int = 0, of: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images in order, in batches of at most `size`; of these every `of`-th one."""
+        for positions in torch.arange(len(self)).split(size)[part::of]:
+            yield self.batch(positions, device)
 
     def resident(self, device: torch.device) -> "Split":
         """Keep the images on a CUDA device where they take at most half of its free memory."""
@@ -125,6 +85,8 @@ class Dataset:
     train: Split
     val: Split
     test: Split
+    sha256: str
+    """of names, labels and pixels before the splits are cut"""
 
 
 def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -> Dataset:
@@ -140,10 +102,18 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
         ValueError: an image cannot be read, a class is empty, or splits disagree on the classes.
     """
     class_names, sources = _sources(config)
-    splits = {
-        name: _decoded(source, preprocess, config.cache_dir, label=f"{config.data} {name}")
-        for name, source in sources.items()
-    }
+    splits, digest = {}, hashlib.sha256(json.dumps(class_names).encode())
+    for name, source in sources.items():
+        images, key = decoded(
+            source,
+            preprocess,
+            config.cache_dir,
+            label=f"{config.data} {name}",
+            limit=int(1e9 * config.cache_limit_gb),
+        )
+        labels = torch.tensor(source.labels)
+        splits[name] = Split(torch.from_numpy(images), labels, torch.arange(len(labels)))
+        digest.update(f"{name} {key} {source.labels}".encode())
     train = splits["train"]
     if "val" not in splits:
         held, kept = _stratified(train.labels, round(HOLDOUT * len(train)), seed)
@@ -162,7 +132,7 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
             )
         chosen, _ = _stratified(train.labels[train.rows], config.limit_train, seed + 1)
         train = Split(train.images, train.labels, train.rows[chosen])
-    return Dataset(class_names, train, splits["val"], splits["test"])
+    return Dataset(class_names, train, splits["val"], splits["test"], digest.hexdigest())
 
 
 def _stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -183,6 +153,8 @@ def _sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
         return demo.CLASS_NAMES, {name: _demo_source(name) for name in demo.SPLITS}
     if config.data in TORCHVISION:
         return _torchvision_sources(config)
+    if config.data in COOP:
+        return coop_sources(COOP[config.data], config.data_root)
     return _folder_sources(Path(config.data))
 
 
@@ -197,8 +169,7 @@ def _demo_source(split: str) -> Source:
     )
 
 
-# Data sets that torchvision reads. The ones in CoOp's format (a folder of images and a
-# split_zhou_*.json) belong beside this table.
+# Data sets that torchvision reads.
 TORCHVISION: dict[str, Any] = {
     "cifar10": torchvision.datasets.CIFAR10,
     "cifar100": torchvision.datasets.CIFAR100,
@@ -230,10 +201,141 @@ def _array_source(data: Any, title: str) -> Source:
     )
 
 
+@dataclass(frozen=True)
+class Coop:
+    """Where CoOp keeps a data set: a folder of images and a json of its splits."""
+
+    folder: str
+    images: str
+    split: str
+    origin: str
+    """where the images officially come from"""
+
+
+COOP = {
+    "dtd": Coop(
+        "dtd",
+        "images",
+        "split_zhou_DescribableTextures.json",
+        "robots.ox.ac.uk/~vgg/data/dtd",
+    ),
+    "eurosat": Coop("eurosat", "2750", "split_zhou_EuroSAT.json", "github.com/phelber/EuroSAT"),
+    "flowers102": Coop(
+        "oxford_flowers",
+        "jpg",
+        "split_zhou_OxfordFlowers.json",
+        "robots.ox.ac.uk/~vgg/data/flowers/102",
+    ),
+    "food101": Coop(
+        "food-101",
+        "images",
+        "split_zhou_Food101.json",
+        "data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
+    ),
+    "pets": Coop(
+        "oxford_pets", "images", "split_zhou_OxfordPets.json", "robots.ox.ac.uk/~vgg/data/pets"
+    ),
+    "sun397": Coop(
+        "sun397", "SUN397", "split_zhou_SUN397.json", "vision.princeton.edu/projects/2010/SUN"
+    ),
+    "ucf101": Coop(
+        "ucf101",
+        "UCF-101-midframes",
+        "split_zhou_UCF101.json",
+        "crcv.ucf.edu/data/UCF101.php (CoOp's middle frames)",
+    ),
+}
+# What CoOp calls EuroSAT's classes, whose folder names are no English.
+EUROSAT = {
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
+}
+
+
+def coop_sources(layout: Coop, root: Path) -> tuple[tuple[str, ...], dict[str, Source]]:
+    """Read a data set in CoOp's format.
+
+    Args:
+        layout: where its parts lie under the root.
+        root: folder of all data sets.
+
+    Returns:
+        Class names in label order, and the three splits.
+
+    Raises:
+        FileNotFoundError: json, folder or an image is missing.
+        ValueError: the json is not what it should be.
+    """
+    folder = root / layout.folder
+    wanted = (
+        f"expected {folder / layout.images}/... from {layout.origin} and {folder / layout.split} "
+        "from CoOp (github.com/KaiyangZhou/CoOp); name the folder above with --data-root"
+    )
+    for path in (folder / layout.split, folder / layout.images):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing; {wanted}")
+    splits = read_split(folder / layout.split)
+    names: dict[int, str] = {}
+    for label, name in (entry[1:] for entries in splits.values() for entry in entries):
+        if names.setdefault(label, name) != name:
+            raise ValueError(
+                f"{folder / layout.split} calls class {label} both {names[label]!r} and {name!r}"
+            )
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{folder / layout.split} has labels that are not 0 to {len(names) - 1}")
+    sources = {}
+    for split, entries in splits.items():
+        paths = [folder / layout.images / entry[0] for entry in entries]
+        missing = next((path for path in paths if not path.is_file()), None)
+        if missing is not None:
+            raise FileNotFoundError(f"{missing} is missing; {wanted}")
+        sources[split] = _file_source(paths, [entry[1] for entry in entries])
+    class_names = tuple(EUROSAT.get(names[i], names[i]) for i in range(len(names)))
+    return class_names, sources
+
+
+def read_split(path: Path) -> dict[str, list[tuple[str, int, str]]]:
+    """Read a split_zhou_*.json: train, val and test lists of (path, label, class name).
+
+    Raises:
+        ValueError: it is not of this form, or a path leads out of the folder.
+    """
+    try:
+        if path.stat().st_size > LARGEST_LIST:
+            raise ValueError(f"it is larger than {LARGEST_LIST} bytes")
+        content = json.loads(path.read_bytes())
+        splits = {name: [_entry(row) for row in content[name]] for name in ("train", "val", "test")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a split of CoOp's form: {error!r}") from error
+    if not all(splits.values()):
+        raise ValueError(f"{path} has an empty split")
+    return splits
+
+
+def _entry(row: Any) -> tuple[str, int, str]:
+    path, label, name = row
+    if not (type(path) is str and type(label) is int and type(name) is str):
+        raise ValueError(f"{row!r} is not [path, label, class name]")
+    if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
+        raise ValueError(f"path {path!r} leads out of the folder")
+    return path, label, name
+
+
+def _file_source(paths: list[Path], labels: list[int]) -> Source:
+    return Source(tuple(labels), read=lambda i: paths[i].read_bytes(), name=lambda i: str(paths[i]))
+
+
 def _folder_sources(root: Path) -> tuple[tuple[str, ...], dict[str, Source]]:
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no data folder {root}; --data takes a folder, demo, {', '.join(TORCHVISION)}"
+            f"no data folder {root}; --data takes a folder, demo, "
+            f"{', '.join(sorted([*TORCHVISION, *COOP]))}"
         )
     for split in ("train", "test"):
         if not (root / split).is_dir():
@@ -253,9 +355,21 @@ def _folder_sources(root: Path) -> tuple[tuple[str, ...], dict[str, Source]]:
 
 def _class_folders(folder: Path) -> list[str]:
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    for name in names:
+        # The file system's bytes are no text: they could not be stored or shown.
+        if not name.isprintable() and not _is_text(name):
+            raise ValueError(f"class folder {name!r} in {folder} is not UTF-8; rename it")
     if not names:
         raise ValueError(f"{folder} has no class folders; put images in {folder}/<class name>/")
     return names
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _folder_source(folder: Path, class_names: tuple[str, ...]) -> Source:
@@ -271,53 +385,4 @@ def _folder_source(folder: Path, class_names: tuple[str, ...]) -> Source:
             raise ValueError(f"{folder / name} holds no image; remove the class or add images")
         files += found
         labels += [label] * len(found)
-    return Source(tuple(labels), read=lambda i: files[i].read_bytes(), name=lambda i: str(files[i]))
-
-
-def _decoded(source: Source, preprocess: Preprocess, cache_dir: Path, *, label: str) -> Split:
-    """Open the split's cache file, making it first where it is not there."""
-    path = cache_dir / f"{_key(source, preprocess)}.npy"
-    count = len(source.labels)
-    shape = (count, 3, preprocess.size, preprocess.size)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                _fill(path, shape, source, preprocess, label)
-        # Copy-on-write: torch wants writable memory, the file stays as it is.
-        images = np.load(path, mmap_mode="c")
-    except OSError as error:
-        raise OSError(f"cannot keep decoded images in {cache_dir}: {error}") from error
-    if images.shape != shape or images.dtype != np.uint8:
-        raise ValueError(f"{path} is not the cache file it should be; remove it")
-    return Split(torch.from_numpy(images), torch.tensor(source.labels), torch.arange(count))
-
-
-def _key(source: Source, preprocess: Preprocess) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(preprocess), sort_keys=True).encode())
-    with ThreadPoolExecutor(DECODERS) as pool:
-        indices = range(len(source.labels))
-        for content in pool.map(lambda i: hashlib.sha256(source.read(i)).digest(), indices):
-            digest.update(content)
-    return digest.hexdigest()[:32]
-
-
-def _fill(
-    path: Path, shape: tuple[int, ...], source: Source, preprocess: Preprocess, label: str
-) -> None:
-    partial = path.with_suffix(".partial")
-    pixels = open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-    transform = preprocess.pixels()
-
-    def decode(index: int) -> None:
-        pixels[index] = transform(source.open(index))
-
-    try:
-        with ThreadPoolExecutor(DECODERS) as pool:
-            done = pool.map(decode, range(shape[0]))
-            for _ in tqdm(done, f"decode {label}", shape[0], unit="image", leave=False):
-                pass
-        pixels.flush()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return _file_source(files, labels)

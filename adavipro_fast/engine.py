@@ -15,6 +15,11 @@ from adavipro_fast.artifact import Description, file_sha256, torch_device
 from adavipro_fast.prompt import Prediction
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+LARGEST_SIDECAR = 64 * 2**20
+SIDECAR_TYPES = {
+    **dict.fromkeys(("runtime", "runtime_version", "engine_sha256"), str),
+    **dict.fromkeys(("compute_capabilities", "batch"), list),
+}
 INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt-rtx": "pip install tensorrt-rtx-cu13"}
 
 
@@ -62,11 +67,21 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
         if not file.is_file():
             raise FileNotFoundError(f"no such file: {file}; build with export/to_tensorrt.py")
     try:
+        if path.stat().st_size > LARGEST_SIDECAR:
+            raise ValueError(f"it is larger than {LARGEST_SIDECAR} bytes")
         values = json.loads(path.read_text())
         if sidecar_sha256(values) != values["sidecar_sha256"]:
             raise ValueError("its content is not what was written")
+        for name, kind in SIDECAR_TYPES.items():
+            if type(values[name]) is not kind:
+                raise ValueError(f"{name} is {values[name]!r}")
+        smallest, usual, largest = values["batch"]
+        if not 1 <= smallest <= usual <= largest:
+            raise ValueError(f"batch is {values['batch']}")
+        if values["runtime"] not in MODULES:
+            raise ValueError(f"runtime is {values['runtime']!r}")
         expected = values["engine_sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"sidecar {path} is damaged: {error}; build the engine again") from error
     if file_sha256(engine) != expected:
         raise ValueError(f"{engine} is not the engine that {path.name} describes; build it again")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adavipro_fast import cli, pictures
 from adavipro_fast.artifact import open_artifact
+from adavipro_fast.cache import decode_image
 from adavipro_fast.clip import Precision, Preprocess
-from adavipro_fast.data import decode_image
 
 SHOWN_CLASSES = 5
 

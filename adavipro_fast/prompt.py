@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adavipro_fast.clip import DTYPES, FrozenEncoder
+from adavipro_fast.clip import DTYPES, LARGEST_SIDE, FrozenEncoder
 from adavipro_fast.functional import (
     Edge,
     EdgePadding,
@@ -51,6 +51,11 @@ class PromptConfig:
     """first values of the template: N(0, 1) or 0"""
     generator_init: Literal["random", "avoid-edges"] = "random"
     """first values of the mask generator: torch's default, or open where edges are weak"""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_size", "region_size", "embed_dim"):
+            if not 1 <= getattr(self, name) <= LARGEST_SIDE:
+                raise ValueError(f"{name} is {getattr(self, name)}; 1 to {LARGEST_SIDE} works")
 
 
 def frame(image_size: int, prompt_size: int) -> Tensor:
@@ -245,7 +250,13 @@ class AdaptivePrompt(nn.Module):
         self.generator.avoid_edges(energy[:, inside].flatten())
 
     def forward(
-        self, images: Tensor, *, tau: float = 1.0, noise: Tensor | None = None, seed: int = 0
+        self,
+        images: Tensor,
+        *,
+        tau: float = 1.0,
+        noise: Tensor | None = None,
+        seed: int = 0,
+        first: int = 0,
     ) -> Prompted:
         """Prompt a batch: sampled masks in training mode, argmax masks in evaluation mode.
 
@@ -254,12 +265,13 @@ class AdaptivePrompt(nn.Module):
             tau: temperature of the sampled masks, > 0.
             noise: (B, G, G) logistic noise; none draws it from `seed`.
             seed: 64-bit key of the noise; give every step its own.
+            first: number of the first image within its step, where a step has several parts.
         """
         # The mask path runs in fp32 whatever the encoder's precision: a near-tie flips a region.
         with torch.autocast(images.device.type, enabled=False):
             if self.path(images.device) == "fused":
-                return self._fused(images, tau, noise, seed)
-            return self._plain(self.normalised(images).float(), tau, noise, seed)
+                return self._fused(images, tau, noise, seed, first)
+            return self._plain(self.normalised(images).float(), tau, noise, seed, first)
 
     def path(self, device: torch.device) -> Literal["fused", "plain"]:
         """Say which implementation runs on a device.
@@ -278,7 +290,9 @@ class AdaptivePrompt(nn.Module):
     def _mode(self) -> Mode:
         return self.config.gumbel if self.training else "argmax"
 
-    def _fused(self, images: Tensor, tau: float, noise: Tensor | None, seed: int) -> Prompted:
+    def _fused(
+        self, images: Tensor, tau: float, noise: Tensor | None, seed: int, first: int
+    ) -> Prompted:
         from adavipro_fast.kernels.adaptive_prompt import adaptive_prompt as fused
 
         if images.requires_grad:
@@ -297,21 +311,23 @@ class AdaptivePrompt(nn.Module):
                 replicate=self.config.edge_padding == "replicate",
                 tau=tau,
                 seed=seed,
-                offset=0,
+                offset=first * self.grid**2,
                 mean=self.mean_std[0],
                 std=self.mean_std[1],
                 dtype=self.dtype,
             )
         )
 
-    def _plain(self, images: Tensor, tau: float, noise: Tensor | None, seed: int) -> Prompted:
+    def _plain(
+        self, images: Tensor, tau: float, noise: Tensor | None, seed: int, first: int
+    ) -> Prompted:
         shape = (images.shape[0], self.grid, self.grid)
         template = self.template()
         if self.generator is None:
             always = images.new_ones(shape)
             return Prompted(images + template, always, always)
         if self.training and noise is None:
-            noise = logistic_noise(seed, 0, shape, images.device)
+            noise = logistic_noise(seed, first * self.grid**2, shape, images.device)
         mode = self._mode()
         if self.config.activation != "none":
             delta = self.generator(self.edges(images))
@@ -382,10 +398,16 @@ class AdaViPro(nn.Module):
         self.prompt.dtype = DTYPES[encoder.precision]
 
     def forward(
-        self, images: Tensor, *, tau: float = 1.0, noise: Tensor | None = None, seed: int = 0
+        self,
+        images: Tensor,
+        *,
+        tau: float = 1.0,
+        noise: Tensor | None = None,
+        seed: int = 0,
+        first: int = 0,
     ) -> Prediction:
         """Classify a batch (paper eq. 2); the arguments are `AdaptivePrompt.forward`'s."""
-        prompted = self.prompt(images, tau=tau, noise=noise, seed=seed)
+        prompted = self.prompt(images, tau=tau, noise=noise, seed=seed, first=first)
         return self.classify(prompted.images, prompted.mask)
 
     def classify(self, images: Tensor, mask: Tensor) -> Prediction:

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from adavipro_fast import checkpoint, cli, pictures
-from adavipro_fast.artifact import torch_device
+from adavipro_fast import checkpoint, cli, distributed, pictures
 from adavipro_fast.clip import (
     DEFAULT_TEMPLATE,
     TextTower,
@@ -23,9 +22,9 @@ from adavipro_fast.clip import (
     load_clip,
 )
 from adavipro_fast.data import DataConfig, load_dataset
-from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
+from adavipro_fast.metrics import Evaluation, mask_figures
 from adavipro_fast.prompt import AdaViPro, Kernel, PromptConfig
-from adavipro_fast.training import EVAL_BATCH, UNTRAINED, OptimiserConfig, Trainer
+from adavipro_fast.training import UNTRAINED, OptimiserConfig, Trainer, read_state
 
 CALIBRATION_IMAGES = 512
 PICTURED = 8
@@ -57,6 +56,8 @@ class TrainConfig:
     """folder of the run (default: a new one under runs/)"""
     resume: Path | None = None
     """folder of a run to go on with, under its own settings"""
+    accept_change: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """with --resume: a flag, data or encoder that may differ from the run's; repeatable"""
 
 
 RECIPES: dict[str, TrainConfig] = {
@@ -75,28 +76,30 @@ RECIPES: dict[str, TrainConfig] = {
 
 def main() -> None:
     """Parse, train, print."""
-    arguments = sys.argv[1:]
+    arguments, quiet = sys.argv[1:], not distributed.leading()
     if resume := cli.peek(arguments, "--resume"):
-        cli.run(lambda: resume_run(Path(resume)))
+        cli.run(lambda: resume_run(Path(resume)), quiet=quiet)
         return
     recipe = cli.peek(arguments, "--recipe") or "best"
     config = cli.parse(TrainConfig, RECIPES.get(recipe, RECIPES["best"]))
-    cli.run(lambda: start_run(config))
+    cli.run(lambda: start_run(config), quiet=quiet)
 
 
 def start_run(config: TrainConfig) -> dict[str, Any]:
-    """Train from the beginning and return the result.
+    """Train from the beginning and return the result; torchrun's restarts go on.
 
     Raises:
         ValueError: a setting is wrong, or the output folder already holds a run.
     """
-    output = config.output or _free_folder(config)
+    group, device = distributed.join(config.device)
+    output = group.agreed(config.output or _default_folder(config), device)
     if (output / "last.safetensors").exists():
+        if distributed.restarted():
+            return _go_on(replace(config, output=output))
         raise ValueError(
             f"{output} already holds a run; go on with --resume {output} or choose another --output"
         )
-    trainer = _prepare(replace(config, output=output))
-    return _finish(trainer)
+    return _finish(_prepare(replace(config, output=output)))
 
 
 def resume_run(folder: Path) -> dict[str, Any]:
@@ -109,32 +112,45 @@ def resume_run(folder: Path) -> dict[str, Any]:
     path = folder / "last.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no last.safetensors; start with --output {folder}")
-    _, metadata = checkpoint.read_safetensors(path)
-    stored = _from_json(metadata["settings"])
-    asked = replace(cli.parse(TrainConfig, stored), resume=None, output=stored.output)
-    if asked != stored:
+    _, state = read_state(path)
+    stored = _from_json(state.settings, path)
+    parsed = cli.parse(TrainConfig, stored)
+    accepted = parsed.accept_change
+    asked = replace(parsed, resume=None, output=stored.output, accept_change=())
+    changed = _diff(stored, asked)
+    refused = {k: v for k, v in changed.items() if k not in {a.lstrip("-") for a in accepted}}
+    if refused:
         raise ValueError(
-            f"--resume keeps a run's settings; asked otherwise: {_diff(stored, asked)}"
+            f"--resume keeps a run's settings; asked otherwise: {', '.join(refused.values())}; "
+            f"to change one, add --accept-change {next(iter(refused))}"
         )
-    if metadata["progress"]["result"]:
-        return dict(metadata["progress"]["result"])
-    trainer = _prepare(replace(stored, output=folder))
-    trainer.restore()
-    print(f"going on in {folder} at epoch {trainer.progress.epoch + 1}", file=sys.stderr)
+    if state.progress.result and not changed and not accepted:
+        return state.progress.result
+    return _go_on(replace(asked, output=folder), accepted)
+
+
+def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Take up the state in the output folder and train on."""
+    trainer = _prepare(config)
+    trainer.restore(accepted)
+    _log(f"going on in {config.output} at epoch {trainer.progress.epoch + 1}")
     return _finish(trainer)
 
 
-def _free_folder(config: TrainConfig) -> Path:
+def _default_folder(config: TrainConfig) -> Path:
+    """Name a folder that is not there yet; after a restart, the one named before it."""
     name = f"{Path(config.data.data).name}-{config.prompt.method}"
     number = 1
     while (folder := Path("runs") / f"{name}-{number}").exists():
         number += 1
+    if distributed.restarted() and number > 1:
+        return Path("runs") / f"{name}-{number - 1}"
     return folder
 
 
 def _prepare(config: TrainConfig) -> Trainer:
     """Load encoder and data, build the model and its trainer."""
-    device = torch_device(config.device)
+    group, device = distributed.join(config.device)
     check_templates(config.template)
     encoder, text = load_clip(config.model, config.pretrained)
     torch.manual_seed(config.optimiser.seed)
@@ -150,7 +166,13 @@ def _prepare(config: TrainConfig) -> Trainer:
     dataset = replace(dataset, train=dataset.train.resident(device))
     assert config.output is not None
     trainer = Trainer(
-        model, dataset, config.optimiser, output=config.output, settings=_to_json(config)
+        model,
+        dataset,
+        config.optimiser,
+        output=config.output,
+        settings=_to_json(config),
+        identity={"data": dataset.sha256, "encoder": encoder.sha256},
+        group=group,
     )
     _log(f"encoder {config.model} on {device}, {encoder.preprocess.size} px, frozen")
     _log(
@@ -197,6 +219,8 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     result = _result(trainer, zero_shot.top1)
     trainer.progress.result = result
     trainer.save()
+    trainer.group.wait()
+    distributed.leave()
     return result
 
 
@@ -207,7 +231,7 @@ def _zero_shot(trainer: Trainer) -> Evaluation:
         mask = trainer.inside[None].expand(len(images), -1, -1)
         return model.classify(model.prompt.normalised(images), mask)[:2]
 
-    return evaluate(predict, trainer.dataset.test.batches(EVAL_BATCH, trainer.device))
+    return trainer.predict(predict, trainer.dataset.test)
 
 
 def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:
@@ -215,12 +239,15 @@ def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:
     progress, test = trainer.progress, trainer.dataset.test
     last = trainer.evaluate(test)
     path = trainer.output / "checkpoint.safetensors"
+    # The leading process may still be writing it.
+    trainer.group.wait()
     best = last
     if progress.best_epoch < trainer.config.epochs - 1:
         checkpoint.load_prompt(trainer.model, checkpoint.load_checkpoint(path).tensors)
         best = trainer.evaluate(test)
     figures = mask_figures(best.masks, trainer.inside)
-    _draw(trainer, zero_shot_top1)
+    if trainer.group.leads:
+        _draw(trainer, zero_shot_top1)
     if progress.best_epoch == UNTRAINED:
         _log(
             f"warning: no epoch was better than the untrained prompt ({progress.best_val:.1f} % on "
@@ -259,42 +286,49 @@ def _draw(trainer: Trainer, zero_shot_top1: float) -> None:
 
 
 def _log(line: str) -> None:
-    print(line, file=sys.stderr)
+    if distributed.leading():
+        print(cli.printable(line), file=sys.stderr)
 
 
 def _to_json(config: TrainConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(asdict(config), default=str)))
 
 
-def _from_json(settings: dict[str, Any]) -> TrainConfig:
-    """Rebuild a configuration from `_to_json`'s dictionary."""
-    values = dict(settings)
-    data = values["data"] | {k: Path(values["data"][k]) for k in ("data_root", "cache_dir")}
-    paths = {k: v and Path(v) for k, v in values.items() if k in ("class_embeddings", "output")}
-    nested = {
-        "prompt": PromptConfig(**values["prompt"]),
-        "data": DataConfig(**data),
-        "optimiser": OptimiserConfig(**values["optimiser"]),
-        "template": tuple(values["template"]),
-    }
-    return TrainConfig(**(values | paths | nested))
+def _from_json(settings: dict[str, Any], path: Path) -> TrainConfig:
+    """Rebuild a configuration from `_to_json`'s dictionary.
+
+    Raises:
+        ValueError: settings are missing or of the wrong kind.
+    """
+    try:
+        data = settings["data"] | {k: Path(settings["data"][k]) for k in ("data_root", "cache_dir")}
+        paths = {
+            k: v and Path(v) for k, v in settings.items() if k in ("class_embeddings", "output")
+        }
+        nested = {
+            "prompt": PromptConfig(**settings["prompt"]),
+            "data": DataConfig(**data),
+            "optimiser": OptimiserConfig(**settings["optimiser"]),
+            "template": tuple(settings["template"]),
+            "accept_change": (),
+        }
+        return TrainConfig(**(settings | paths | nested))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has settings that cannot be used: {error}") from error
 
 
-def _diff(stored: TrainConfig, asked: TrainConfig) -> str:
+def _diff(stored: TrainConfig, asked: TrainConfig) -> dict[str, str]:
+    """Tell flags that differ: name to a line that says how."""
     flat = [
         {
-            k: v
+            k.replace("_", "-"): v
             for part in (asdict(c), *(asdict(c)[n] for n in ("prompt", "data", "optimiser")))
             for k, v in part.items()
             if not isinstance(v, dict)
         }
         for c in (stored, asked)
     ]
-    return ", ".join(
-        f"--{k.replace('_', '-')} {flat[1][k]} instead of {v}"
-        for k, v in flat[0].items()
-        if flat[1][k] != v
-    )
+    return {k: f"--{k} {flat[1][k]} instead of {v}" for k, v in flat[0].items() if flat[1][k] != v}
 
 
 if __name__ == "__main__":

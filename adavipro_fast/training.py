@@ -8,11 +8,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from adavipro_fast.checkpoint import (
 )
 from adavipro_fast.clip import Precision
 from adavipro_fast.data import Dataset, Split
+from adavipro_fast.distributed import Group
 from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
 from adavipro_fast.prompt import AdaViPro, frame_regions
 
@@ -110,6 +112,33 @@ class Progress:
     result: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class State:
+    """What `last.safetensors` says beside its tensors."""
+
+    settings: dict[str, Any]
+    identity: dict[str, str]
+    progress: Progress
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], State]:
+    """Read `last.safetensors`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a state of ours.
+    """
+    tensors, metadata = read_safetensors(path)
+    try:
+        progress = Progress(**metadata["progress"])
+        for name, hint in get_type_hints(Progress).items():
+            if not isinstance(getattr(progress, name), get_origin(hint) or hint):
+                raise TypeError(f"{name} is {getattr(progress, name)!r}")
+        return tensors, State(dict(metadata["settings"]), dict(metadata["identity"]), progress)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the state of a run: {error}; start anew") from error
+
+
 class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the last good state is on the disk."""
 
@@ -123,6 +152,8 @@ class Trainer:
         config: how to optimise.
         output: folder of checkpoint, state and metrics.
         settings: resolved configuration of the whole run, kept beside the state.
+        identity: hashes of what the run depends on; `restore` refuses a state with others.
+        group: the processes that train together.
     """
 
     def __init__(
@@ -133,9 +164,12 @@ class Trainer:
         *,
         output: Path,
         settings: dict[str, Any],
+        identity: dict[str, str] | None = None,
+        group: Group | None = None,
     ) -> None:
         self.model, self.dataset, self.config = model, dataset, config
         self.output, self.settings = output, settings
+        self.identity, self.group = identity or {}, group or Group()
         self.device = next(model.prompt.parameters()).device
         self.steps = math.ceil(len(dataset.train) / config.batch_size)
         self.progress = Progress()
@@ -163,11 +197,17 @@ class Trainer:
         self.model.prompt.train()
         if self.progress.best_val < 0:
             self._keep_untrained()
+        if not self.group.leads:
+            self._epochs(None)
+            return
         with SummaryWriter(str(self.output), purge_step=self.progress.epoch) as writer:
-            while self.progress.epoch < self.config.epochs:
-                self._epoch(writer)
+            self._epochs(writer)
 
-    def _epoch(self, writer: SummaryWriter) -> None:
+    def _epochs(self, writer: SummaryWriter | None) -> None:
+        while self.progress.epoch < self.config.epochs:
+            self._epoch(writer)
+
+    def _epoch(self, writer: SummaryWriter | None) -> None:
         progress = self.progress
         tau = self.config.temperature(progress.epoch)
         bar = tqdm(
@@ -177,18 +217,19 @@ class Trainer:
             initial=progress.step,
             unit="step",
             leave=False,
+            disable=None if self.group.leads else True,
         )
         done, saved, waited = 0, time.perf_counter(), 0.0
         began = started = time.perf_counter()
-        for images, labels in bar:
+        for images, labels, count in bar:
             waited += time.perf_counter() - started
-            loss, correct, density = self._step(images, labels, tau)
-            done += len(labels)
-            progress.loss_sum += loss * len(labels)
+            loss, correct, density = self._step(images, labels, count, tau)
+            done += count
+            progress.loss_sum += loss * count
             progress.correct += correct
             progress.step += 1
             rate = done / (time.perf_counter() - began)
-            top1 = 100 * correct / len(labels)
+            top1 = 100 * correct / count
             bar.set_postfix_str(
                 f"loss {loss:.3f} top-1 {top1:.1f} τ {tau:.2f} open {density:.2f} "
                 f"{rate:.0f} images/s"
@@ -203,55 +244,77 @@ class Trainer:
         seconds = time.perf_counter() - began
         progress.seconds += seconds
         speed = {
+            "seconds": seconds,
             "images_per_s": done / max(seconds, 1e-9),
             "data_wait_share": waited / max(seconds, 1e-9),
         }
         self._finish_epoch(writer, tau, speed)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the epoch's batches from the current step on, gathered one step ahead."""
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Yield the epoch's batches from the current step on, gathered one step ahead.
+
+        Images and labels are this process's share of the batch, the number is the whole batch's.
+        """
         size, train = self.config.batch_size, self.dataset.train
         generator = torch.Generator().manual_seed(self.config.seed << 32 | self.progress.epoch)
         order = torch.randperm(len(train), generator=generator)
         chunks = order.split(size)[self.progress.step :]
+        if not chunks:
+            return
         with ThreadPoolExecutor(1) as pool:
-            ahead = [pool.submit(train.batch, c, self.device) for c in chunks[:1]]
-            for chunk in [*chunks[1:], None]:
-                if not ahead:
-                    return
-                ready = ahead.pop().result()
-                if chunk is not None:
-                    ahead = [pool.submit(train.batch, chunk, self.device)]
-                yield ready
 
-    def _step(self, images: Tensor, labels: Tensor, tau: float) -> tuple[float, int, float]:
+            def gather(chunk: Tensor) -> Future[tuple[Tensor, Tensor]]:
+                return pool.submit(train.batch, chunk[self.group.share(len(chunk))], self.device)
+
+            ahead = gather(chunks[0])
+            for number, chunk in enumerate(chunks):
+                images, labels = ahead.result()
+                if number + 1 < len(chunks):
+                    ahead = gather(chunks[number + 1])
+                yield images, labels, len(chunk)
+
+    def _step(
+        self, images: Tensor, labels: Tensor, count: int, tau: float
+    ) -> tuple[float, int, float]:
         step = self.progress.epoch * self.steps + self.progress.step
         factor = lr_factor(step, self.config.epochs * self.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * factor
         noise_key = self.config.seed << 32 | step
-        prediction = self.model(images, tau=tau, seed=noise_key)
-        loss = F.cross_entropy(prediction.logits, labels)
-        right = (prediction.logits.argmax(1) == labels).sum()
-        density = prediction.mask[:, self.inside].detach().mean()
-        # One transfer, so that a GPU waits once.
-        value, correct, share = torch.stack([loss.detach(), right, density]).tolist()
+        self.optimiser.zero_grad()
+        figures = torch.zeros(4, device=self.device)
+        figures[3] = self.stopping
+        if len(labels):
+            first = self.group.share(count).start
+            prediction = self.model(images, tau=tau, seed=noise_key, first=first)
+            loss = F.cross_entropy(prediction.logits, labels, reduction="sum") / count
+            figures[0] = loss.detach()
+            figures[1] = (prediction.logits.argmax(1) == labels).sum()
+            figures[2] = prediction.mask[:, self.inside].detach().mean(1).sum() / count
+            self.scaler.scale(loss).backward()
+        else:
+            for parameter in self.model.prompt.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        # One message and one transfer, so that a GPU waits once.
+        figures = self.group.sum_gradients(self.model.prompt.parameters(), figures)
+        value, correct, density, stop = figures.tolist()
+        self.stopping = stop > 0
         if not math.isfinite(value):
             raise NonFiniteLossError(
                 f"the loss is {value} in epoch {self.progress.epoch + 1}, step "
                 f"{self.progress.step + 1}; the state before this epoch is in {self.output}; "
                 f"try a lower --lr-prompt than {self.config.lr_prompt:g}"
             )
-        self.optimiser.zero_grad()
-        self.scaler.scale(loss).backward()
         if self.config.clip_prompt:
             self.scaler.unscale_(self.optimiser)
             clip_grad_norm_(self.model.prompt.template.parameters(), self.config.clip_prompt)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return value, int(correct), share
+        return value, int(correct), density
 
-    def _finish_epoch(self, writer: SummaryWriter, tau: float, speed: dict[str, float]) -> None:
+    def _finish_epoch(
+        self, writer: SummaryWriter | None, tau: float, speed: dict[str, float]
+    ) -> None:
         progress, trained = self.progress, len(self.dataset.train)
         val = self.evaluate(self.dataset.val)
         figures = mask_figures(val.masks, self.inside)
@@ -266,21 +329,25 @@ class Trainer:
             "mask_placement": figures.placement,
             **speed,
         }
-        for name, value in row.items():
-            writer.add_scalar(name, value, progress.epoch)
         progress.rows.append(row)
-        lines = "".join(json.dumps(row) + "\n" for row in progress.rows)
-        write_whole(self.output / "metrics.jsonl", lines.encode())
+        if writer is not None:
+            for name, value in row.items():
+                writer.add_scalar(name, value, progress.epoch)
+            lines = "".join(json.dumps(row) + "\n" for row in progress.rows)
+            write_whole(self.output / "metrics.jsonl", lines.encode())
         # Among equals the later epoch has trained for longer.
         if val.top1 >= progress.best_val and val.top1 > progress.least_val:
             self._keep(val.top1, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.correct = 0.0, 0
         self.save()
+        if writer is None:
+            return
+        left = progress.seconds / progress.epoch * (self.config.epochs - progress.epoch)
         print(
             f"epoch {progress.epoch}: loss {row['loss']:.3f}, val top-1 {val.top1:.1f} %, "
             f"open {figures.density:.2f}, adaptivity {figures.adaptivity:.2f}, "
-            f"{speed['images_per_s']:.0f} images/s",
+            f"{speed['images_per_s']:.0f} images/s, {timedelta(seconds=round(left))} left",
             file=sys.stderr,
         )
 
@@ -298,6 +365,8 @@ class Trainer:
     def _keep(self, val_top1: float, epoch: int) -> None:
         """Write the best prompt so far."""
         self.progress.best_val, self.progress.best_epoch = val_top1, epoch
+        if not self.group.leads:
+            return
         checkpoint = checkpoint_of(self.model, self.dataset.class_names)
         checkpoint.save(self.output / "checkpoint.safetensors")
 
@@ -305,29 +374,70 @@ class Trainer:
         """Evaluate the current prompt with argmax masks, in the training precision."""
         self.model.prompt.eval()
         try:
-            return evaluate(lambda x: self.model(x)[:2], split.batches(EVAL_BATCH, self.device))
+            return self.predict(lambda x: self.model(x)[:2], split)
         finally:
             self.model.prompt.train()
 
+    def predict(
+        self, predict: Callable[[Tensor], tuple[Tensor, Tensor]], split: Split
+    ) -> Evaluation:
+        """Run a classifier over a split, each process its share of the batches.
+
+        The batches are those of a single process, so that the predictions are, too.
+        """
+        group, grid = self.group, len(self.inside)
+        batches = split.batches(EVAL_BATCH, self.device, part=group.rank, of=group.size)
+        mine = torch.arange(len(split)).split(EVAL_BATCH)[group.rank :: group.size]
+        predicted = torch.zeros(len(split), dtype=torch.int64)
+        masks = torch.zeros(len(split), grid, grid, dtype=torch.uint8)
+        if mine:
+            found = evaluate(predict, batches)
+            predicted[torch.cat(mine)], masks[torch.cat(mine)] = found.predicted, found.masks
+        # On the device, where the group's messages travel.
+        predicted, masks = (group.sum(t.to(self.device)).cpu() for t in (predicted, masks))
+        return Evaluation(predicted, split.labels[split.rows], masks)
+
     def save(self) -> None:
         """Write `last.safetensors`: all that `restore` needs."""
+        if not self.group.leads:
+            return
         tensors = prompt_tensors(self.model)
         for name, parameter in self.model.prompt.named_parameters():
             momentum = self.optimiser.state[parameter].get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum.{name}"] = momentum.cpu()
         self.progress.scaler = self.scaler.state_dict()
-        metadata = {"settings": self.settings, "progress": asdict(self.progress)}
+        metadata = {
+            "settings": self.settings,
+            "identity": self.identity,
+            "progress": asdict(self.progress),
+        }
         write_whole(self.output / "last.safetensors", safetensors_bytes(tensors, metadata))
 
-    def restore(self) -> None:
-        """Take up the state of `last.safetensors`."""
-        tensors, metadata = read_safetensors(self.output / "last.safetensors")
+    def restore(self, accepted: Sequence[str] = ()) -> None:
+        """Take up the state of `last.safetensors`.
+
+        Args:
+            accepted: parts of the identity that may differ.
+
+        Raises:
+            ValueError: data or encoder are not those that the run began with.
+        """
+        path = self.output / "last.safetensors"
+        tensors, state = read_state(path)
+        for name, before in state.identity.items():
+            if name not in accepted and self.identity[name] != before:
+                raise ValueError(
+                    f"{name} changed since the run began: {before[:12]} then, "
+                    f"{self.identity[name][:12]} now; restore it, or accept the change with "
+                    f"--accept-change {name}"
+                )
         load_prompt(self.model, tensors)
         for name, parameter in self.model.prompt.named_parameters():
             if f"momentum.{name}" in tensors:
                 momentum = tensors[f"momentum.{name}"].to(self.device)
                 self.optimiser.state[parameter]["momentum_buffer"] = momentum
-        self.progress = Progress(**metadata["progress"])
+        self.progress = state.progress
+        self.progress.result = {}
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)

@@ -129,7 +129,7 @@ def command(config: AccuracyConfig) -> dict[str, Any]:
     for name in ("tensorrt_fp16", "tensorrt_rtx_fp16"):
         reason = "an engine needs a CUDA device; evaluate ENGINE gives its figures"
         rows.append({"name": name, "skipped": reason})
-    return publish(rows, device, config.json)
+    return publish(rows, device, config.json, f"accuracy: {config.checkpoint}")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def main() -> None:
     """Parse, measure, print."""
     config = cli.parse(KernelsConfig)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cli.run(lambda: publish(command(config), device, config.json))
+    cli.run(lambda: publish(command(config), device, config.json, "fused kernel"))
 
 
 if __name__ == "__main__":

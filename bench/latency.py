@@ -10,36 +10,44 @@ from the graph's input in memory, `pipeline` starts from JPEG bytes and ends wit
 
 import io
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib as mpl
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
-from measure import paired_ratio, percentiles, publish, ratio_interval, until_steady
+from measure import (
+    draw,
+    paired_ratio,
+    peak_device_mib,
+    percentiles,
+    publish,
+    ratio_interval,
+    until_steady,
+)
+from peers import Outputs, Row, hugging_face_rows, in_paper_form, openvino_row, plain_onnx_rows
 from PIL import Image
 from torch import Tensor
-from training import PaperForm
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder
-from adavipro_fast.artifact import OnnxArtifact, torch_device
+from adavipro_fast.artifact import Artifact, OnnxArtifact, torch_device
+from adavipro_fast.cache import decode_image
 from adavipro_fast.checkpoint import checkpoint_of
 from adavipro_fast.clip import DTYPES, Precision
-from adavipro_fast.data import decode_image
-from adavipro_fast.engine import compute_capability
-from adavipro_fast.export import to_onnx, verify
+from adavipro_fast.engine import EngineArtifact, compute_capability, runtime_module
+from adavipro_fast.export import to_onnx, to_tensorrt, verify
 from adavipro_fast.export.fold import Deployed, folding_obstacle
 from adavipro_fast.prompt import Prediction, fused_obstacle
 
 CLASS_NAMES = tuple(f"class {number}" for number in range(10))
 ONNX = ("baseline", "baseline_again", "pixel", "folded", "baseline_uint8", "folded_uint8")
-ENGINES = ("tensorrt_baseline", "tensorrt_folded", "tensorrt_rtx_baseline", "tensorrt_rtx_folded")
-Outputs = dict[str, Tensor]
+QUICK, QUICK_S = ("baseline", "baseline_again", "folded"), 10.0
+# The first one that divides the image's side is taken.
+REGIONS = (32, 56, 16, 8)
 
 
 @dataclass(frozen=True)
@@ -54,27 +62,16 @@ class LatencyConfig:
     """images per call; repeatable (default: 1)"""
     precision: Precision = "fp32"
     """of the encoder"""
-    seconds: float = 90.0
+    seconds: float = 180.0
     """longest time to measure a batch size for; it ends earlier when medians are within 2 %"""
     quick: bool = False
-    """under a minute: no compiled rows, no pipeline, fewer calls"""
+    """under a minute: no compiled, pixel, uint8, pipeline or peer rows, fewer calls"""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     json: Path | None = None
     """file for the rows"""
     plot: Path | None = None
     """picture of the rows, PNG or SVG"""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A variant ready to be timed, or the reason why it cannot be."""
-
-    name: str
-    base: str
-    contract: str
-    work: Callable[[], Outputs] | None = None
-    skipped: str = ""
 
 
 class Subject:
@@ -89,7 +86,10 @@ class Subject:
             width = encoder(torch.zeros(1, 3, side, side)).shape[1]
         classes = F.normalize(torch.randn(len(CLASS_NAMES), width), dim=-1)
         prompt = PromptConfig(
-            edge="laplacian-magnitude", edge_padding="replicate", generator_init="avoid-edges"
+            edge="laplacian-magnitude",
+            edge_padding="replicate",
+            generator_init="avoid-edges",
+            region_size=next(region for region in REGIONS if side % region == 0),
         )
         self.model = AdaViPro(encoder, classes, prompt, kernel="plain").eval()
         sample = torch.cat(verify.sample_batches(encoder.preprocess, None))
@@ -111,11 +111,18 @@ class Subject:
         model.prompt.load_state_dict(self.model.prompt.state_dict())
         return model.eval().to(self.device)
 
-    def check(self, row: Row, count: int) -> None:
-        """Raise VerificationError unless a row gives the right answer on the first images."""
-        assert row.work is not None
+    def checked(self, row: Row, count: int) -> Row:
+        """Call a row once, and let it pass if it gives the right answer on the first images.
+
+        Raises:
+            VerificationError: it computes something else.
+        """
+        if row.work is None or row.contract == "pipeline":
+            return row
+        began = time.perf_counter()
         outputs = {name: value.cpu() for name, value in row.work().items()}
-        prompted = "mask" in outputs
+        first_s = time.perf_counter() - began
+        prompted = row.contract == "prompt + encoder"
         expected = (self.expected.embedding if prompted else self.plain)[:count]
         got = outputs["embedding"].float()
         error = (got - expected).abs().max().item()
@@ -129,6 +136,7 @@ class Subject:
             wrong = (outputs["mask"] != self.expected.mask[:count]) & ~self.near[:count]
             if wrong.any():
                 raise cli.VerificationError(f"{row.name}: {int(wrong.sum())} regions differ")
+        return replace(row, build_s=row.build_s + first_s)
 
 
 def batches(config: LatencyConfig) -> tuple[int, ...]:
@@ -138,56 +146,43 @@ def batches(config: LatencyConfig) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def torch_rows(subject: Subject, count: int) -> list[Row]:
-    """Build the rows that PyTorch runs."""
+    """Build the rows that PyTorch runs; `encoder_eager` is open_clip as it is."""
     model, config = subject.twin(), subject.config
     images = model.prompt.normalised(subject.sample[:count].to(subject.device))
-    paper = PaperForm(images.shape[-1], model.prompt.config).to(subject.device)
-    paper.load_state_dict(model.prompt.state_dict())
-    uncollapsed = replace_prompt(model, paper.eval())
     fused = fused_obstacle(model.prompt.config)
     if subject.device.type != "cuda":
         fused = "the fused kernel needs a CUDA device"
-
-    def timed(run: Callable[[Tensor], Outputs]) -> Callable[[], Outputs]:
-        return torch.inference_mode()(lambda: run(images))
+    collapsed = AdaViPro(model.encoder, model.class_embeddings, model.prompt.config, kernel="plain")
+    collapsed.prompt.load_state_dict(model.prompt.state_dict())
+    collapsed = collapsed.eval().to(subject.device)
 
     def alone(x: Tensor) -> Outputs:
         return {"embedding": model.encoder(x)}
 
-    def named(run: AdaViPro) -> Callable[[Tensor], Outputs]:
+    def prompted(run: AdaViPro) -> Callable[[Tensor], Outputs]:
         return lambda x: run(x)._asdict()
 
-    collapsed = replace_prompt(model, model.prompt)
-    rows = [
-        Row("encoder_eager", "encoder_eager", "encoder", timed(alone)),
-        Row("paper_form_eager", "encoder_eager", "prompt + encoder", timed(named(uncollapsed))),
-        Row("collapsed_eager", "encoder_eager", "prompt + encoder", timed(named(collapsed))),
+    def row(name: str, run: Callable[[Tensor], Outputs], skipped: str | None = None) -> Row:
+        base = "encoder_compiled" if "compiled" in name else "encoder_eager"
+        contract = "encoder" if name == base else "prompt + encoder"
+        if skipped:
+            return Row(name, base, contract, skipped=skipped)
+        return Row(name, base, contract, torch.inference_mode()(lambda: run(images)))
+
+    quick = "--quick: no compiled rows" if config.quick else None
+    graphs = "CUDA graphs need a CUDA device" if subject.device.type != "cuda" else quick
+    return [
+        row("encoder_eager", alone),
+        row("paper_form_eager", prompted(in_paper_form(model))),
+        row("collapsed_eager", prompted(collapsed)),
+        row("fused", prompted(model), fused),
+        row("encoder_compiled", torch.compile(alone), quick),
+        row("compiled", torch.compile(prompted(collapsed)), quick),
+        row("compiled_cuda_graph", torch.compile(prompted(model), mode="reduce-overhead"), graphs),
+        *hugging_face_rows(
+            model.encoder, images, precision=config.precision, compiled=not config.quick
+        ),
     ]
-    if fused:
-        rows.append(Row("fused", "encoder_eager", "prompt + encoder", skipped=fused))
-    else:
-        rows.append(Row("fused", "encoder_eager", "prompt + encoder", timed(named(model))))
-        collapsed.prompt.kernel = "plain"
-    compiled = (
-        Row("encoder_compiled", "encoder_compiled", "encoder"),
-        Row("compiled", "encoder_compiled", "prompt + encoder"),
-    )
-    if config.quick:
-        return rows + [replace(row, skipped="--quick: no compiled rows") for row in compiled]
-    works = (timed(torch.compile(alone)), timed(torch.compile(named(collapsed))))
-    return rows + [replace(r, work=work) for r, work in zip(compiled, works, strict=True)]
-
-
-def replace_prompt(model: AdaViPro, prompt: torch.nn.Module) -> AdaViPro:
-    """Return the same model behind another prompt module."""
-    twin = AdaViPro(
-        model.encoder, model.class_embeddings, model.prompt.config, kernel=model.prompt.kernel
-    )
-    if isinstance(prompt, PaperForm):
-        twin.prompt = prompt
-    else:
-        twin.prompt.load_state_dict(prompt.state_dict())
-    return twin.eval().to(model.class_embeddings.device)
 
 
 def export(subject: Subject, name: str, folder: Path) -> OnnxArtifact | str:
@@ -227,100 +222,154 @@ def export(subject: Subject, name: str, folder: Path) -> OnnxArtifact | str:
 
 
 def onnx_rows(subject: Subject, count: int, folder: Path) -> list[Row]:
-    """Build the rows that ONNX Runtime runs."""
+    """Build the rows that read exported ONNX files."""
     rows = []
-    for name in ONNX[:4] if subject.config.quick else ONNX:
+    pixels = subject.sample[:count].to(subject.device)
+    for name in ONNX:
         base = "onnx_baseline_uint8" if name.endswith("uint8") else "onnx_baseline"
         contract = "encoder" if name.startswith("baseline") else "prompt + encoder"
         row = Row(f"onnx_{name}", base, contract)
+        if subject.config.quick and name not in QUICK:
+            rows.append(replace(row, skipped=f"--quick: no {name} row"))
+            continue
+        began = time.perf_counter()
         artifact = export(subject, name, folder)
         if isinstance(artifact, str):
             rows.append(replace(row, skipped=artifact))
             continue
-        image = artifact.about.image(subject.sample[:count].to(subject.device))
-        rows.append(replace(row, work=partial(artifact.run, image)))
+        work = partial(artifact.run, artifact.about.image(pixels))
+        rows.append(replace(row, work=work, build_s=time.perf_counter() - began))
     return rows
 
 
-def pipeline_rows(subject: Subject, folder: Path) -> list[Row]:
+def peer_rows(subject: Subject, count: int, folder: Path) -> list[Row]:
+    """Build the rows of a plain export, and of OpenVINO on our files."""
+    images = subject.model.prompt.normalised(subject.sample[:count]).to(subject.device)
+    if subject.config.quick:
+        names = ("onnx_plain_encoder", "onnx_paper_form", "openvino_baseline", "openvino_folded")
+        return [Row(name, name, "", skipped="--quick: no peer rows") for name in names]
+    rows = plain_onnx_rows(subject.twin(), images, folder)
+    for name in ("baseline", "folded"):
+        path = folder / f"{name}.onnx"
+        if path.exists() and subject.config.precision == "fp32":
+            rows.append(openvino_row(name, path, images))
+        else:
+            reason = "OpenVINO is measured on folded fp32 files only"
+            rows.append(Row(f"openvino_{name}", "openvino_baseline", "", skipped=reason))
+    return rows
+
+
+def pipeline_rows(subject: Subject, count: int, folder: Path) -> list[Row]:
     """Build the rows from JPEG bytes to a class name, one image at a time."""
     stored = io.BytesIO()
     Image.fromarray(subject.sample[0].permute(1, 2, 0).numpy()).save(stored, "JPEG", quality=95)
+    content = stored.getvalue()
     transform = subject.model.encoder.preprocess.pixels()
-    rows = []
+    base, rows = "pipeline_onnx_baseline_uint8", []
     for name in ("baseline_uint8", "folded_uint8"):
-        row = Row(f"pipeline_onnx_{name}", "pipeline_onnx_baseline_uint8", "pipeline")
-        artifact = export(subject, name, folder)
+        row = Row(f"pipeline_onnx_{name}", base, "pipeline")
+        reason = "--quick: no pipeline" if subject.config.quick else ""
+        if count > 1:
+            reason = "the pipeline takes one image at a time"
+        artifact = reason or export(subject, name, folder)
         if isinstance(artifact, str):
             rows.append(replace(row, skipped=artifact))
             continue
-
-        def work(artifact: OnnxArtifact = artifact) -> Outputs:
-            pixels = torch.from_numpy(transform(decode_image(stored.getvalue(), "bench")))
-            prediction = artifact(pixels[None])
-            assert artifact.about.class_names[int(prediction.logits[0].argmax())]
-            return {}
-
-        rows.append(replace(row, work=work))
+        classify = partial(class_name, artifact, content, transform)
+        expected = expected_name(subject, content, prompted=name.startswith("folded"))
+        if (got := classify()["class"]) != expected:
+            raise cli.VerificationError(f"{row.name}: {got}, {expected} is right")
+        rows.append(replace(row, work=classify))
     return rows
 
 
-def engine_rows() -> list[Row]:
-    """Say why no engine is timed."""
-    reason = "export/to_tensorrt.py builds the engine; it needs a CUDA device to run"
-    if compute_capability() is not None:
-        reason = "this bench cannot time engines yet"
-    return [
-        Row(
-            name,
-            name.rsplit("_", 1)[0] + "_baseline",
-            "encoder" if name.endswith("baseline") else "prompt + encoder",
-            skipped=reason,
+def class_name(artifact: Artifact, content: bytes, transform: Callable[..., Any]) -> dict[str, Any]:
+    """Run the whole pipeline: JPEG bytes to the name of the likeliest class."""
+    pixels = torch.from_numpy(transform(decode_image(content, "bench")))
+    logits = artifact(pixels[None]).logits
+    return {"class": artifact.about.class_names[int(logits[0].argmax())]}
+
+
+@torch.inference_mode()
+def expected_name(subject: Subject, content: bytes, *, prompted: bool) -> str:
+    """Return what PyTorch in fp32 answers to a JPEG."""
+    transform = subject.model.encoder.preprocess.pixels()
+    pixels = torch.from_numpy(transform(decode_image(content, "bench")))[None]
+    if prompted:
+        logits = subject.model(pixels).logits
+    else:
+        images = subject.model.prompt.normalised(pixels)
+        logits = subject.model.classify(images, torch.zeros(())).logits
+    return CLASS_NAMES[int(logits[0].argmax())]
+
+
+def engine_rows(subject: Subject, count: int, folder: Path) -> list[Row]:
+    """Build the rows of TensorRT and TensorRT-RTX, from uint8 files; pixels go to the device."""
+    rows = []
+    for runtime in ("tensorrt", "tensorrt-rtx"):
+        prefix = runtime.replace("-", "_")
+        for name in ("baseline", "folded"):
+            contract = "encoder" if name == "baseline" else "prompt + encoder"
+            row = Row(f"{prefix}_{name}", f"{prefix}_baseline", contract)
+            rows.append(engine_row(subject, row, f"{name}_uint8", runtime, count, folder))
+    return rows
+
+
+def engine_row(
+    subject: Subject, row: Row, name: str, runtime: str, count: int, folder: Path
+) -> Row:
+    """Build an engine of an ONNX file for this GPU, or say what keeps it from running."""
+    if compute_capability() is None:
+        return replace(row, skipped="running an engine needs a CUDA device")
+    try:
+        runtime_module(runtime)
+    except ImportError as error:
+        return replace(row, skipped=str(error))
+    began = time.perf_counter()
+    artifact = export(subject, name, folder)
+    if isinstance(artifact, str):
+        return replace(row, skipped=artifact)
+    path = folder / f"{row.name}-{count}.engine"
+    to_tensorrt.command(
+        to_tensorrt.TensorRtConfig(
+            folder / f"{name}.onnx",
+            path,
+            runtime="tensorrt" if runtime == "tensorrt" else "tensorrt-rtx",
+            batch=f"{count},{count},{count}",
         )
-        for name in ENGINES
-    ]
+    )
+    engine, pixels = EngineArtifact.open(path), subject.sample[:count]
+    return replace(row, work=lambda: engine(pixels)._asdict(), build_s=time.perf_counter() - began)
 
 
 def time_rows(subject: Subject, rows: list[Row], count: int) -> list[dict[str, Any]]:
     """Check every row, then time all of them in turn."""
-    for row in rows:
-        if row.work is not None and row.contract != "pipeline":
-            subject.check(row, count)
+    rows = [subject.checked(row, count) for row in rows]
     works = {row.name: row.work for row in rows if row.work is not None}
-    seconds = 12.0 if subject.config.quick else subject.config.seconds
-    times = until_steady(works, subject.device, seconds=seconds)
+    seconds = QUICK_S if subject.config.quick else subject.config.seconds
+    bases = {row.name: row.base for row in rows if row.name in works and row.base in works}
+    times = until_steady(works, subject.device, seconds=seconds, bases=bases)
     result = []
     for row in rows:
-        told: dict[str, Any] = {"name": row.name, "batch": count, "contract": row.contract}
-        if row.name in times:
-            told |= percentiles(times[row.name])
-        else:
-            told |= {"skipped": row.skipped}
-        if row.name in times and row.base in times:
+        told: dict[str, Any] = {"name": row.name, "batch": count}
+        if row.name not in times:
+            result.append(told | {"skipped": row.skipped})
+            continue
+        told |= {"contract": row.contract, **percentiles(times[row.name])}
+        told |= {"ms_per_image": told["p50_ms"] / count}
+        if row.name in bases:
             low, high = ratio_interval(times[row.name], times[row.base])
             told |= {
+                "base": row.base,
                 "ratio": paired_ratio(times[row.name], times[row.base]),
                 "ratio_low": low,
                 "ratio_high": high,
-                "base": row.base,
             }
+        told |= {"build_s": row.build_s}
+        if subject.device.type == "cuda":
+            told |= {"peak_device_mib": peak_device_mib(works[row.name], subject.device)}
         result.append(told)
     return result
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the rows' medians as bars, their ratios beside them."""
-    mpl.use("Agg")
-    timed = [row for row in rows if "p50_ms" in row]
-    figure = Figure(figsize=(8, 0.4 + 0.32 * len(timed)), layout="constrained")
-    axes = figure.subplots()
-    names = [f"{row['name']} (batch {row['batch']})" for row in timed]
-    bars = axes.barh(names, [row["p50_ms"] / row["batch"] for row in timed])
-    labels = [f"{row['ratio']:.2f}x" if "ratio" in row else "" for row in timed]
-    axes.bar_label(bars, labels, padding=3)
-    axes.invert_yaxis()
-    axes.set_xlabel("median latency, ms per image; ratio to the encoder alone")
-    figure.savefig(path)
 
 
 def main() -> None:
@@ -339,15 +388,23 @@ def command(config: LatencyConfig) -> dict[str, Any]:
         raise ValueError(f"batch {min(batches(config))} is below 1")
     subject = Subject(config)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for count in batches(config):
-            built = torch_rows(subject, count) + onnx_rows(subject, count, Path(folder))
-            if count == 1 and not config.quick:
-                built += pipeline_rows(subject, Path(folder))
-            rows += time_rows(subject, built + engine_rows(), count)
+            built = [
+                *torch_rows(subject, count),
+                *onnx_rows(subject, count, folder),
+                *peer_rows(subject, count, folder),
+                *pipeline_rows(subject, count, folder),
+                *engine_rows(subject, count, folder),
+            ]
+            rows += time_rows(subject, built, count)
     if config.plot is not None:
-        draw(rows, config.plot)
-    return publish(rows, subject.device, config.json)
+        label = "median latency, ms per image; ratio to the encoder alone in the same runtime"
+        draw(rows, config.plot, value="ms_per_image", label=label)
+    title = f"latency: {config.model}, {config.precision}, {subject.device}"
+    hidden = ("contract", "base", "calls", "ms_per_image")
+    return publish(rows, subject.device, config.json, title, hidden)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,64 @@
 """What every bench shares: interleaved timing, medians, the machine's description, the output."""
 
+import contextlib
+import importlib.metadata
 import json
 import math
+import os
 import platform
 import random
+import re
+import shutil
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
 from adavipro_fast.checkpoint import write_whole
 
 ROOT = Path(__file__).parents[1]
 LEAST_ROUNDS = 11
+PAUSE_S = 0.01
+STEADY = 0.02
+PLAIN_WIDTH = 160
+PACKAGES = (
+    *("torch", "torchvision", "open_clip_torch", "triton", "onnx", "onnxruntime-gpu"),
+    *("onnxruntime", "tensorrt", "tensorrt-rtx-cu13", "transformers", "openvino"),
+)
+GPU_FIELDS = (
+    *("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu"),
+    *("power.draw", "clocks_throttle_reasons.active"),
+)
 
 
 def synchronise(device: torch.device) -> None:
     """Wait for a GPU's work; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def timed_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Time one call: by CUDA events on a GPU, by the clock elsewhere."""
+    synchronise(device)
+    if device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        return float(began.elapsed_time(ended))
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def interleaved_ms(
@@ -51,31 +85,38 @@ def interleaved_ms(
         # What ran before leaves caches and clocks behind: nobody always follows the same one.
         random.Random(turn).shuffle(order)
         for name in order:
-            synchronise(device)
-            began = time.perf_counter()
-            variants[name]()
-            synchronise(device)
+            # Threads of the runtime before may still spin for more work.
+            time.sleep(PAUSE_S)
+            elapsed = timed_ms(variants[name], device)
             if turn >= warm_up:
-                times[name].append(1e3 * (time.perf_counter() - began))
+                times[name].append(elapsed)
     return times
 
 
 def until_steady(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    bases: Mapping[str, str],
 ) -> dict[str, list[float]]:
-    """Time variants in turn until every median's 95 % interval is within 2 %, or time is over.
+    """Time variants in turn until 95 % intervals are within 2 %, or time is over.
 
     Args:
         variants: name to work.
         device: where the work runs.
         seconds: longest time to measure for.
+        bases: name to the variant that its ratio is to; intervals of medians and ratios count.
 
     Returns:
         Milliseconds of each timed call, by name.
     """
     times = interleaved_ms(variants, device, rounds=LEAST_ROUNDS)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end and not all(map(steady, times.values())):
+    while time.perf_counter() < end:
+        ratios = (ratio_interval(times[name], times[base]) for name, base in bases.items())
+        if all(map(steady, times.values())) and all(b - a < STEADY * a for a, b in ratios):
+            break
         more = interleaved_ms(variants, device, rounds=5, warm_up=0)
         times = {name: times[name] + more[name] for name in variants}
     return times
@@ -87,7 +128,7 @@ def steady(times_ms: list[float]) -> bool:
     reach = 0.98 * len(ordered) ** 0.5
     low = ordered[max(0, math.floor(len(ordered) / 2 - reach))]
     high = ordered[min(len(ordered) - 1, math.ceil(len(ordered) / 2 + reach))]
-    return bool(high - low < 0.02 * statistics.median(ordered))
+    return bool(high - low < STEADY * statistics.median(ordered))
 
 
 def summary(times_ms: list[float]) -> dict[str, float]:
@@ -123,33 +164,152 @@ def ratio_interval(times_ms: list[float], base_ms: list[float]) -> tuple[float, 
     return low, high
 
 
+def peak_host_mib() -> float:
+    """Return the largest memory this process ever had resident, MiB; 0 where it cannot be told."""
+    # Not getrusage: its peak is inherited from the process that started this one.
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
+    return 0.0
+
+
+def peak_device_mib(work: Callable[[], object], device: torch.device) -> float:
+    """Return the largest memory torch holds on a GPU during a call, MiB."""
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def cpu_name() -> str:
+    """Return the processor's model."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def clocks() -> dict[str, Any]:
+    """Read the clocks as they are now and what slows them down, where the machine tells it."""
+    told: dict[str, Any] = {"load_average": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    with contextlib.suppress(OSError):
+        cores = re.findall(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text())
+        if cores:
+            told["cpu_mhz"] = max(map(float, cores))
+    folder = Path("/sys/devices/system/cpu/cpu0")
+    for name in ("cpufreq/cpuinfo_max_freq", "thermal_throttle/core_throttle_count"):
+        with contextlib.suppress(OSError, ValueError):
+            told[name.split("/")[1]] = int((folder / name).read_text())
+    if torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        values = done.stdout.split("\n")[0].split(", ")
+        if len(values) == len(GPU_FIELDS):
+            told["gpu"] = dict(zip(GPU_FIELDS, values, strict=True))
+    return told
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of what can be measured."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def machine(device: torch.device) -> dict[str, Any]:
-    """Describe what was measured on: device, versions, commit."""
+    """Describe what was measured on: device, clocks, versions, commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-    )
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    ).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": name,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clocks": clocks(),
+        "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "versions": versions(),
+        "commit": commit.removesuffix("-dirty"),
+        "dirty": commit.endswith("-dirty"),
     }
 
 
-def publish(rows: list[dict[str, Any]], device: torch.device, path: Path | None) -> dict[str, Any]:
-    """Show the rows, write them where asked, and return them with the machine's description."""
+def show(rows: list[dict[str, Any]], title: str, hidden: Collection[str] = ()) -> None:
+    """Print the rows as a table on stderr, and below it why the others have no figures."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    measured = [row for row in rows if "skipped" not in row]
+    keys = dict.fromkeys(key for row in measured for key in row)
+    columns = [key for key in keys if key not in hidden]
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "name" else "right")
+    for row in measured:
+        table.add_row(*(cell(row.get(name, "")) for name in columns))
+    console.print(table)
     for row in rows:
-        figures = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
-        print("  ".join(figures), file=sys.stderr)
-    result = {"rows": rows, "machine": machine(device)}
+        if "skipped" in row:
+            console.print(f"{row['name']}: {row['skipped']}", markup=False)
+
+
+def cell(value: object) -> str:
+    """Write a figure with the digits that it deserves."""
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def draw(rows: list[dict[str, Any]], path: Path, *, value: str, label: str) -> None:
+    """Draw a figure of the rows as bars, their ratios beside them.
+
+    Args:
+        rows: those without the figure are left out.
+        path: PNG or SVG.
+        value: the figure's name.
+        label: what the axis says.
+    """
+    mpl.rcParams["svg.hashsalt"] = "adavipro_fast"
+    drawn = [row for row in rows if value in row]
+    figure = Figure(figsize=(8, 0.8 + 0.3 * len(drawn)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(drawn))
+    bars = axes.barh(places, [row[value] for row in drawn])
+    axes.set_yticks(places, [row["name"] for row in drawn])
+    labels = [f"{row['ratio']:.2f}x" if "ratio" in row else "" for row in drawn]
+    axes.bar_label(bars, labels, padding=3)
+    axes.margins(x=0.1)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def publish(
+    rows: list[dict[str, Any]],
+    device: torch.device,
+    path: Path | None,
+    title: str,
+    hidden: Collection[str] = (),
+) -> dict[str, Any]:
+    """Show the rows, write them where asked, and return them with the machine's description.
+
+    Args:
+        rows: what was measured.
+        device: where.
+        path: file for all of it.
+        title: of the table.
+        hidden: figures that the table has no room for.
+    """
+    show(rows, title, hidden)
+    result = {"rows": rows, "machine": machine(device) | {"peak_host_mib": peak_host_mib()}}
     if path is not None:
         write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     return result

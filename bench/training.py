@@ -1,37 +1,54 @@
-"""Time a training step: prompt, frozen encoder forward and backward, optimiser.
+"""Where a training step's time goes, how fast epochs are, and when an accuracy is reached.
 
-    python bench/training.py --model ViT-B-32 --batch 32
+    python bench/training.py --model ViT-B-32 --batch 32 --json bench/results/training-cpu.json
 
 Rows vp, adavipro_paper_form (the generator as the paper writes it) and adavipro (the default
-path), interleaved in one process; peak memory comes from a process of its own per row.
+path), interleaved in one process; peak memory comes from a process of its own per row. The parts of
+a step are timed in steps of their own. `epoch_first` decodes JPEG files, `epoch_cached` reads the
+cache; `to_accuracy_*` trains the embedded demo.
 """
 
 import json
-import re
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import interleaved_ms, paired_ratio, publish, summary, synchronise
+from loader import jpeg_folder, loaded, loader_rows
+from measure import (
+    interleaved_ms,
+    paired_ratio,
+    peak_host_mib,
+    publish,
+    ratio_interval,
+    summary,
+    synchronise,
+    timed_ms,
+)
+from peers import in_paper_form
+from torch import Tensor
 
-from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder
+from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder, train
 from adavipro_fast.artifact import torch_device
 from adavipro_fast.clip import FrozenEncoder, Precision
-from adavipro_fast.functional import apply_prompt, decide
-from adavipro_fast.prompt import AdaptivePrompt, Prompted
+from adavipro_fast.prompt import Method, Prompted
 
 NAMES = ("vp", "adavipro_paper_form", "adavipro")
 CLASSES = 100
+PARTS_ROUNDS = 5
+DEMO_EPOCHS = 3
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Time a training step of vp, of the paper's form of adavipro, and of adavipro."""
+    """Time training: a step and its parts, epochs from files and from the cache, an accuracy."""
 
     model: str = "ViT-B-32"
     """open_clip model name; random weights"""
@@ -39,8 +56,12 @@ class TrainingConfig:
     """images per step"""
     precision: Precision = "bf16"
     """of the encoder"""
-    rounds: int = 15
+    rounds: int = 11
     """timed steps of each row"""
+    to_accuracy: float = 45.0
+    """validation top-1 of the demo whose time is told, percent; 0 leaves the row out"""
+    quick: bool = False
+    """under a minute: small batches, few rounds, no memory, epochs or accuracy"""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     only: str | None = None
@@ -49,53 +70,142 @@ class TrainingConfig:
     """file for the rows"""
 
 
-class PaperForm(AdaptivePrompt):
-    """The paper's generator as it is written: 64 full-resolution maps, nothing collapsed."""
+class Step:
+    """One training step, whole or part by part.
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        *,
-        tau: float = 1.0,
-        noise: torch.Tensor | None = None,
-        seed: int = 0,
-    ) -> Prompted:
-        """See `AdaptivePrompt.forward`; draws its noise from torch's own generator."""
-        with torch.autocast(images.device.type, enabled=False):
-            images = self.normalised(images)
-            assert self.generator is not None
-            delta = self.generator(self.edges(images))
-            if noise is None and self.training:
-                noise = torch.logit(torch.rand_like(delta), eps=1e-6)
-            mask = decide(delta, "hard" if self.training else "argmax", tau=tau, noise=noise)
-            return Prompted(apply_prompt(images, self.template(), mask), delta, mask)
+    Args:
+        name: of the row.
+        encoder: in the precision of training, on its device.
+        config: of the bench.
+    """
+
+    def __init__(self, name: str, encoder: FrozenEncoder, config: TrainingConfig) -> None:
+        self.device = torch_device(config.device)
+        side = encoder.preprocess.size
+        with torch.no_grad():
+            width = encoder(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
+        embeddings = F.normalize(torch.randn(CLASSES, width), dim=-1)
+        method: Method = "vp" if name == "vp" else "adavipro"
+        model = AdaViPro(encoder, embeddings, PromptConfig(method=method)).to(self.device).train()
+        self.model = in_paper_form(model) if name == "adavipro_paper_form" else model
+        self.optimiser = torch.optim.SGD(self.model.prompt.parameters(), lr=1e-3, momentum=0.9)
+        shape = (config.batch, 3, side, side)
+        self.pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+        self.labels = torch.randint(0, CLASSES, (config.batch,))
+        self.images, self.prompted, self.loss = self.pixels, Prompted(*3 * [self.pixels]), None
+
+    def data(self) -> None:
+        """Gather a batch and bring it to the device."""
+        order = torch.randperm(len(self.pixels))
+        self.images = self.pixels[order].to(self.device)
+        self.targets = self.labels[order].to(self.device)
+
+    def prompt(self) -> None:
+        """Prompt the images."""
+        self.prompted = self.model.prompt(self.images, tau=1.0)
+
+    def encoder(self) -> None:
+        """Run the frozen encoder and the loss."""
+        logits = self.model.classify(self.prompted.images, self.prompted.mask).logits
+        self.loss: Tensor | None = F.cross_entropy(logits, self.targets)
+
+    def backward(self) -> None:
+        """Differentiate encoder and prompt."""
+        assert self.loss is not None
+        self.optimiser.zero_grad()
+        self.loss.backward()
+
+    def optimise(self) -> None:
+        """Update the prompt."""
+        self.optimiser.step()
+
+    @property
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """The parts in order."""
+        return {
+            "data_ms": self.data,
+            "prompt_ms": self.prompt,
+            "encoder_ms": self.encoder,
+            "backward_ms": self.backward,
+            "optimiser_ms": self.optimise,
+        }
+
+    def __call__(self) -> None:
+        """Run all parts."""
+        for part in self.parts.values():
+            part()
+
+    def timed_parts(self, rounds: int) -> dict[str, float]:
+        """Return each part's median, ms."""
+        times: dict[str, list[float]] = {name: [] for name in self.parts}
+        for _ in range(rounds):
+            for name, part in self.parts.items():
+                times[name].append(timed_ms(part, self.device))
+        return {name: median(values) for name, values in times.items()}
 
 
-def build_step(name: str, encoder: FrozenEncoder, config: TrainingConfig) -> Callable[[], None]:
-    """Return one training step on random pixels."""
+def main() -> None:
+    """Parse, measure, print."""
+    config = cli.parse(TrainingConfig)
+    cli.run(lambda: command(config))
+
+
+def command(config: TrainingConfig) -> dict[str, Any]:
+    """Measure all rows, or one row's memory."""
+    if config.only is not None:
+        return {"peak_mib": own_peak_mib(config)}
+    if config.quick:
+        config = replace(config, rounds=2, to_accuracy=0.0, batch=min(config.batch, 4))
     device = torch_device(config.device)
-    side = encoder.preprocess.size
-    prompt = PromptConfig(method="vp" if name == "vp" else "adavipro")
-    width = encoder(torch.zeros(1, 3, side, side, device=device)).shape[1]
-    embeddings = F.normalize(torch.randn(CLASSES, width), dim=-1)
-    model = AdaViPro(encoder, embeddings, prompt)
-    if name == "adavipro_paper_form":
-        model.prompt = PaperForm(
-            side, prompt, mean=encoder.preprocess.mean, std=encoder.preprocess.std
+    encoder = load_encoder(config.model).in_precision(config.precision).to(device)
+    rows = step_rows(encoder, config)
+    count = config.batch * (2 if config.quick else 8)
+    rows += loader_rows(encoder.preprocess, device, count=count, batch=config.batch)
+    if config.quick:
+        names = ("epoch_first", "epoch_cached")
+        rows += [{"name": name, "skipped": "--quick: no epochs"} for name in names]
+    else:
+        rows += epoch_rows(encoder, config, count)
+    if config.to_accuracy:
+        rows += [accuracy_row(method, config) for method in ("vp", "adavipro")]
+    else:
+        reason = "--quick: no accuracy" if config.quick else "--to-accuracy 0"
+        rows += [{"name": f"to_accuracy_{m}", "skipped": reason} for m in ("vp", "adavipro")]
+    title = f"training: {config.model}, {config.precision}, batch {config.batch}, {device}"
+    hidden = ("iqr_ms", "ratio_to_decode", "ratio_to_first", "val_top1", "epochs", "seconds")
+    return publish(rows, device, config.json, title, hidden)
+
+
+def step_rows(encoder: FrozenEncoder, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Time the step of every variant in turn."""
+    device = torch_device(config.device)
+    steps = {name: Step(name, encoder, config) for name in NAMES}
+    fused = steps["adavipro"].model.prompt.path(device) == "fused"
+    if fused:
+        steps["adavipro_plain"] = Step("adavipro_plain", encoder, config)
+        steps["adavipro_plain"].model.prompt.kernel = "plain"
+    times = interleaved_ms(steps, device, rounds=config.rounds, warm_up=0 if config.quick else 1)
+    rows: list[dict[str, Any]] = []
+    for name, step in steps.items():
+        figures = summary(times[name])
+        low, high = ratio_interval(times[name], times["vp"])
+        rows.append(
+            {
+                "name": name,
+                "step_ms": figures["median_ms"],
+                "iqr_ms": figures["iqr_ms"],
+                "ratio_to_vp": paired_ratio(times[name], times["vp"]),
+                "ratio_low": low,
+                "ratio_high": high,
+                "images_per_s": 1e3 * config.batch / figures["median_ms"],
+                **({} if config.quick else {"peak_mib": peak_mib(name, config)}),
+                **step.timed_parts(1 if config.quick else PARTS_ROUNDS),
+            }
         )
-    model.to(device).train()
-    model.run_in(encoder)
-    optimiser = torch.optim.SGD(model.prompt.parameters(), lr=1e-3, momentum=0.9)
-    pixels = torch.randint(0, 256, (config.batch, 3, side, side), dtype=torch.uint8, device=device)
-    labels = torch.randint(0, CLASSES, (config.batch,), device=device)
-
-    def step() -> None:
-        loss = F.cross_entropy(model(pixels, tau=1.0).logits, labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-    return step
+    if not fused:
+        reason = "the fused kernel needs a CUDA device; adavipro took the collapsed PyTorch path"
+        rows.append({"name": "adavipro_fused", "skipped": reason})
+    return rows
 
 
 def peak_mib(name: str, config: TrainingConfig) -> float:
@@ -111,49 +221,66 @@ def peak_mib(name: str, config: TrainingConfig) -> float:
 
 
 def own_peak_mib(config: TrainingConfig) -> float:
-    """Run one row here and return the peak memory of this process or of its GPU, MiB."""
+    """Run a row's step here and return the peak memory of this process or of its GPU, MiB."""
     assert config.only is not None
     device = torch_device(config.device)
     encoder = load_encoder(config.model).in_precision(config.precision).to(device)
-    step = build_step(config.only, encoder, config)
+    step = Step(config.only, encoder, config)
+    if config.only == "adavipro_plain":
+        step.model.prompt.kernel = "plain"
     for _ in range(3):
         step()
     synchronise(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Not getrusage: its peak is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
+    return peak_host_mib()
 
 
-def main() -> None:
-    """Parse, measure, print."""
-    config = cli.parse(TrainingConfig)
-    cli.run(lambda: command(config))
-
-
-def command(config: TrainingConfig) -> dict[str, Any]:
-    """Measure all rows, or one row's memory."""
-    if config.only is not None:
-        return {"peak_mib": own_peak_mib(config)}
+def epoch_rows(encoder: FrozenEncoder, config: TrainingConfig, count: int) -> list[dict[str, Any]]:
+    """Time whole epochs of adavipro on `count` images, from files and from the cache."""
     device = torch_device(config.device)
-    encoder = load_encoder(config.model).in_precision(config.precision).to(device)
-    steps = {name: build_step(name, encoder, config) for name in NAMES}
-    times = interleaved_ms(steps, device, rounds=config.rounds)
-    rows: list[dict[str, Any]] = []
-    for name in NAMES:
-        figures = summary(times[name])
-        rows.append(
-            {
-                "name": name,
-                "step_ms": figures["median_ms"],
-                "iqr_ms": figures["iqr_ms"],
-                "ratio_to_vp": paired_ratio(times[name], times["vp"]),
-                "peak_mib": peak_mib(name, config),
-                "images_per_s": 1e3 * config.batch / figures["median_ms"],
-            }
+    step = Step("adavipro", encoder, config)
+    seconds = {}
+    with jpeg_folder(count) as folder:
+        for name in ("epoch_first", "epoch_cached"):
+            began = time.perf_counter()
+            split = loaded(folder, encoder.preprocess).resident(device)
+            for positions in torch.arange(count).split(config.batch):
+                step.images, step.targets = split.batch(positions, device)
+                for part in (step.prompt, step.encoder, step.backward, step.optimise):
+                    part()
+            synchronise(device)
+            seconds[name] = time.perf_counter() - began
+    first = seconds["epoch_first"]
+    return [
+        {"name": name, "images_per_s": count / taken, "ratio_to_first": first / taken}
+        for name, taken in seconds.items()
+    ]
+
+
+def accuracy_row(method: Method, config: TrainingConfig) -> dict[str, Any]:
+    """Train the demo until an epoch's validation accuracy reaches what was asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        recipe = train.RECIPES["best"]
+        train.start_run(
+            replace(
+                recipe,
+                prompt=replace(recipe.prompt, method=method),
+                optimiser=replace(recipe.optimiser, epochs=DEMO_EPOCHS),
+                device=config.device,
+                output=output,
+            )
         )
-    return publish(rows, device, config.json)
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+    seconds, row = 0.0, {"name": f"to_accuracy_{method}", "val_top1": config.to_accuracy}
+    for epoch in map(json.loads, lines):
+        seconds += epoch["seconds"]
+        if epoch["val_top1"] >= config.to_accuracy:
+            return row | {"epochs": epoch["epoch"], "seconds": seconds}
+    reached = max(json.loads(line)["val_top1"] for line in lines)
+    reason = f"{DEMO_EPOCHS} epochs reached {reached:.1f} %, not {config.to_accuracy:.1f} %"
+    return {"name": row["name"], "skipped": reason}
 
 
 if __name__ == "__main__":

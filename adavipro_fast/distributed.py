@@ -1,0 +1,107 @@
+"""Several processes, one run: what torchrun started, or one process alone.
+
+The global batch, the noise and the order of images do not depend on the number of processes: each
+takes its share of every batch, and gradients and figures are summed in one message a step.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from adavipro_fast.artifact import torch_device
+
+LONGEST_PATH = 4096
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run, and this one's place among them."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Return which of `count` images of a batch are this process's."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up a tensor over the processes, in place."""
+        if self.size > 1:
+            try:
+                dist.all_reduce(value)
+            except RuntimeError as error:
+                raise ConnectionError(f"another process of this run has ended: {error}") from error
+        return value
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], figures: Tensor) -> Tensor:
+        """Add up all gradients in place, and figures (n,), in one message; return the figures."""
+        if self.size == 1:
+            return figures
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = self.sum(torch.cat([*(g.flatten() for g in gradients), figures]))
+        *parts, total = flat.split([*(g.numel() for g in gradients), figures.numel()])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return total
+
+    def agreed(self, path: Path, device: torch.device) -> Path:
+        """Return the leading process's path."""
+        if self.size == 1:
+            return path
+        told = torch.zeros(LONGEST_PATH, dtype=torch.uint8, device=device)
+        if self.leads:
+            content = torch.frombuffer(bytearray(os.fsencode(path)), dtype=torch.uint8)
+            told[: len(content)] = content
+        dist.broadcast(told, 0)
+        return Path(os.fsdecode(bytes(told.tolist()).rstrip(b"\0")))
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(device: str) -> tuple[Group, torch.device]:
+    """Join the processes that torchrun started; alone without it.
+
+    Args:
+        device: auto or a device; of several GPUs each process takes its own.
+
+    Returns:
+        The group and this process's device.
+    """
+    place = torch_device(device)
+    if not dist.is_torchelastic_launched():
+        return Group(), place
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return Group(dist.get_rank(), dist.get_world_size()), place
+
+
+def leave() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leading() -> bool:
+    """Tell whether this process speaks: the first one, or the only one."""
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+
+
+def restarted() -> bool:
+    """Tell whether torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -1,0 +1,270 @@
+"""What users would run instead: the paper's form, Hugging Face, OpenVINO, a plain export.
+
+Peers get the same weights and images as our own rows, and pass the same check before they are
+timed.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from adavipro_fast import AdaViPro
+from adavipro_fast.clip import DTYPES, FrozenEncoder
+from adavipro_fast.export.to_onnx import quiet
+from adavipro_fast.functional import apply_prompt, decide
+from adavipro_fast.prompt import AdaptivePrompt, Prompted
+
+PEERS = "pip install 'adavipro_fast[peers]'"
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant ready to be timed, or the reason why it cannot be."""
+
+    name: str
+    base: str
+    """row of the encoder alone in the same runtime"""
+    contract: str
+    """encoder, prompt + encoder, or pipeline"""
+    work: Callable[[], Outputs] | None = None
+    build_s: float = 0.0
+    """export, compilation and first call, seconds; not part of the latency"""
+    skipped: str = ""
+
+
+class PaperForm(AdaptivePrompt):
+    """The paper's generator as it is written: 64 full-resolution maps, nothing collapsed."""
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        tau: float = 1.0,
+        noise: Tensor | None = None,
+        seed: int = 0,
+        first: int = 0,
+    ) -> Prompted:
+        """See `AdaptivePrompt.forward`; draws its noise from torch's own generator."""
+        with torch.autocast(images.device.type, enabled=False):
+            images = self.normalised(images)
+            assert self.generator is not None
+            delta = self.generator(self.edges(images))
+            if noise is None and self.training:
+                noise = torch.logit(torch.rand_like(delta), eps=1e-6)
+            mask = decide(delta, "hard" if self.training else "argmax", tau=tau, noise=noise)
+            return Prompted(apply_prompt(images, self.template(), mask), delta, mask)
+
+
+def in_paper_form(model: AdaViPro) -> AdaViPro:
+    """Return the model with its prompt computed as the paper writes it; weights are shared."""
+    prompt = model.prompt
+    twin = AdaViPro(model.encoder, model.class_embeddings, prompt.config)
+    mean, std = prompt.mean_std
+    twin.prompt = PaperForm(
+        model.encoder.preprocess.size, prompt.config, mean=tuple(mean), std=tuple(std)
+    )
+    twin.prompt.load_state_dict(prompt.state_dict())
+    return twin.train(model.training).to(model.class_embeddings.device)
+
+
+def hugging_face(encoder: FrozenEncoder) -> nn.Module:
+    """Return transformers' CLIP vision model with the weights of an open_clip image tower.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the tower is not CLIP's own vision transformer.
+    """
+    try:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    except ImportError as error:
+        raise ImportError(f"transformers is not installed; {PEERS}") from error
+    visual = encoder.visual
+    blocks = visual.transformer.resblocks if isinstance(visual, VisionTransformer) else []
+    first = blocks[0] if blocks else None
+    if (
+        not isinstance(visual, VisionTransformer)
+        or type(first) is not ResidualAttentionBlock
+        or visual.pool_type != "tok"
+        or isinstance(visual.ln_pre, nn.Identity)
+        or not isinstance(first.ls_1, nn.Identity)
+    ):
+        raise ValueError("transformers' CLIP has no such image tower")
+    weights = visual.state_dict()
+    width, out = weights["proj"].shape
+    settings = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=first.mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=first.attn.num_heads,
+        image_size=encoder.preprocess.size,
+        patch_size=visual.conv1.kernel_size[0],
+        projection_dim=out,
+        hidden_act="gelu" if isinstance(first.mlp.gelu, nn.GELU) else "quick_gelu",
+    )
+    twin = CLIPVisionModelWithProjection(settings)
+    twin.load_state_dict(renamed(weights))
+    return twin.eval().requires_grad_(False)
+
+
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give open_clip's weights of a vision transformer the names that transformers uses."""
+    head = "vision_model."
+    found = {
+        f"{head}embeddings.class_embedding": weights["class_embedding"],
+        f"{head}embeddings.patch_embedding.weight": weights["conv1.weight"],
+        f"{head}embeddings.position_embedding.weight": weights["positional_embedding"],
+        "visual_projection.weight": weights["proj"].t(),
+    }
+    names = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    for name, value in weights.items():
+        kind = name.rsplit(".", 1)[-1]
+        if name.startswith(("ln_pre.", "ln_post.")):
+            norm = "pre_layrnorm" if "pre" in name else "post_layernorm"
+            found[f"{head}{norm}.{kind}"] = value
+        if not name.startswith("transformer.resblocks."):
+            continue
+        number, rest = name.removeprefix("transformer.resblocks.").split(".", 1)
+        layer = f"{head}encoder.layers.{number}."
+        if rest.startswith("attn.in_proj_"):
+            for part, share in zip("qkv", value.chunk(3), strict=True):
+                found[f"{layer}self_attn.{part}_proj.{kind.removeprefix('in_proj_')}"] = share
+        else:
+            found[f"{layer}{names[rest.rsplit('.', 1)[0]]}.{kind}"] = value
+    return found
+
+
+def hugging_face_rows(
+    encoder: FrozenEncoder, images: Tensor, *, precision: str, compiled: bool
+) -> list[Row]:
+    """Build transformers' rows on normalised images (B, 3, S, S)."""
+    eager = Row("transformers_eager", "encoder_eager", "encoder")
+    rows = [eager, replace(eager, name="transformers_compiled", base="encoder_compiled")]
+    try:
+        twin = hugging_face(encoder).to(images.device, DTYPES[precision])
+    except (ImportError, ValueError) as error:
+        return [replace(row, skipped=str(error)) for row in rows]
+    images = images.to(DTYPES[precision])
+
+    @torch.inference_mode()
+    def run(module: Callable[..., Any]) -> Outputs:
+        embedding = module(pixel_values=images).image_embeds.float()
+        return {"embedding": nn.functional.normalize(embedding, dim=-1)}
+
+    rows[0] = replace(eager, work=lambda: run(twin))
+    if compiled:
+        optimised = torch.compile(twin)
+        rows[1] = replace(rows[1], work=lambda: run(optimised))
+    else:
+        rows[1] = replace(rows[1], skipped="--quick: no compiled rows")
+    return rows
+
+
+class Exported(nn.Module):
+    """A model as one would hand it to torch.onnx.export: tensors in, tensors out."""
+
+    def __init__(self, model: AdaViPro, *, prompted: bool) -> None:
+        super().__init__()
+        self.model, self.prompted = model, prompted
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Embed normalised images (B, 3, S, S); the mask comes second."""
+        if not self.prompted:
+            return (self.model.encoder(image),)
+        prediction = self.model(image)
+        return prediction.embedding, prediction.mask.to(torch.int32)
+
+
+def plain_onnx_rows(model: AdaViPro, images: Tensor, folder: Path) -> list[Row]:
+    """Build the rows of plain exports: the encoder, and the paper's form in front of it."""
+    device = images.device
+    if model.encoder.precision != "fp32":
+        reason = "torch.onnx.export writes open_clip's half-precision graph with autocast's casts"
+        return [
+            Row(name, "onnx_baseline", contract, skipped=reason)
+            for name, contract in (
+                ("onnx_plain_encoder", "encoder"),
+                ("onnx_paper_form", "prompt + encoder"),
+            )
+        ]
+    return [
+        plain_onnx_row(Exported(in_paper_form(model), prompted=prompted), images, folder, device)
+        for prompted in (False, True)
+    ]
+
+
+def plain_onnx_row(module: Exported, images: Tensor, folder: Path, device: torch.device) -> Row:
+    """Export a module with no more than torch.onnx.export, and open it in ONNX Runtime."""
+    import onnxruntime
+
+    name = "onnx_paper_form" if module.prompted else "onnx_plain_encoder"
+    outputs = ["embedding", "mask"] if module.prompted else ["embedding"]
+    path, began = folder / f"{name}.onnx", time.perf_counter()
+    if not path.exists():
+        with quiet():
+            program = torch.onnx.export(
+                copy.deepcopy(module).cpu(),
+                (torch.zeros(2, *images.shape[1:]),),
+                dynamo=True,
+                input_names=["image"],
+                output_names=outputs,
+                dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=4096)}},
+                verbose=False,
+            )
+        assert program is not None
+        program.save(path)
+    cuda = device.type == "cuda"
+    provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    contract = "prompt + encoder" if module.prompted else "encoder"
+    row = Row(name, "onnx_baseline", contract, build_s=time.perf_counter() - began)
+    if session.get_providers()[0] != provider:
+        return replace(row, skipped=f"ONNX Runtime has no {provider} here")
+    feed = {"image": images.cpu().numpy()}
+
+    def run() -> Outputs:
+        arrays = session.run(outputs, feed)
+        return dict(zip(outputs, map(torch.from_numpy, arrays), strict=True))
+
+    return replace(row, work=run)
+
+
+def openvino_row(name: str, path: Path, images: Tensor) -> Row:
+    """Open an exported fp32 file in OpenVINO on the CPU."""
+    contract = "encoder" if name == "baseline" else "prompt + encoder"
+    row = Row(f"openvino_{name}", "openvino_baseline", contract)
+    if images.device.type != "cpu":
+        return replace(row, skipped="OpenVINO is measured on CPUs only")
+    try:
+        import openvino
+    except ImportError:
+        return replace(row, skipped=f"OpenVINO is not installed; {PEERS}")
+    began = time.perf_counter()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    array = images.numpy()
+
+    def run() -> Outputs:
+        found = compiled([array])
+        return {
+            name: torch.from_numpy(found[name])
+            for name in ("embedding", "mask")
+            if name in {output.get_any_name() for output in compiled.outputs}
+        }
+
+    return replace(row, work=run, build_s=time.perf_counter() - began)

@@ -1,0 +1,163 @@
+"""Images per second: over batch sizes, encoders and time, and what the data loader can feed.
+
+    python bench/throughput.py --model ViT-B-32 --model ViT-B-16 --json FILE
+
+Every point times the folded ONNX graph beside the same encoder without a prompt, in turn. The first
+model gets all batch sizes and says where more images per call bring no more images per second; the
+others get one batch size and show how the prompt's share falls as encoder and image grow.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from latency import LatencyConfig, Subject, export
+from loader import loader_rows
+from measure import draw, interleaved_ms, paired_ratio, publish, ratio_interval, summary
+from peers import Row
+
+from adavipro_fast import cli
+from adavipro_fast.clip import Precision
+
+SATURATED = 0.95
+# Different images in a call; larger batches repeat them.
+IMAGES = 8
+MODELS = ("ViT-B-32", "ViT-S-32", "ViT-B-32-256", "ViT-B-16")
+
+
+@dataclass(frozen=True)
+class ThroughputConfig:
+    """Measure images per second with and without the prompt, and of the data loader."""
+
+    model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """open_clip names, random weights; repeatable (default: ViT-B-32 and three others)"""
+    batch: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
+    """images per call of the first model; repeatable (default: 1 to 64, to 1024 on a GPU)"""
+    precision: Precision = "fp32"
+    """of the encoder"""
+    seconds: float = 20.0
+    """how long the sustained row runs"""
+    quick: bool = False
+    """under a minute: one model, three batch sizes, a shorter sustained row"""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    json: Path | None = None
+    """file for the rows"""
+    plot: Path | None = None
+    """picture of the rows, PNG or SVG"""
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    config = cli.parse(ThroughputConfig)
+    cli.run(lambda: command(config))
+
+
+def command(config: ThroughputConfig) -> dict[str, Any]:
+    """Measure all rows.
+
+    Raises:
+        VerificationError: a graph computes something else; nothing is timed.
+    """
+    first, *others = config.model or (MODELS[:1] if config.quick else MODELS)
+    subject = subject_of(first, config)
+    cuda = subject.device.type == "cuda"
+    sizes = config.batch or ((1, 4, 16, 64, 256, 1024) if cuda else (1, 2, 4, 8, 16, 32, 64))
+    if config.quick and not config.batch:
+        sizes = sizes[:5:2]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = [point(subject, count, folder) for count in sizes]
+        best = max(row["images_per_s"] for row in rows)
+        saturated = next(r["batch"] for r in rows if r["images_per_s"] >= SATURATED * best)
+        rows.append({"name": "saturation", "model": first, "batch": saturated})
+        seconds = 5.0 if config.quick else config.seconds
+        rows.append(sustained(subject, saturated, folder, seconds))
+    for model in others:
+        with tempfile.TemporaryDirectory() as name:
+            rows.append(point(subject_of(model, config), 16 if cuda else 4, Path(name)))
+    preprocess = subject.model.encoder.preprocess
+    rows += loader_rows(preprocess, subject.device, count=64 if config.quick else 512, batch=32)
+    if config.plot is not None:
+        draw(rows, config.plot, value="images_per_s", label="images per second")
+    title = f"throughput: ONNX Runtime, {config.precision}, {subject.device}"
+    return publish(rows, subject.device, config.json, title, ("model",))
+
+
+def subject_of(model: str, config: ThroughputConfig) -> Subject:
+    """Prepare a model as the latency bench does."""
+    return Subject(
+        LatencyConfig(model, batch=(IMAGES,), precision=config.precision, device=config.device)
+    )
+
+
+def checked_work(subject: Subject, name: str, count: int, folder: Path) -> Callable[[], object]:
+    """Open an exported graph on `count` images, and check its answer.
+
+    Raises:
+        ValueError: it cannot run here.
+        VerificationError: it computes something else.
+    """
+    artifact = export(subject, name, folder)
+    if isinstance(artifact, str):
+        raise ValueError(f"{name}: {artifact}")
+    image = artifact.about.image(subject.sample.to(subject.device))
+    contract = "encoder" if name == "baseline" else "prompt + encoder"
+    subject.checked(Row(name, name, contract, partial(artifact.run, image)), IMAGES)
+    return partial(artifact.run, image[torch.arange(count) % IMAGES])
+
+
+def point(subject: Subject, count: int, folder: Path) -> dict[str, Any]:
+    """Time one batch size of one model, with and without the prompt."""
+    works = {name: checked_work(subject, name, count, folder) for name in ("baseline", "folded")}
+    calls = max(5, min(21, 64 // count))
+    if subject.config.quick:
+        calls = 5
+    times = interleaved_ms(works, subject.device, rounds=calls, warm_up=1)
+    medians = {name: summary(t)["median_ms"] for name, t in times.items()}
+    low, high = ratio_interval(times["folded"], times["baseline"])
+    model = subject.config.model
+    return {
+        "name": f"{model} batch {count}",
+        "model": model,
+        "side": subject.model.encoder.preprocess.size,
+        "batch": count,
+        "images_per_s": 1e3 * count / medians["folded"],
+        "encoder_images_per_s": 1e3 * count / medians["baseline"],
+        "ratio": paired_ratio(times["folded"], times["baseline"]),
+        "ratio_low": low,
+        "ratio_high": high,
+    }
+
+
+def sustained(subject: Subject, count: int, folder: Path, seconds: float) -> dict[str, Any]:
+    """Run the folded graph without a pause; compare the first and the last third."""
+    work = checked_work(subject, "folded", count, folder)
+    work()
+    began = previous = time.perf_counter()
+    calls = []
+    while previous - began < seconds or len(calls) < 6:
+        work()
+        now = time.perf_counter()
+        calls.append(now - previous)
+        previous = now
+    third = len(calls) // 3
+    first, last = (statistics.median(part) for part in (calls[:third], calls[-third:]))
+    return {
+        "name": f"sustained {seconds:.0f} s",
+        "model": subject.config.model,
+        "batch": count,
+        "images_per_s": count * len(calls) / (previous - began),
+        "last_third_to_first": first / last,
+    }
+
+
+if __name__ == "__main__":
+    main()

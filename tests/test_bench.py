@@ -1,0 +1,120 @@
+import json
+import sys
+import time
+
+import latency
+import measure
+import pytest
+import torch
+from peers import Row, hugging_face, in_paper_form
+
+from adavipro_fast.clip import load_encoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return latency.Subject(latency.LatencyConfig("demo", batch=(2,), quick=True, device="cpu"))
+
+
+def right(subject):
+    """Rows that PyTorch runs, by name."""
+    return {row.name: row for row in latency.torch_rows(subject, 2) if row.work is not None}
+
+
+def test_rows_that_are_right_pass(subject):
+    rows = right(subject)
+    assert {"encoder_eager", "paper_form_eager", "collapsed_eager"} <= set(rows)
+    for row in rows.values():
+        assert subject.checked(row, 2).build_s > 0
+
+
+def flipped(row):
+    def work():
+        outputs = row.work()
+        outputs["mask"] = outputs["mask"].clone()
+        outputs["mask"][0, 0, 0] = 1 - outputs["mask"][0, 0, 0]
+        return outputs
+
+    return work
+
+
+def rounded(row):
+    return lambda: row.work() | {"embedding": row.work()["embedding"].bfloat16().float()}
+
+
+@pytest.mark.parametrize(("plant", "told"), [(flipped, "1 regions"), (rounded, "embeddings")])
+def test_a_planted_wrong_result_gives_no_time_and_exit_1(monkeypatch, capsys, plant, told):
+    true_rows = latency.torch_rows
+
+    def rows(subject, count):
+        found = {row.name: row for row in true_rows(subject, count)}
+        wrong = found["collapsed_eager"]
+        planted = Row("planted", wrong.base, wrong.contract, plant(wrong))
+        return [found["encoder_eager"], planted]
+
+    monkeypatch.setattr(latency, "torch_rows", rows)
+    monkeypatch.setattr(sys, "argv", ["latency", "--model", "demo", "--quick", "--device", "cpu"])
+    monkeypatch.setattr(latency, "until_steady", lambda *_, **__: pytest.fail("it was timed"))
+    with pytest.raises(SystemExit) as stop:
+        latency.main()
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert f"planted: {told}" in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_not_replaced_by_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["latency", "--model", "demo", "--device", "cuda"])
+    with pytest.raises(SystemExit) as stop:
+        latency.main()
+    assert stop.value.code == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_a_sleep_of_5_percent_is_a_significant_difference():
+    works = {"base": lambda: time.sleep(0.02), "planted": lambda: time.sleep(0.021)}
+    works["again"] = works["base"]
+    times = measure.interleaved_ms(works, CPU, rounds=31)
+    low, _ = measure.ratio_interval(times["planted"], times["base"])
+    assert low > 1
+    assert abs(measure.paired_ratio(times["again"], times["base"]) - 1) < 0.02
+
+
+def test_every_row_has_figures_or_a_reason(monkeypatch, capsys, tmp_path):
+    path, chart = tmp_path / "rows.json", tmp_path / "p.svg"
+    arguments = ["--model", "demo", "--quick", "--json", str(path), "--plot", str(chart)]
+    monkeypatch.setattr(sys, "argv", ["latency", *arguments])
+    monkeypatch.setattr(latency, "QUICK_S", 0.5)
+    latency.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(path.read_text())
+    names = {row["name"] for row in result["rows"]}
+    assert {"onnx_baseline", "onnx_folded", "openvino_folded", "tensorrt_rtx_folded"} <= names
+    for row in result["rows"]:
+        if "skipped" in row:
+            assert len(row["skipped"]) > 10
+        else:
+            assert row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+            assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    assert result["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert chart.read_text().startswith("<?xml")
+
+
+def test_the_paper_form_shares_weights_and_answers_alike(subject):
+    images = subject.sample[:2]
+    own, paper = subject.model(images), in_paper_form(subject.model)(images)
+    assert torch.equal(own.mask, paper.mask)
+    assert torch.allclose(own.embedding, paper.embedding, atol=1e-5)
+
+
+def test_hugging_faces_clip_takes_open_clips_weights():
+    pytest.importorskip("transformers", reason="transformers is not installed: the peers extra")
+    encoder = load_encoder("ViT-S-32-alt")
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        own = encoder(images)
+        twin = hugging_face(encoder)(pixel_values=images).image_embeds
+    assert torch.allclose(torch.nn.functional.normalize(twin, dim=-1), own, atol=1e-5)
