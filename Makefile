@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(BIN)/python bench/demo.py
 
 test: .venv/ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

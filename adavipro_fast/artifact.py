@@ -14,8 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adavipro_fast.checkpoint import FORMAT, load_checkpoint, parse
+from adavipro_fast.baselines import Baseline, is_baseline, load_baseline
+from adavipro_fast.checkpoint import (
+    FORMAT,
+    EncoderIdentity,
+    load_checkpoint,
+    parse,
+    read_safetensors,
+)
 from adavipro_fast.clip import Precision, Preprocess, load_encoder
+from adavipro_fast.distributed import torch_device
 from adavipro_fast.functional import normalise
 from adavipro_fast.prompt import AdaViPro, Prediction, PromptConfig
 
@@ -23,23 +31,6 @@ from adavipro_fast.prompt import AdaViPro, Prediction, PromptConfig
 SEAL_KEY, UNSEALED = "content_sha256", "0" * 64
 # How protobuf stores the entry: key, then a string of 64 bytes.
 SEAL = SEAL_KEY.encode() + b"\x12\x40"
-
-
-def torch_device(name: str) -> torch.device:
-    """Turn `auto` or a device name into a device that is there.
-
-    Raises:
-        ValueError: unknown or absent.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device; use cpu")
-    return device
 
 
 @dataclass(frozen=True)
@@ -136,6 +127,21 @@ class TorchArtifact:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
+        return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
+
+
+@dataclass(frozen=True)
+class BaselineArtifact:
+    """A linear probe or a fine-tuned encoder run by PyTorch."""
+
+    model: Baseline
+    about: Description
+    provider: str
+    backend: str = "torch"
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels; masks are closed."""
         return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
 
 
@@ -276,7 +282,7 @@ def open_artifact(
     """Open a trained prompt for inference.
 
     Args:
-        path: `checkpoint.safetensors`, `.onnx` or `.engine`.
+        path: `checkpoint.safetensors`, `.onnx`, `.engine`, or a baseline's file.
         model: where a checkpoint's encoder now lies; its hash must match.
         pretrained: open_clip tag or path of the encoder's weights.
         precision: of a checkpoint's encoder.
@@ -293,8 +299,11 @@ def open_artifact(
         from adavipro_fast.engine import EngineArtifact
 
         return EngineArtifact.open(path, device)
-    checkpoint = load_checkpoint(path)
     place = torch_device(device)
+    _, metadata = read_safetensors(path)
+    if is_baseline(metadata):
+        return _open_baseline(path, metadata, model, pretrained, place)
+    checkpoint = load_checkpoint(path)
     encoder = load_encoder(
         model or checkpoint.encoder.name,
         checkpoint.encoder.pretrained if pretrained is None else pretrained,
@@ -305,3 +314,38 @@ def open_artifact(
         checkpoint.class_names, checkpoint.preprocess, checkpoint.config, precision, "uint8", False
     )
     return TorchArtifact(prompted.to(place), about, provider=str(place))
+
+
+def open_prompt(path: Path, model: str | None, pretrained: str | None) -> TorchArtifact:
+    """Open a checkpoint on the CPU in fp32, as the exporters need it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no prompt, or as for `open_artifact`.
+    """
+    opened = open_artifact(path, model=model, pretrained=pretrained, device="cpu")
+    if not isinstance(opened, TorchArtifact):
+        raise ValueError(
+            f"{path} holds no prompt; name a checkpoint.safetensors of --method adavipro or vp"
+        )
+    return opened
+
+
+def _open_baseline(
+    path: Path,
+    metadata: dict[str, Any],
+    model: str | None,
+    pretrained: str | None,
+    place: torch.device,
+) -> BaselineArtifact:
+    """Open what a method without a prompt wrote; it runs in fp32."""
+    try:
+        identity: EncoderIdentity = parse(EncoderIdentity, metadata["encoder"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    encoder = load_encoder(
+        model or identity.name, identity.pretrained if pretrained is None else pretrained
+    )
+    baseline, class_names, config = load_baseline(path, encoder)
+    about = Description(class_names, encoder.preprocess, config, "fp32", "uint8", True)
+    return BaselineArtifact(baseline.to(place), about, provider=str(place))

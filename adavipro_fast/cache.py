@@ -137,16 +137,17 @@ def fill(
 ) -> None:
     """Decode all images into a file, which gets its name when it is whole."""
     partial = path.with_suffix(".partial")
-    pixels = open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
     transform = preprocess.pixels()
 
     def decode(index: int) -> None:
         pixels[index] = transform(source.open(index))
 
     try:
+        pixels = open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         # A full disk must be told now: writing to a map that has no room ends the process.
-        with partial.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        if hasattr(os, "posix_fallocate"):
+            with partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         with ThreadPoolExecutor(DECODERS) as pool:
             done = pool.map(decode, range(shape[0]))
             for _ in tqdm(done, f"decode {label}", shape[0], unit="image", leave=False):
@@ -195,12 +196,11 @@ class CacheConfig:
 def command(config: CacheConfig) -> dict[str, Any]:
     """List or clear, and return what there is now."""
     removed = shrink(config.cache_dir, 0) if config.clear else 0
-    listed = [{"file": p.name, "bytes": p.stat().st_size} for p in files(config.cache_dir)]
-    held = sum(int(row["bytes"]) for row in listed)
+    sizes = {path.name: path.stat().st_size for path in files(config.cache_dir)}
     return {
         "cache_dir": str(config.cache_dir),
-        "files": listed,
-        "bytes": held,
+        "files": [{"file": name, "bytes": size} for name, size in sizes.items()],
+        "bytes": sum(sizes.values()),
         "removed_bytes": removed,
     }
 

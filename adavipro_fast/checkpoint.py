@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adavipro_fast.clip import FrozenEncoder, Preprocess
 from adavipro_fast.functional import check_region
-from adavipro_fast.prompt import AdaViPro, PromptConfig, frame
+from adavipro_fast.prompt import PROMPTED, AdaViPro, PromptConfig, frame
 
 FORMAT = "adavipro-fast/1"
 
@@ -163,6 +163,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             parse(EncoderIdentity, metadata["encoder"]),
             parse(Preprocess, metadata["preprocess"]),
         )
+        if checkpoint.config.method not in PROMPTED:
+            raise ValueError(f"method {checkpoint.config.method} has no prompt")
         check_region(checkpoint.preprocess.size, checkpoint.config.region_size)
         frame(checkpoint.preprocess.size, checkpoint.config.prompt_size)
         _check_shapes(checkpoint)

@@ -1,4 +1,4 @@
-"""Several processes, one run: what torchrun started, or one process alone.
+"""Devices and processes: what torchrun started, or one process alone.
 
 The global batch, the noise and the order of images do not depend on the number of processes: each
 takes its share of every batch, and gradients and figures are summed in one message a step.
@@ -13,9 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adavipro_fast.artifact import torch_device
-
 LONGEST_PATH = 4096
+
+
+def torch_device(name: str) -> torch.device:
+    """Turn `auto` or a device name into a device that is there.
+
+    Raises:
+        ValueError: unknown or absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device; use cpu")
+    return device
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Group:
             return figures
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = self.sum(torch.cat([*(g.flatten() for g in gradients), figures]))
+        total: Tensor
         *parts, total = flat.split([*(g.numel() for g in gradients), figures.numel()])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
@@ -81,7 +97,7 @@ def join(device: str) -> tuple[Group, torch.device]:
         The group and this process's device.
     """
     place = torch_device(device)
-    if not dist.is_torchelastic_launched():
+    if not launched():
         return Group(), place
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -93,13 +109,18 @@ def join(device: str) -> tuple[Group, torch.device]:
 
 def leave() -> None:
     """Leave the group, if there is one."""
-    if dist.is_initialized():
+    if launched() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Tell whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def leading() -> bool:
     """Tell whether this process speaks: the first one, or the only one."""
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def restarted() -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact import Description, file_sha256, torch_device
+from adavipro_fast.artifact import Description, file_sha256
+from adavipro_fast.distributed import torch_device
 from adavipro_fast.prompt import Prediction
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

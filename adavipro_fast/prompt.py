@@ -23,7 +23,8 @@ from adavipro_fast.functional import (
     normalise,
 )
 
-Method = Literal["adavipro", "vp"]
+Method = Literal["adavipro", "vp", "zero_shot", "linear_probe", "full_finetune"]
+PROMPTED = ("adavipro", "vp")
 Kernel = Literal["auto", "fused", "plain"]
 
 
@@ -32,7 +33,8 @@ class PromptConfig:
     """What the prompt is made of; travels in the checkpoint."""
 
     method: Method = "adavipro"
-    """adavipro decides per region where the prompt applies; vp applies it everywhere"""
+    """adavipro decides per region where the prompt applies; vp applies it everywhere; the others
+    have no prompt: zero_shot, linear_probe, full_finetune"""
     prompt_size: int = 30
     """width of each side of the frame, pixels"""
     region_size: int = 32
@@ -214,6 +216,8 @@ class AdaptivePrompt(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        if config.method not in PROMPTED:
+            raise ValueError(f"method {config.method} has no prompt; use {' or '.join(PROMPTED)}")
         check_region(image_size, config.region_size)
         self.kernel, self.dtype = kernel, dtype
         self.config = config

@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from adavipro_fast import checkpoint, cli, distributed, pictures
+from adavipro_fast.baselines import run_baseline
 from adavipro_fast.clip import (
     DEFAULT_TEMPLATE,
     TextTower,
@@ -23,7 +24,7 @@ from adavipro_fast.clip import (
 )
 from adavipro_fast.data import DataConfig, load_dataset
 from adavipro_fast.metrics import Evaluation, mask_figures
-from adavipro_fast.prompt import AdaViPro, Kernel, PromptConfig
+from adavipro_fast.prompt import PROMPTED, AdaViPro, Kernel, PromptConfig
 from adavipro_fast.training import UNTRAINED, OptimiserConfig, Trainer, read_state
 
 CALIBRATION_IMAGES = 512
@@ -99,7 +100,32 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
         raise ValueError(
             f"{output} already holds a run; go on with --resume {output} or choose another --output"
         )
-    return _finish(_prepare(replace(config, output=output)))
+    config = replace(config, output=output)
+    if config.prompt.method not in PROMPTED:
+        return _run_baseline(config, device)
+    return _finish(_prepare(config))
+
+
+def _run_baseline(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """Run a method without a prompt; one process does it."""
+    if distributed.launched():
+        raise ValueError(f"{config.prompt.method} runs in one process; start it without torchrun")
+    check_templates(config.template)
+    encoder, text = load_clip(config.model, config.pretrained)
+    dataset = load_dataset(config.data, encoder.preprocess, seed=config.optimiser.seed)
+    torch.manual_seed(config.optimiser.seed)
+    assert config.output is not None
+    result = run_baseline(
+        encoder,
+        _class_embeddings(config, text, dataset.class_names),
+        dataset,
+        config.prompt,
+        config.optimiser,
+        device=device,
+        output=config.output,
+    )
+    _log(f"{result['trainable_params']} trainable parameters")
+    return result
 
 
 def resume_run(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,6 +57,8 @@ class OptimiserConfig:
     """peak learning rate of the template"""
     lr_generator: float = 1.0
     """peak learning rate of the mask generator"""
+    lr_encoder: float = 1e-5
+    """peak learning rate of full_finetune (AdamW)"""
     clip_prompt: float = 0.0
     """longest gradient of the template, as a Euclidean norm; 0 leaves gradients as they are"""
     tau: float = 5.0
@@ -74,7 +77,7 @@ class OptimiserConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
-        for name in ("lr_prompt", "lr_generator", "clip_prompt"):
+        for name in ("lr_prompt", "lr_generator", "lr_encoder", "clip_prompt"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is needed")
         if not 0 <= self.seed < 2**31:
@@ -256,8 +259,9 @@ class Trainer:
         Images and labels are this process's share of the batch, the number is the whole batch's.
         """
         size, train = self.config.batch_size, self.dataset.train
-        generator = torch.Generator().manual_seed(self.config.seed << 32 | self.progress.epoch)
-        order = torch.randperm(len(train), generator=generator)
+        # Not torch's generator: it takes no more than 32 bits of a seed.
+        generator = np.random.default_rng([self.config.seed, self.progress.epoch])
+        order = torch.from_numpy(generator.permutation(len(train)))
         chunks = order.split(size)[self.progress.step :]
         if not chunks:
             return

@@ -1,13 +1,15 @@
-"""Train the embedded demo, export it, and evaluate what was exported: `make demo`.
+"""Train the embedded demo, export it, evaluate and time what was exported: `make demo`.
 
-The last line is one JSON object: training's figures, and the later steps' under `onnx` and
-`engine`.
+The last line is one JSON object: training's figures, and the later steps' under `onnx`, `engine`
+and `latency`.
 """
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import latency
 
 from adavipro_fast import cli, evaluate, train
 from adavipro_fast.export import to_onnx, to_tensorrt
@@ -25,7 +27,11 @@ def demo() -> dict[str, Any]:
     """Run the product's main job from end to end on its embedded default."""
     result = train.start_run(train.RECIPES["best"])
     checkpoint = Path(result["checkpoint"])
-    return result | {"onnx": export_onnx(checkpoint), "engine": build_engine(checkpoint)}
+    return result | {
+        "onnx": export_onnx(checkpoint),
+        "engine": build_engine(checkpoint),
+        "latency": time_it(),
+    }
 
 
 def export_onnx(checkpoint: Path) -> dict[str, Any]:
@@ -50,6 +56,12 @@ def build_engine(checkpoint: Path) -> dict[str, Any]:
         return to_tensorrt.command(config)
     except ImportError as error:
         return {"skipped": str(error)}
+
+
+def time_it() -> dict[str, Any]:
+    """Time the demo's encoder with and without a prompt, in every runtime at hand."""
+    say("measuring latency")
+    return latency.command(latency.LatencyConfig("demo", quick=True))
 
 
 def say(line: str) -> None:

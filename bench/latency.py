@@ -34,10 +34,11 @@ from PIL import Image
 from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder
-from adavipro_fast.artifact import Artifact, OnnxArtifact, torch_device
+from adavipro_fast.artifact import Artifact, OnnxArtifact
 from adavipro_fast.cache import decode_image
 from adavipro_fast.checkpoint import checkpoint_of
 from adavipro_fast.clip import DTYPES, Precision
+from adavipro_fast.distributed import torch_device
 from adavipro_fast.engine import EngineArtifact, compute_capability, runtime_module
 from adavipro_fast.export import to_onnx, to_tensorrt, verify
 from adavipro_fast.export.fold import Deployed, folding_obstacle

@@ -30,6 +30,7 @@ LEAST_ROUNDS = 11
 PAUSE_S = 0.01
 STEADY = 0.02
 PLAIN_WIDTH = 160
+ORDER = random.Random(0)
 PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "triton", "onnx", "onnxruntime-gpu"),
     *("onnxruntime", "tensorrt", "tensorrt-rtx-cu13", "transformers", "openvino"),
@@ -67,6 +68,7 @@ def interleaved_ms(
     *,
     rounds: int,
     warm_up: int = 2,
+    bases: Mapping[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Time variants in turn, so that a drift of the machine meets all alike.
 
@@ -75,22 +77,30 @@ def interleaved_ms(
         device: where the work runs.
         rounds: timed calls of each.
         warm_up: calls of each before, not timed.
+        bases: name to the variant that it is compared with; both run close to each other.
 
     Returns:
         Milliseconds of each timed call, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in tqdm(range(warm_up + rounds), "measure", leave=False):
-        order = list(variants)
-        # What ran before leaves caches and clocks behind: nobody always follows the same one.
-        random.Random(turn).shuffle(order)
-        for name in order:
+        for name in shuffled(list(variants), bases or {}):
             # Threads of the runtime before may still spin for more work.
             time.sleep(PAUSE_S)
             elapsed = timed_ms(variants[name], device)
             if turn >= warm_up:
                 times[name].append(elapsed)
     return times
+
+
+def shuffled(names: list[str], bases: Mapping[str, str]) -> list[str]:
+    """Shuffle names, those with the same base side by side.
+
+    What ran before leaves caches and clocks behind: nobody always follows the same one.
+    """
+    ORDER.shuffle(names)
+    groups = list(dict.fromkeys(bases.get(name, name) for name in names))
+    return sorted(names, key=lambda name: groups.index(bases.get(name, name)))
 
 
 def until_steady(
@@ -111,13 +121,13 @@ def until_steady(
     Returns:
         Milliseconds of each timed call, by name.
     """
-    times = interleaved_ms(variants, device, rounds=LEAST_ROUNDS)
+    times = interleaved_ms(variants, device, rounds=LEAST_ROUNDS, bases=bases)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         ratios = (ratio_interval(times[name], times[base]) for name, base in bases.items())
         if all(map(steady, times.values())) and all(b - a < STEADY * a for a, b in ratios):
             break
-        more = interleaved_ms(variants, device, rounds=5, warm_up=0)
+        more = interleaved_ms(variants, device, rounds=5, warm_up=0, bases=bases)
         times = {name: times[name] + more[name] for name in variants}
     return times
 

@@ -87,11 +87,12 @@ def hugging_face(encoder: FrozenEncoder) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"transformers is not installed; {PEERS}") from error
     visual = encoder.visual
-    blocks = visual.transformer.resblocks if isinstance(visual, VisionTransformer) else []
-    first = blocks[0] if blocks else None
+    if not isinstance(visual, VisionTransformer):
+        raise ValueError("transformers' CLIP has no such image tower")
+    blocks: Any = visual.transformer.resblocks
+    first = blocks[0]
     if (
-        not isinstance(visual, VisionTransformer)
-        or type(first) is not ResidualAttentionBlock
+        type(first) is not ResidualAttentionBlock
         or visual.pool_type != "tok"
         or isinstance(visual.ln_pre, nn.Identity)
         or not isinstance(first.ls_1, nn.Identity)
@@ -109,9 +110,9 @@ def hugging_face(encoder: FrozenEncoder) -> nn.Module:
         projection_dim=out,
         hidden_act="gelu" if isinstance(first.mlp.gelu, nn.GELU) else "quick_gelu",
     )
-    twin = CLIPVisionModelWithProjection(settings)
+    twin: nn.Module = CLIPVisionModelWithProjection(settings)
     twin.load_state_dict(renamed(weights))
-    return twin.eval().requires_grad_(False)
+    return nn.Module.eval(twin).requires_grad_(False)
 
 
 def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:

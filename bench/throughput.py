@@ -142,7 +142,7 @@ def sustained(subject: Subject, count: int, folder: Path, seconds: float) -> dic
     work = checked_work(subject, "folded", count, folder)
     work()
     began = previous = time.perf_counter()
-    calls = []
+    calls: list[float] = []
     while previous - began < seconds or len(calls) < 6:
         work()
         now = time.perf_counter()

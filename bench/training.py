@@ -33,11 +33,10 @@ from measure import (
     timed_ms,
 )
 from peers import in_paper_form
-from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder, train
-from adavipro_fast.artifact import torch_device
 from adavipro_fast.clip import FrozenEncoder, Precision
+from adavipro_fast.distributed import torch_device
 from adavipro_fast.prompt import Method, Prompted
 
 NAMES = ("vp", "adavipro_paper_form", "adavipro")
@@ -92,7 +91,9 @@ class Step:
         shape = (config.batch, 3, side, side)
         self.pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
         self.labels = torch.randint(0, CLASSES, (config.batch,))
-        self.images, self.prompted, self.loss = self.pixels, Prompted(*3 * [self.pixels]), None
+        self.images, self.targets = self.pixels, self.labels
+        self.prompted = Prompted(*3 * [self.pixels])
+        self.loss = torch.zeros(())
 
     def data(self) -> None:
         """Gather a batch and bring it to the device."""
@@ -107,11 +108,10 @@ class Step:
     def encoder(self) -> None:
         """Run the frozen encoder and the loss."""
         logits = self.model.classify(self.prompted.images, self.prompted.mask).logits
-        self.loss: Tensor | None = F.cross_entropy(logits, self.targets)
+        self.loss = F.cross_entropy(logits, self.targets)
 
     def backward(self) -> None:
         """Differentiate encoder and prompt."""
-        assert self.loss is not None
         self.optimiser.zero_grad()
         self.loss.backward()
 

@@ -26,7 +26,7 @@ from adavipro_fast.artifact import (
     OnnxArtifact,
     TorchArtifact,
     file_sha256,
-    open_artifact,
+    open_prompt,
     seal,
 )
 from adavipro_fast.checkpoint import FORMAT, Checkpoint, load_checkpoint
@@ -96,10 +96,7 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         )
     if config.output.suffix != ".onnx":
         raise ValueError(f"output {config.output} does not end in .onnx; name a file F.onnx")
-    reference = open_artifact(
-        config.checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
-    )
-    assert isinstance(reference, TorchArtifact)
+    reference = open_prompt(config.checkpoint, config.model, config.pretrained)
     graph = config.graph or _default_graph(reference.model)
     module = Deployed(
         reference.model,

@@ -21,10 +21,9 @@ from tqdm import tqdm
 from adavipro_fast import cli
 from adavipro_fast.artifact import (
     Description,
-    TorchArtifact,
     describe_onnx,
     file_sha256,
-    open_artifact,
+    open_prompt,
 )
 from adavipro_fast.checkpoint import FORMAT
 from adavipro_fast.clip import Precision
@@ -356,10 +355,7 @@ def verify(path: Path, config: TensorRtConfig, capabilities: list[str]) -> dict[
     if config.source.suffix == ".onnx" or config.baseline:
         reason = "export/verify.py CHECKPOINT ENGINE compares it with its checkpoint"
         return {"verified": False, "reason": reason}
-    reference = open_artifact(
-        config.source, model=config.model, pretrained=config.pretrained, device="cpu"
-    )
-    assert isinstance(reference, TorchArtifact)
+    reference = open_prompt(config.source, config.model, config.pretrained)
     candidate = EngineArtifact.open(path)
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adavipro_fast import cli, demo
-from adavipro_fast.artifact import TorchArtifact, open_artifact
+from adavipro_fast.artifact import open_artifact, open_prompt
 from adavipro_fast.clip import Preprocess
 from adavipro_fast.predict import read_pixels
 from adavipro_fast.prompt import AdaViPro, Prediction
@@ -168,11 +168,7 @@ def command(config: VerifyConfig) -> dict[str, Any]:
     Raises:
         VerificationError: they differ by more than rounding.
     """
-    reference = open_artifact(
-        config.checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
-    )
-    if not isinstance(reference, TorchArtifact):
-        raise ValueError(f"{config.checkpoint} is no checkpoint; name the one it was exported from")
+    reference = open_prompt(config.checkpoint, config.model, config.pretrained)
     candidate = open_artifact(config.artifact, device=config.device)
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)

@@ -5,9 +5,11 @@ import time
 import latency
 import measure
 import pytest
+import report
 import torch
 from peers import Row, hugging_face, in_paper_form
 
+from adavipro_fast import artifact
 from adavipro_fast.clip import load_encoder
 
 CPU = torch.device("cpu")
@@ -74,6 +76,14 @@ def test_cuda_is_not_replaced_by_a_cpu(monkeypatch, capsys):
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_onnx_runtimes_cpu_provider_is_refused_where_cuda_was_asked(subject, monkeypatch, tmp_path):
+    latency.export(subject, "baseline", tmp_path)
+    monkeypatch.setattr(artifact, "torch_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ValueError, match="CUDA was asked for|cannot run"):
+        latency.export(subject, "baseline", tmp_path)
+
+
 def test_a_sleep_of_5_percent_is_a_significant_difference():
     works = {"base": lambda: time.sleep(0.02), "planted": lambda: time.sleep(0.021)}
     works["again"] = works["base"]
@@ -118,3 +128,9 @@ def test_hugging_faces_clip_takes_open_clips_weights():
         own = encoder(images)
         twin = hugging_face(encoder)(pixel_values=images).image_embeds
     assert torch.allclose(torch.nn.functional.normalize(twin, dim=-1), own, atol=1e-5)
+
+
+def test_readmes_figures_are_those_of_the_results():
+    text = report.README.read_text()
+    assert report.rendered(text) == text
+    assert {found[1] for found in report.SECTION.findall(text)} == set(report.SECTIONS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adavipro_fast import evaluate, predict
+from adavipro_fast import cli, evaluate, predict
 from adavipro_fast.data import DataConfig
 from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.predict import PredictConfig
@@ -227,3 +227,21 @@ def test_the_papers_settings_are_one_flag_away():
     assert (paper.optimiser.lr_prompt, paper.optimiser.lr_generator) == (40, 1)
     assert (paper.prompt.edge, paper.prompt.edge_padding) == ("laplacian", "zero")
     assert (paper.optimiser.tau, paper.optimiser.tau_decay) == (5, 0.98)
+
+
+def test_another_seed_gives_another_order_of_the_images(small, tmp_path):
+    # vp from a zero template draws nothing else at random.
+    prompts = []
+    for seed in (0, 1):
+        config = small(tmp_path / str(seed), method="vp", epochs=1, seed=seed)
+        config = replace(config, prompt=replace(config.prompt, prompt_init="zero"))
+        start_run(config)
+        state = load_file(tmp_path / str(seed) / "last.safetensors")
+        prompts.append(state["momentum.template.values"])
+    assert not torch.equal(*prompts)
+
+
+def test_a_message_cannot_steer_the_terminal(capsys):
+    with pytest.raises(SystemExit):
+        cli.fail("no class \x1b[2J\x07\u202e here\nnor there")
+    assert capsys.readouterr().err == "error: no class \\x1b[2J\\x07\\u202e here nor there\n"

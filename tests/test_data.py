@@ -1,15 +1,20 @@
+import json
+import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from adavipro_fast import cache
 from adavipro_fast.clip import Preprocess
-from adavipro_fast.data import DataConfig, load_dataset
+from adavipro_fast.data import COOP, DataConfig, load_dataset, read_split
 
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
 CPU = torch.device("cpu")
@@ -53,16 +58,16 @@ def demo_model():
 
 
 def test_the_cache_is_used_again_and_follows_the_content(copy, tmp_path):
-    cache = tmp_path / "cache"
-    load(copy, cache)
-    made = {p: p.stat().st_ino for p in cache.glob("*.npy")}
+    kept = tmp_path / "cache"
+    load(copy, kept)
+    made = {p: p.stat().st_ino for p in kept.glob("*.npy")}
     moved = shutil.move(copy, tmp_path / "elsewhere")
-    load(moved, cache)
-    assert {p: p.stat().st_ino for p in cache.glob("*.npy")} == made
+    load(moved, kept)
+    assert {p: p.stat().st_ino for p in kept.glob("*.npy")} == made
     first = sorted((tmp_path / "elsewhere/test/circle").iterdir())[0]
     Image.new("RGB", (40, 40), "red").save(first)
-    dataset = load(moved, cache)
-    assert len(list(cache.glob("*.npy"))) == len(made) + 1
+    dataset = load(moved, kept)
+    assert len(list(kept.glob("*.npy"))) == len(made) + 1
     assert dataset.test.batch(torch.tensor([0]), CPU)[0][0, 0].min() > 200
 
 
@@ -170,3 +175,141 @@ def test_cifar10_is_read_in_torchvisions_own_format(tmp_path, monkeypatch):
 def test_a_missing_cifar10_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data-root, or add --download"):
         load("cifar10", tmp_path, data_root=tmp_path)
+
+
+def test_the_cache_keeps_to_its_limit_and_forgets_what_was_used_longest_ago(folder, tmp_path):
+    load(folder, tmp_path)
+    old = cache.files(tmp_path)
+    size = sum(path.stat().st_size for path in old)
+    other = Preprocess(16, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
+    config = DataConfig(str(folder), cache_dir=tmp_path, cache_limit_gb=size / 1e9)
+    dataset = load_dataset(config, other)
+    assert sum(path.stat().st_size for path in cache.files(tmp_path)) <= size
+    assert not old[0].exists()
+    assert len(dataset.train) == 30
+
+
+def test_the_cache_is_listed_and_cleared(folder, tmp_path):
+    load(folder, tmp_path)
+    listed = cache.command(cache.CacheConfig(tmp_path))
+    assert len(listed["files"]) == 3
+    cleared = cache.command(cache.CacheConfig(tmp_path, clear=True))
+    assert cleared == {
+        "cache_dir": str(tmp_path),
+        "files": [],
+        "bytes": 0,
+        "removed_bytes": listed["bytes"],
+    }
+
+
+def test_a_full_disk_is_told_before_images_are_decoded(folder, tmp_path):
+    program = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from adavipro_fast.clip import Preprocess\n"
+        "from adavipro_fast.data import DataConfig, load_dataset\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, 'bicubic', 'shortest')\n"
+        "try:\n"
+        "    load_dataset(DataConfig(sys.argv[1], cache_dir=Path(sys.argv[2])), preprocess)\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(folder), str(tmp_path)]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
+    assert "cannot keep decoded images in" in done.stdout
+    assert not list(tmp_path.glob("*.np*")) + list(tmp_path.glob("*.partial"))
+
+
+def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
+    path = tmp_path / "bomb.png"
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in chunks
+        )
+    )
+    with pytest.raises(ValueError, match="cannot read image bomb.png"):
+        cache.decode_image(path.read_bytes(), "bomb.png")
+
+
+def test_a_class_name_that_is_no_text_is_refused(copy, tmp_path):
+    for split in ("train", "val", "test"):
+        (copy / split / "cross").rename(copy / split / os.fsdecode(b"\xff\xfe"))
+    with pytest.raises(ValueError, match="is not UTF-8; rename it"):
+        load(copy, tmp_path)
+
+
+def test_links_in_a_data_folder_are_read_and_never_written(copy, tmp_path):
+    outside = tmp_path / "outside.jpg"
+    first = sorted((copy / "train" / "cross").iterdir())[0]
+    first.rename(outside)
+    before = outside.read_bytes()
+    first.symlink_to(outside)
+    assert len(load(copy, tmp_path / "cache").train) == 30
+    assert outside.read_bytes() == before
+
+
+COOP_COUNTS = {"train": 4, "val": 2, "test": 3}
+
+
+@pytest.fixture(params=sorted(COOP))
+def coop(request, tmp_path):
+    """A data set in CoOp's format: its name, root, and split json."""
+    layout = COOP[request.param]
+    folder = tmp_path / layout.folder
+    classes = ["AnnualCrop", "sea_lion"] if request.param == "eurosat" else ["b_b", "a a"]
+    splits = {}
+    for split, count in COOP_COUNTS.items():
+        splits[split] = []
+        for number in range(count):
+            name = f"{classes[number % 2]}/{split}{number}.jpg"
+            path = folder / layout.images / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (10 * number, 0, 0)).save(path)
+            splits[split].append([name, number % 2, classes[number % 2]])
+    (folder / layout.split).write_text(json.dumps(splits))
+    return request.param, tmp_path, folder / layout.split
+
+
+def test_coops_format_is_read_with_its_counts_names_and_order(coop, tmp_path):
+    name, root, _ = coop
+    dataset = load(name, tmp_path / "cache", data_root=root)
+    expected = ("Annual Crop Land", "sea_lion") if name == "eurosat" else ("b_b", "a a")
+    assert dataset.class_names == expected
+    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [4, 2, 3]
+    assert dataset.test.labels.tolist() == [0, 1, 0]
+    reds = dataset.test.batch(torch.arange(3), CPU)[0][:, 0, 16, 16].tolist()
+    assert reds == pytest.approx([0, 10, 20], abs=3)
+
+
+def test_a_missing_part_of_a_coop_data_set_is_named_with_its_origin(coop, tmp_path):
+    name, root, split = coop
+    image = next((split.parent / COOP[name].images).rglob("test0.jpg"))
+    image.unlink()
+    for path in (image, split):
+        path.unlink(missing_ok=True)
+        with pytest.raises(FileNotFoundError, match="is missing; expected") as told:
+            load(name, tmp_path / "cache", data_root=root)
+        assert str(path) in str(told.value)
+        assert COOP[name].origin in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["../../etc/passwd", 0, "a"], "leads out of the folder"),
+        (["/etc/passwd", 0, "a"], "leads out of the folder"),
+        (["a.jpg", "0", "a"], r"is not \[path, label, class name\]"),
+        (["a.jpg", 0], "not a split"),
+    ],
+)
+def test_a_split_that_is_not_of_coops_form_is_refused(tmp_path, entry, message):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({name: [entry] for name in ("train", "val", "test")}))
+    with pytest.raises(ValueError, match=message):
+        read_split(path)

@@ -218,3 +218,27 @@ def test_20000_steps_at_constant_memory(tmp_path):
     assert len(rows) * 800 == 20_000
     assert resident[-1] < 1.01 * resident[1]
     assert last > 0.97 * first
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_precision_reaches_the_same_accuracy(tmp_path):
+    def top1(precision, seed):
+        recipe = train.RECIPES["best"]
+        config = train.replace(
+            recipe,
+            data=train.replace(recipe.data, limit_train=480, cache_dir=tmp_path / "cache"),
+            optimiser=train.replace(
+                recipe.optimiser, epochs=3, batch_size=48, precision=precision, seed=seed
+            ),
+            device="cpu",
+            output=tmp_path / f"{precision}-{seed}",
+        )
+        return train.start_run(config)["last_test_top1"]
+
+    seeds = [top1("fp32", seed) for seed in range(3)]
+    others = {precision: top1(precision, 0) for precision in ("bf16", "fp16")}
+    print(f"fp32 {seeds}, others {others}")
+    spread = max(seeds) - min(seeds)
+    for value in others.values():
+        assert abs(value - seeds[0]) <= spread

@@ -173,7 +173,8 @@ def test_pixels_normalise_as_torchvision_does():
 
 @pytest.mark.parametrize("gumbel", ["soft", "hard"])
 @pytest.mark.parametrize("edge", EDGES)
-def test_gradients_match_finite_differences(gumbel, edge):
+@pytest.mark.parametrize("padding", ["zero", "replicate"])
+def test_gradients_match_finite_differences(gumbel, edge, padding):
     images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     inputs = [
         torch.randn(3, 9, 9, dtype=torch.float64, requires_grad=True),
@@ -181,7 +182,7 @@ def test_gradients_match_finite_differences(gumbel, edge):
         torch.randn((), dtype=torch.float64, requires_grad=True),
     ]
     noise = torch.randn(2, 3, 3, dtype=torch.float64)
-    options = {"tau": 1.5, "noise": noise, "edge": edge, "edge_padding": "replicate"}
+    options = {"tau": 1.5, "noise": noise, "edge": edge, "edge_padding": padding}
     if gumbel == "soft":
         assert torch.autograd.gradcheck(
             lambda *i: adaptive_prompt(images, *i, mode="soft", **options)[0], inputs

@@ -4,7 +4,7 @@ import torch
 from adavipro_fast import AdaViPro, PromptConfig
 from adavipro_fast.functional import dilate
 from adavipro_fast.metrics import mask_figures
-from adavipro_fast.prompt import AdaptivePrompt, frame, frame_regions
+from adavipro_fast.prompt import AdaptivePrompt, MaskGenerator, frame, frame_regions
 
 BATCH = 3
 
@@ -141,3 +141,17 @@ def test_the_dilated_mask_matches_the_template(pixels):
     added = prompted.images - prompt.normalised(pixels)
     expected = dilate(prompted.mask, 32)[:, None] * prompt.template()
     torch.testing.assert_close(added, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_the_generators_gradients_match_finite_differences(activation):
+    config = PromptConfig(region_size=3, embed_dim=2, activation=activation, prompt_size=2)
+    generator = MaskGenerator(config).double()
+    edges = torch.randn(2, 3, 6, 6, dtype=torch.double)
+    names = [name for name, _ in generator.named_parameters()]
+
+    def delta(*values):
+        named = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(generator, named, (edges,))
+
+    assert torch.autograd.gradcheck(delta, tuple(generator.parameters()))
