@@ -183,7 +183,10 @@ def parse(kind: type[Any], values: Mapping[str, Any]) -> Any:
         if hints[name] in (int, str) and type(value) is not hints[name]:
             raise ValueError(f"{name} is {value!r}; {hints[name].__name__} is needed")
         if isinstance(value, list):
-            arguments[name] = tuple(float(number) for number in value)
+            try:
+                arguments[name] = tuple(float(number) for number in value)
+            except OverflowError as error:
+                raise ValueError(f"{name} holds a number too large") from error
         elif choices and Ellipsis not in choices and value not in choices:
             raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(str, choices))}")
     return kind(**arguments)

@@ -103,7 +103,11 @@ def join(device: str) -> tuple[Group, torch.device]:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps its store over a restart, and what the dead processes left in it.
+        store = dist.PrefixStore(f"restart {restarts()}", store)
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return Group(dist.get_rank(), dist.get_world_size()), place
 
 
@@ -123,6 +127,6 @@ def leading() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
-def restarted() -> bool:
-    """Tell whether torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """Return how often torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -95,7 +95,7 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
     group, device = distributed.join(config.device)
     output = group.agreed(config.output or _default_folder(config), device)
     if (output / "last.safetensors").exists():
-        if distributed.restarted():
+        if distributed.restarts():
             return _go_on(replace(config, output=output))
         raise ValueError(
             f"{output} already holds a run; go on with --resume {output} or choose another --output"
@@ -169,7 +169,7 @@ def _default_folder(config: TrainConfig) -> Path:
     number = 1
     while (folder := Path("runs") / f"{name}-{number}").exists():
         number += 1
-    if distributed.restarted() and number > 1:
+    if distributed.restarts() and number > 1:
         return Path("runs") / f"{name}-{number - 1}"
     return folder
 

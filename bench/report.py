@@ -112,6 +112,17 @@ def epochs() -> str:
     return text
 
 
+def scaling() -> str:
+    """Say what a second process brings."""
+    one, two = (named("scaling")[name] for name in ("1 process", "2 processes"))
+    return (
+        f"Two processes with one thread each take {two['ratio']:.2f} times the step of one with "
+        f"two threads (`bench/scaling.py`; the demo, 64 images a step in all, "
+        f"{one['step_ms']:.0f} and {two['step_ms']:.0f} ms); the message of a step takes "
+        f"{two['message_ms']:.1f} ms, {100 * two['message_share']:.2f} % of it."
+    )
+
+
 def costs() -> str:
     """Tabulate the latency rows, batch 1 beside batch 16."""
     body = []
@@ -221,7 +232,7 @@ def mean(found: list[Row], figure: str, digits: int = 1) -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (headline, training, epochs, costs, curve, accuracy, runs)
+    for function in (headline, training, epochs, scaling, costs, curve, accuracy, runs)
 }
 
 

@@ -17,12 +17,15 @@ from PIL import Image
 
 from adavipro_fast.artifact import SEAL_KEY, UNSEALED, describe_onnx, seal
 from adavipro_fast.cache import FORMATS, decode_image, opened
-from adavipro_fast.checkpoint import checkpoint_of, load_checkpoint, safetensors_bytes
+from adavipro_fast.checkpoint import checkpoint_of, load_checkpoint, parse, safetensors_bytes
 from adavipro_fast.clip import Preprocess
 from adavipro_fast.data import read_split
 from adavipro_fast.engine import read_sidecar, sidecar_sha256
 from adavipro_fast.prompt import AdaViPro, PromptConfig
 from adavipro_fast.training import Progress, read_state
+
+# Pillow and NumPy remark on what they find odd before they refuse it.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 INPUTS = 250
 ODD = [
@@ -243,6 +246,12 @@ def fuzz(name, parts, folder, tmp, count, seed):
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 500_000, f"memory grew by {grown} kB"
     return taken, count - taken
+
+
+def test_cases_found_before_stay_found():
+    values = asdict(Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest"))
+    with pytest.raises(ValueError, match="mean holds a number too large"):
+        parse(Preprocess, values | {"mean": [10**400, 0.5, 0.5]})
 
 
 @pytest.mark.parametrize("name", READERS)
