@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 LONGEST_PATH = 4096
 
@@ -103,9 +105,9 @@ def join(device: str) -> tuple[Group, torch.device]:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         # torchrun keeps its store over a restart, and what the dead processes left in it.
-        store = dist.PrefixStore(f"restart {restarts()}", store)
+        store = PrefixStore(f"restart {restarts()}", store)
         backend = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return Group(dist.get_rank(), dist.get_world_size()), place
