@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from adavipro_fast.checkpoint import (
 )
 from adavipro_fast.clip import DTYPES, FrozenEncoder, Preprocess
 from adavipro_fast.data import Dataset, Split
-from adavipro_fast.functional import normalise
+from adavipro_fast.functional import check_region, normalise
 from adavipro_fast.metrics import evaluate
 from adavipro_fast.prompt import Prediction, PromptConfig
 from adavipro_fast.training import EVAL_BATCH, NonFiniteLossError, OptimiserConfig, lr_factor
@@ -300,17 +300,24 @@ def load_baseline(
                 f"it was made with the encoder {identity.name!r} ({identity.sha256[:12]}), this is "
                 f"{encoder.name!r} ({encoder.sha256[:12]}); name that one with --model"
             )
-        if encoder.preprocess != preprocess:
-            encoder.preprocess = replace(preprocess)
+        encoder.preprocess = preprocess
+        check_region(preprocess.size, config.region_size)
         if config.method == "linear_probe":
             weight, bias = tensors["head.weight"], tensors["head.bias"]
-            if weight.shape[0] != len(names) or bias.shape != (len(names),):
+            with torch.no_grad():
+                side = encoder.preprocess.size
+                width = features(encoder, torch.zeros(1, 3, side, side)).shape[1]
+            if weight.shape != (len(names), width) or bias.shape != (len(names),):
                 raise ValueError(f"the head has shape {tuple(weight.shape)}")
+            if weight.dtype != torch.float32 or bias.dtype != torch.float32:
+                raise ValueError(f"the head is {weight.dtype}; fp32 is needed")
             return Baseline(encoder, weight, bias, config.region_size).eval(), names, config
         state = {k.removeprefix("visual."): v for k, v in tensors.items() if k.startswith("vis")}
         encoder.visual.load_state_dict(state)
         encoder.logit_scale = tensors["logit_scale"].item()
-        classes = tensors["class_embeddings"]
+        classes = tensors["class_embeddings"].float()
+        if classes.ndim != 2 or len(classes) != len(names):
+            raise ValueError(f"class_embeddings has shape {tuple(classes.shape)}")
         return Baseline(encoder, classes, None, config.region_size).eval(), names, config
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error

@@ -160,7 +160,20 @@ def fill(
 
 def files(folder: Path) -> list[Path]:
     """Return the cache's files, those used longest ago first."""
-    return sorted(folder.glob("*.npy"), key=lambda path: path.stat().st_mtime)
+    found = []
+    for path in folder.glob("*.npy"):
+        # Another process may remove it at any time.
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]
+
+
+def size_of(path: Path) -> int:
+    """Return a file's bytes, 0 where it is gone."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def shrink(folder: Path, limit: int, keep: Path | None = None) -> int:
@@ -169,7 +182,7 @@ def shrink(folder: Path, limit: int, keep: Path | None = None) -> int:
     A file that another process has just opened stays readable to it.
     """
     found = files(folder)
-    held = sum(path.stat().st_size for path in found)
+    held = sum(map(size_of, found))
     before = held
     for path in found:
         if held <= limit:
@@ -178,8 +191,8 @@ def shrink(folder: Path, limit: int, keep: Path | None = None) -> int:
         with contextlib.suppress(Timeout):
             if path != keep:
                 with FileLock(path.with_suffix(".lock"), timeout=0):
-                    held -= path.stat().st_size
-                    path.unlink()
+                    held -= size_of(path)
+                    path.unlink(missing_ok=True)
     return before - held
 
 
@@ -196,7 +209,7 @@ class CacheConfig:
 def command(config: CacheConfig) -> dict[str, Any]:
     """List or clear, and return what there is now."""
     removed = shrink(config.cache_dir, 0) if config.clear else 0
-    sizes = {path.name: path.stat().st_size for path in files(config.cache_dir)}
+    sizes = {path.name: size_of(path) for path in files(config.cache_dir)}
     return {
         "cache_dir": str(config.cache_dir),
         "files": [{"file": name, "bytes": size} for name, size in sizes.items()],

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -176,13 +178,25 @@ TORCHVISION: dict[str, Any] = {
 }
 
 
+@contextmanager
+def _download_lock(config: DataConfig) -> Iterator[None]:
+    if not config.download:
+        yield
+        return
+    config.data_root.mkdir(parents=True, exist_ok=True)
+    with FileLock(config.data_root / f".{config.data}.lock"):
+        yield
+
+
 def _torchvision_sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
     sources = {}
     for split in ("train", "test"):
         try:
-            data = TORCHVISION[config.data](
-                config.data_root, train=split == "train", download=config.download
-            )
+            # Of several processes one downloads.
+            with _download_lock(config):
+                data = TORCHVISION[config.data](
+                    config.data_root, train=split == "train", download=config.download
+                )
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"{config.data} is not complete under {config.data_root}: {error} "

@@ -142,8 +142,11 @@ class EngineArtifact:
         values = read_sidecar(path)
         about = Description.of(values, path)
         trt = runtime_module(values["runtime"])
-        check_runs_here(values, trt.__version__, compute_capability())
         place = torch_device(device)
+        if place.type == "cuda":
+            # TensorRT takes the current device.
+            torch.cuda.set_device(place)
+        check_runs_here(values, trt.__version__, compute_capability())
         if place.type != "cuda":
             raise ValueError(f"an engine cannot run on {place}; use --device cuda")
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))

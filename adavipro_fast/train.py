@@ -3,6 +3,7 @@
 Without arguments it trains the embedded demo.
 """
 
+import hashlib
 import json
 import signal
 import sys
@@ -58,7 +59,7 @@ class TrainConfig:
     resume: Path | None = None
     """folder of a run to go on with, under its own settings"""
     accept_change: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """with --resume: a flag, data or encoder that may differ from the run's; repeatable"""
+    """with --resume: a flag, data, encoder or embeddings that may differ; repeatable"""
 
 
 RECIPES: dict[str, TrainConfig] = {
@@ -102,6 +103,9 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
         )
     config = replace(config, output=output)
     if config.prompt.method not in PROMPTED:
+        for name in ("head.safetensors", "encoder.safetensors"):
+            if (output / name).exists():
+                raise ValueError(f"{output} already holds {name}; choose another --output")
         return _run_baseline(config, device)
     return _finish(_prepare(config))
 
@@ -197,7 +201,11 @@ def _prepare(config: TrainConfig) -> Trainer:
         config.optimiser,
         output=config.output,
         settings=_to_json(config),
-        identity={"data": dataset.sha256, "encoder": encoder.sha256},
+        identity={
+            "data": dataset.sha256,
+            "encoder": encoder.sha256,
+            "embeddings": hashlib.sha256(embeddings.numpy().tobytes()).hexdigest(),
+        },
         group=group,
     )
     _log(f"encoder {config.model} on {device}, {encoder.preprocess.size} px, frozen")
@@ -242,7 +250,10 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     trainer.model.run_in(frozen)
     if fingerprint(frozen.visual) != before or any(p.requires_grad for p in frozen.parameters()):
         raise cli.VerificationError("the frozen encoder changed during training")
+    state = checkpoint.prompt_tensors(trainer.model)
     result = _result(trainer, zero_shot.top1)
+    # The state goes on from the last prompt, not from the best one, which is drawn and tested.
+    checkpoint.load_prompt(trainer.model, state)
     trainer.progress.result = result
     trainer.save()
     trainer.group.wait()
@@ -268,7 +279,7 @@ def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:
     # The leading process may still be writing it.
     trainer.group.wait()
     best = last
-    if progress.best_epoch < trainer.config.epochs - 1:
+    if progress.best_epoch < progress.epoch - 1:
         checkpoint.load_prompt(trainer.model, checkpoint.load_checkpoint(path).tensors)
         best = trainer.evaluate(test)
     figures = mask_figures(best.masks, trainer.inside)

@@ -184,11 +184,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         side = model.encoder.preprocess.size
         self.inside = frame_regions(side, model.prompt.config)
-        self.stopping = False
+        self.asked_to_stop = self.stopping = False
 
     def stop(self) -> None:
-        """Ask the run to save and end after the step under way."""
-        self.stopping = True
+        """Ask the run, all its processes, to save and end after the step under way."""
+        self.asked_to_stop = True
 
     def run(self) -> None:
         """Train to the last epoch.
@@ -200,6 +200,8 @@ class Trainer:
         self.model.prompt.train()
         if self.progress.best_val < 0:
             self._keep_untrained()
+            # From here on there is something to go on from.
+            self.save()
         if not self.group.leads:
             self._epochs(None)
             return
@@ -287,7 +289,7 @@ class Trainer:
         noise_key = self.config.seed << 32 | step
         self.optimiser.zero_grad()
         figures = torch.zeros(4, device=self.device)
-        figures[3] = self.stopping
+        figures[3] = self.asked_to_stop
         if len(labels):
             first = self.group.share(count).start
             prediction = self.model(images, tau=tau, seed=noise_key, first=first)
@@ -430,12 +432,21 @@ class Trainer:
         path = self.output / "last.safetensors"
         tensors, state = read_state(path)
         for name, before in state.identity.items():
-            if name not in accepted and self.identity[name] != before:
+            now = self.identity.get(name, "unknown")
+            if name not in accepted and now != before:
                 raise ValueError(
-                    f"{name} changed since the run began: {before[:12]} then, "
-                    f"{self.identity[name][:12]} now; restore it, or accept the change with "
-                    f"--accept-change {name}"
+                    f"{name} changed since the run began: {str(before)[:12]} then, {now[:12]} now; "
+                    f"restore it, or accept the change with --accept-change {name}"
                 )
+        shapes = {name: t.shape for name, t in prompt_tensors(self.model).items()}
+        for name, parameter in self.model.prompt.named_parameters():
+            shapes[f"momentum.{name}"] = parameter.shape
+        for name, shape in shapes.items():
+            value = tensors.get(name)
+            if value is None and name.startswith("momentum."):
+                continue
+            if value is None or value.shape != shape or value.dtype != torch.float32:
+                raise ValueError(f"{path} has no fp32 tensor {name!r} of shape {tuple(shape)}")
         load_prompt(self.model, tensors)
         for name, parameter in self.model.prompt.named_parameters():
             if f"momentum.{name}" in tensors:

@@ -6,7 +6,7 @@ recipe and budget, which takes a GPU. Any encoder, folder and budget can be name
     python bench/paper.py --table 1 --model local-dir:my_clip --data my_images --epochs 3
 
 A cell is one training run in a folder of its own. Finished cells are kept, and an interrupted one
-is resumed, so that the command can be stopped and started at any time.
+is resumed (full fine-tuning: started again), so that the command can be stopped at any time.
 """
 
 import csv
