@@ -55,7 +55,7 @@ class TrainingConfig:
     """images per step"""
     precision: Precision = "bf16"
     """of the encoder"""
-    rounds: int = 11
+    rounds: int = 7
     """timed steps of each row"""
     to_accuracy: float = 45.0
     """validation top-1 of the demo whose time is told, percent; 0 leaves the row out"""
