@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adavipro_fast.baselines import Baseline, is_baseline, load_baseline
+from adavipro_fast.baselines import is_baseline, load_baseline
 from adavipro_fast.checkpoint import (
     FORMAT,
     EncoderIdentity,
-    load_checkpoint,
+    checked_checkpoint,
     parse,
     read_safetensors,
 )
@@ -117,9 +117,9 @@ class Artifact(Protocol):
 
 @dataclass(frozen=True)
 class TorchArtifact:
-    """A checkpoint run by PyTorch."""
+    """A model run by PyTorch."""
 
-    model: AdaViPro
+    model: nn.Module
     about: Description
     provider: str
     backend: str = "torch"
@@ -131,18 +131,10 @@ class TorchArtifact:
 
 
 @dataclass(frozen=True)
-class BaselineArtifact:
-    """A linear probe or a fine-tuned encoder run by PyTorch."""
+class PromptArtifact(TorchArtifact):
+    """A checkpoint run by PyTorch."""
 
-    model: Baseline
-    about: Description
-    provider: str
-    backend: str = "torch"
-
-    @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels; masks are closed."""
-        return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
+    model: AdaViPro
 
 
 @dataclass(frozen=True)
@@ -300,10 +292,10 @@ def open_artifact(
 
         return EngineArtifact.open(path, device)
     place = torch_device(device)
-    _, metadata = read_safetensors(path)
+    tensors, metadata = read_safetensors(path)
     if is_baseline(metadata):
-        return _open_baseline(path, metadata, model, pretrained, place)
-    checkpoint = load_checkpoint(path)
+        return _open_baseline(path, tensors, metadata, model, pretrained, place)
+    checkpoint = checked_checkpoint(path, tensors, metadata)
     encoder = load_encoder(
         model or checkpoint.encoder.name,
         checkpoint.encoder.pretrained if pretrained is None else pretrained,
@@ -313,10 +305,10 @@ def open_artifact(
     about = Description(
         checkpoint.class_names, checkpoint.preprocess, checkpoint.config, precision, "uint8", False
     )
-    return TorchArtifact(prompted.to(place), about, provider=str(place))
+    return PromptArtifact(prompted.to(place), about, provider=str(place))
 
 
-def open_prompt(path: Path, model: str | None, pretrained: str | None) -> TorchArtifact:
+def open_prompt(path: Path, model: str | None, pretrained: str | None) -> PromptArtifact:
     """Open a checkpoint on the CPU in fp32, as the exporters need it.
 
     Raises:
@@ -324,7 +316,7 @@ def open_prompt(path: Path, model: str | None, pretrained: str | None) -> TorchA
         ValueError: it holds no prompt, or as for `open_artifact`.
     """
     opened = open_artifact(path, model=model, pretrained=pretrained, device="cpu")
-    if not isinstance(opened, TorchArtifact):
+    if not isinstance(opened, PromptArtifact):
         raise ValueError(
             f"{path} holds no prompt; name a checkpoint.safetensors of --method adavipro or vp"
         )
@@ -333,11 +325,12 @@ def open_prompt(path: Path, model: str | None, pretrained: str | None) -> TorchA
 
 def _open_baseline(
     path: Path,
+    tensors: dict[str, Tensor],
     metadata: dict[str, Any],
     model: str | None,
     pretrained: str | None,
     place: torch.device,
-) -> BaselineArtifact:
+) -> TorchArtifact:
     """Open what a method without a prompt wrote; it runs in fp32."""
     try:
         identity: EncoderIdentity = parse(EncoderIdentity, metadata["encoder"])
@@ -346,6 +339,6 @@ def _open_baseline(
     encoder = load_encoder(
         model or identity.name, identity.pretrained if pretrained is None else pretrained
     )
-    baseline, class_names, config = load_baseline(path, encoder)
+    baseline, class_names, config = load_baseline(path, tensors, metadata, encoder)
     about = Description(class_names, encoder.preprocess, config, "fp32", "uint8", True)
-    return BaselineArtifact(baseline.to(place), about, provider=str(place))
+    return TorchArtifact(baseline.to(place), about, provider=str(place))

@@ -23,11 +23,10 @@ from tqdm import tqdm
 from adavipro_fast.checkpoint import (
     EncoderIdentity,
     parse,
-    read_safetensors,
     safetensors_bytes,
     write_whole,
 )
-from adavipro_fast.clip import DTYPES, FrozenEncoder, Preprocess
+from adavipro_fast.clip import FrozenEncoder, Preprocess
 from adavipro_fast.data import Dataset, Split
 from adavipro_fast.functional import check_region, normalise
 from adavipro_fast.metrics import evaluate
@@ -91,14 +90,8 @@ def without_projection(encoder: FrozenEncoder) -> Iterator[None]:
 
 def features(encoder: FrozenEncoder, images: Tensor) -> Tensor:
     """Return what the tower gives before its projection: normalised (B, 3, S, S) to (B, F)."""
-    with (
-        without_projection(encoder),
-        torch.autocast(
-            images.device.type, DTYPES[encoder.precision], enabled=encoder.precision != "fp32"
-        ),
-    ):
-        found: Tensor = encoder.visual(images)
-    return found.float()
+    with without_projection(encoder):
+        return encoder.tower(images)
 
 
 @torch.no_grad()
@@ -248,7 +241,7 @@ def run_baseline(
             **{f"visual.{k}": v.cpu() for k, v in encoder.visual.state_dict().items()},
         }
         count = sum(p.numel() for p in encoder.visual.parameters())
-    test = top1(model, dataset.test)
+    test = before if prompt.method == "zero_shot" else top1(model, dataset.test)
     if path is not None:
         metadata = {
             "format": BASELINE_FORMAT,
@@ -279,9 +272,9 @@ def is_baseline(metadata: dict[str, Any]) -> bool:
 
 
 def load_baseline(
-    path: Path, encoder: FrozenEncoder
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], encoder: FrozenEncoder
 ) -> tuple[Baseline, tuple[str, ...], PromptConfig]:
-    """Read `head.safetensors` or `encoder.safetensors`.
+    """Check what `head.safetensors` or `encoder.safetensors` holds, and build its model.
 
     Returns:
         The model in evaluation mode, class names and configuration.
@@ -289,7 +282,6 @@ def load_baseline(
     Raises:
         ValueError: not ours, of another encoder, or not whole.
     """
-    tensors, metadata = read_safetensors(path)
     try:
         names = tuple(str(name) for name in metadata["class_names"])
         config: PromptConfig = parse(PromptConfig, metadata["config"])

@@ -152,7 +152,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: no such file.
         ValueError: cut short, not ours, a tensor missing or of the wrong shape, or not finite.
     """
-    tensors, metadata = read_safetensors(path)
+    return checked_checkpoint(path, *read_safetensors(path))
+
+
+def checked_checkpoint(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> Checkpoint:
+    """Check what `read_safetensors` gave; errors are `load_checkpoint`'s."""
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has format {metadata.get('format')!r}; {FORMAT!r} is needed")
     try:

@@ -115,11 +115,15 @@ class FrozenEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed normalised images (B, 3, S, S) as fp32 unit rows (B, E)."""
+        return F.normalize(self.tower(images), dim=-1)
+
+    def tower(self, images: Tensor) -> Tensor:
+        """Return what the image tower gives, as fp32, before it is made a unit row."""
         with torch.autocast(
             images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
         ):
-            embedding = self.visual(images)
-        return F.normalize(embedding.float(), dim=-1)
+            output: Tensor = self.visual(images)
+        return output.float()
 
 
 def fingerprint(visual: nn.Module) -> str:

@@ -43,24 +43,16 @@ class Row:
 class PaperForm(AdaptivePrompt):
     """The paper's generator as it is written: 64 full-resolution maps, nothing collapsed."""
 
-    def forward(
-        self,
-        images: Tensor,
-        *,
-        tau: float = 1.0,
-        noise: Tensor | None = None,
-        seed: int = 0,
-        first: int = 0,
+    def _plain(
+        self, images: Tensor, tau: float, noise: Tensor | None, seed: int, first: int
     ) -> Prompted:
-        """See `AdaptivePrompt.forward`; draws its noise from torch's own generator."""
-        with torch.autocast(images.device.type, enabled=False):
-            images = self.normalised(images)
-            assert self.generator is not None
-            delta = self.generator(self.edges(images))
-            if noise is None and self.training:
-                noise = torch.logit(torch.rand_like(delta), eps=1e-6)
-            mask = decide(delta, "hard" if self.training else "argmax", tau=tau, noise=noise)
-            return Prompted(apply_prompt(images, self.template(), mask), delta, mask)
+        """Prompt normalised images; noise comes from torch's own generator."""
+        assert self.generator is not None
+        delta = self.generator(self.edges(images))
+        if noise is None and self.training:
+            noise = torch.logit(torch.rand_like(delta), eps=1e-6)
+        mask = decide(delta, "hard" if self.training else "argmax", tau=tau, noise=noise)
+        return Prompted(apply_prompt(images, self.template(), mask), delta, mask)
 
 
 def in_paper_form(model: AdaViPro) -> AdaViPro:
@@ -69,7 +61,11 @@ def in_paper_form(model: AdaViPro) -> AdaViPro:
     twin = AdaViPro(model.encoder, model.class_embeddings, prompt.config)
     mean, std = prompt.mean_std
     twin.prompt = PaperForm(
-        model.encoder.preprocess.size, prompt.config, mean=tuple(mean), std=tuple(std)
+        model.encoder.preprocess.size,
+        prompt.config,
+        mean=tuple(mean),
+        std=tuple(std),
+        kernel="plain",
     )
     twin.prompt.load_state_dict(prompt.state_dict())
     return twin.train(model.training).to(model.class_embeddings.device)

@@ -24,7 +24,7 @@ from adavipro_fast.artifact import (
     SEAL_KEY,
     UNSEALED,
     OnnxArtifact,
-    TorchArtifact,
+    PromptArtifact,
     file_sha256,
     open_prompt,
     seal,
@@ -246,7 +246,7 @@ def check_dtypes(path: Path, precision: Precision) -> None:
         raise cli.VerificationError(f"matrix products are {names}; {precision} was asked for")
 
 
-def verify(reference: TorchArtifact, path: Path, config: OnnxConfig) -> dict[str, Any]:
+def verify(reference: PromptArtifact, path: Path, config: OnnxConfig) -> dict[str, Any]:
     """Compare the file with PyTorch in fp32, where a backend at hand can run it.
 
     Raises:
