@@ -66,6 +66,33 @@ class Preprocess:
         return apply
 
 
+class LeanAttention(nn.MultiheadAttention):
+    """Self-attention without the copies of PyTorch's: heads are views of one projection.
+
+    On a CPU with gradients the weights are formed, for the backward pass of PyTorch's blockwise
+    attention takes most of a step there. Whatever is not plain self-attention goes to PyTorch.
+    """
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend (B, N, C) to itself; arguments and result are `nn.MultiheadAttention`'s."""
+        plain = self.batch_first and self.bias_k is None and not self.add_zero_attn
+        masked = options.get("attn_mask") is not None or options.get("key_padding_mask") is not None
+        if masked or not plain or query is not key or query is not value or self.training:
+            return super().forward(query, key, value, **options)
+        batch, tokens, channels = query.shape
+        packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        split = packed.view(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, channels of a head)
+        if q.device.type == "cpu" and torch.is_grad_enabled():
+            weights = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            attended = weights.softmax(-1, dtype=q.dtype) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, tokens, channels)), None
+
+
 class FrozenEncoder(nn.Module):
     """A CLIP image tower that never learns: no gradients to its weights, always in eval mode.
 
@@ -101,7 +128,7 @@ class FrozenEncoder(nn.Module):
         """Return a copy whose matrix products run in `precision`, as under autocast.
 
         Weights of linear and convolution layers are cast once, not at every step; LayerNorm,
-        softmax and the final normalisation stay in fp32.
+        softmax and the final normalisation stay in fp32. Attention is `LeanAttention`.
         """
         twin = copy.deepcopy(self)
         twin.precision = precision
@@ -111,6 +138,7 @@ class FrozenEncoder(nn.Module):
             elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
                 module.in_proj_weight.data = module.in_proj_weight.data.to(DTYPES[precision])
                 module.in_proj_bias.data = module.in_proj_bias.data.to(DTYPES[precision])
+                module.__class__ = LeanAttention
         return twin
 
     def forward(self, images: Tensor) -> Tensor:

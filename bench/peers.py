@@ -16,7 +16,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from adavipro_fast import AdaViPro
-from adavipro_fast.clip import DTYPES, FrozenEncoder
+from adavipro_fast.clip import DTYPES, FrozenEncoder, LeanAttention
 from adavipro_fast.export.to_onnx import quiet
 from adavipro_fast.functional import apply_prompt, decide
 from adavipro_fast.prompt import AdaptivePrompt, Prompted
@@ -53,6 +53,15 @@ class PaperForm(AdaptivePrompt):
             noise = torch.logit(torch.rand_like(delta), eps=1e-6)
         mask = decide(delta, "hard" if self.training else "argmax", tau=tau, noise=noise)
         return Prompted(apply_prompt(images, self.template(), mask), delta, mask)
+
+
+def with_stock_attention(encoder: FrozenEncoder) -> FrozenEncoder:
+    """Return a copy of an encoder `in_precision` with PyTorch's own attention."""
+    twin = copy.deepcopy(encoder)
+    for module in twin.modules():
+        if isinstance(module, LeanAttention):
+            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+    return twin
 
 
 def in_paper_form(model: AdaViPro) -> AdaViPro:

@@ -2,10 +2,11 @@
 
     python bench/training.py --model ViT-B-32 --batch 32 --json bench/results/training-cpu.json
 
-Rows vp, adavipro_paper_form (the generator as the paper writes it) and adavipro (the default
-path), interleaved in one process; peak memory comes from a process of its own per row. The parts of
-a step are timed in steps of their own. `epoch_first` decodes JPEG files, `epoch_cached` reads the
-cache; `to_accuracy_*` trains the embedded demo.
+Rows vp, vp_stock_attention (under PyTorch's own attention), adavipro_paper_form (the generator as
+the paper writes it) and adavipro (the default path), interleaved in one process; peak memory comes
+from a process of its own per row. The parts of a step are timed in steps of their own.
+`epoch_first` decodes JPEG files, `epoch_cached` reads the cache; `to_accuracy_*` trains the
+embedded demo.
 """
 
 import json
@@ -32,14 +33,14 @@ from measure import (
     synchronise,
     timed_ms,
 )
-from peers import in_paper_form
+from peers import in_paper_form, with_stock_attention
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder, train
 from adavipro_fast.clip import FrozenEncoder, Precision
 from adavipro_fast.distributed import torch_device
 from adavipro_fast.prompt import Method, Prompted
 
-NAMES = ("vp", "adavipro_paper_form", "adavipro")
+NAMES = ("vp", "vp_stock_attention", "adavipro_paper_form", "adavipro")
 CLASSES = 100
 PARTS_ROUNDS = 5
 DEMO_EPOCHS = 3
@@ -80,11 +81,13 @@ class Step:
 
     def __init__(self, name: str, encoder: FrozenEncoder, config: TrainingConfig) -> None:
         self.device = torch_device(config.device)
+        if name == "vp_stock_attention":
+            encoder = with_stock_attention(encoder)
         side = encoder.preprocess.size
         with torch.no_grad():
             width = encoder(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
         embeddings = F.normalize(torch.randn(CLASSES, width), dim=-1)
-        method: Method = "vp" if name == "vp" else "adavipro"
+        method: Method = "vp" if name.startswith("vp") else "adavipro"
         model = AdaViPro(encoder, embeddings, PromptConfig(method=method)).to(self.device).train()
         self.model = in_paper_form(model) if name == "adavipro_paper_form" else model
         self.optimiser = torch.optim.SGD(self.model.prompt.parameters(), lr=1e-3, momentum=0.9)

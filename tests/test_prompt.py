@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 
 from adavipro_fast import AdaViPro, PromptConfig
+from adavipro_fast.clip import LeanAttention
 from adavipro_fast.functional import dilate
 from adavipro_fast.metrics import mask_figures
 from adavipro_fast.prompt import AdaptivePrompt, MaskGenerator, frame, frame_regions
@@ -122,6 +125,34 @@ def test_reduced_precision_stays_near_and_leaves_the_original_alone(encoder, pix
     assert torch.nn.functional.cosine_similarity(twin(images), encoder(images)).min() > 0.999
     assert twin(images).dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_lean_attention_is_pytorchs_attention(gradient):
+    torch.manual_seed(0)
+    stock = torch.nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
+    lean = copy.deepcopy(stock)
+    lean.__class__ = LeanAttention
+    for mask in (None, torch.ones(5, 5, dtype=torch.bool).triu(1)):
+        found = []
+        for attention in (stock, lean):
+            tokens = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1)).double()
+            tokens.requires_grad_(gradient)
+            with torch.set_grad_enabled(gradient):
+                out = attention(tokens, tokens, tokens, need_weights=False, attn_mask=mask)[0]
+            if gradient:
+                out.square().sum().backward()
+                found.append((out.detach(), tokens.grad))
+            else:
+                found.append((out,))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+def test_the_twin_of_an_encoder_attends_leanly(encoder):
+    kinds = [type(m) for m in encoder.in_precision("fp32").modules()]
+    assert LeanAttention in kinds
+    assert torch.nn.MultiheadAttention not in kinds
+    assert LeanAttention not in [type(m) for m in encoder.modules()]
 
 
 def test_mask_figures_tell_adapting_from_placing():
