@@ -147,9 +147,9 @@ class MaskGenerator(nn.Module):
         self.convergence.weight[0] = 1 / 27
         self.convergence.bias.zero_()
         self.policy.weight.zero_()
-        # F_c averages three channels, F_p averages R² pixels. A spread of 4 leaves the sampled
+        # F_c averages three channels, F_p averages R² pixels. A spread of 8 leaves the sampled
         # masks (noise of spread 1.8) near the argmax ones that the template must work with later.
-        sign = torch.tensor([2.0, -2.0], device=energy.device)
+        sign = torch.tensor([4.0, -4.0], device=energy.device)
         self.policy.weight[:, 0] = (sign / spread / region**2)[:, None, None]
         self.policy.bias.copy_(-sign * threshold / spread)
 

@@ -62,18 +62,27 @@ class TrainConfig:
     """with --resume: a flag, data, encoder or embeddings that may differ; repeatable"""
 
 
-RECIPES: dict[str, TrainConfig] = {
-    "paper": TrainConfig(recipe="paper", optimiser=OptimiserConfig(batch_size=256)),
-    "best": TrainConfig(
+def recipe(name: str, prompt_size: int = PromptConfig.prompt_size) -> TrainConfig:
+    """Return a recipe's defaults; `best`'s template rate falls as the frame covers the object."""
+    if name == "paper":
+        return TrainConfig(recipe="paper", optimiser=OptimiserConfig(batch_size=256))
+    return TrainConfig(
         prompt=PromptConfig(
+            prompt_size=prompt_size,
             edge="laplacian-magnitude",
             edge_padding="replicate",
             prompt_init="zero",
             generator_init="avoid-edges",
         ),
-        optimiser=OptimiserConfig(clip_prompt=0.05, lr_generator=1e-6),
-    ),
-}
+        optimiser=OptimiserConfig(
+            batch_size=32,
+            lr_prompt=round(40 * min(1.0, 30 / max(prompt_size, 1)) ** 1.5, 1),
+            clip_prompt=0.05,
+            lr_generator=1e-5,
+            generator_optimiser="adam",
+            generator_start=0.3,
+        ),
+    )
 
 
 def main() -> None:
@@ -82,9 +91,14 @@ def main() -> None:
     if resume := cli.peek(arguments, "--resume"):
         cli.run(lambda: resume_run(Path(resume)), quiet=quiet)
         return
-    recipe = cli.peek(arguments, "--recipe") or "best"
-    config = cli.parse(TrainConfig, RECIPES.get(recipe, RECIPES["best"]))
-    cli.run(lambda: start_run(config), quiet=quiet)
+    cli.run(lambda: start_run(_parse(arguments)), quiet=quiet)
+
+
+def _parse(arguments: list[str]) -> TrainConfig:
+    """Parse the flags, whose defaults depend on two of them."""
+    size = cli.peek(arguments, "--prompt-size") or ""
+    sized = [int(size)] if size.isdecimal() else []
+    return cli.parse(TrainConfig, recipe(cli.peek(arguments, "--recipe") or "best", *sized))
 
 
 def start_run(config: TrainConfig) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -43,6 +43,11 @@ MOMENTUM = 0.9
 SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
 UNTRAINED = -1
+# What torch's optimisers keep of a parameter; `step` is a number, the others are of its shape.
+OPTIMISER_STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq", "step"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class OptimiserConfig:
     """peak learning rate of the template"""
     lr_generator: float = 1.0
     """peak learning rate of the mask generator"""
+    generator_optimiser: Literal["sgd", "adam"] = "sgd"
+    """adam makes steps of one size whatever the scale of edges and template"""
+    generator_start: float = 0.0
+    """share of the steps for which the mask generator waits while the template learns"""
     lr_encoder: float = 1e-5
     """peak learning rate of full_finetune (AdamW)"""
     clip_prompt: float = 0.0
@@ -80,6 +89,8 @@ class OptimiserConfig:
         for name in ("lr_prompt", "lr_generator", "lr_encoder", "clip_prompt"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is needed")
+        if not 0 <= self.generator_start <= 1:
+            raise ValueError(f"generator_start is {self.generator_start}; use 0 to 1")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}; use 0 to {2**31 - 1}")
 
@@ -176,11 +187,17 @@ class Trainer:
         self.device = next(model.prompt.parameters()).device
         self.steps = math.ceil(len(dataset.train) / config.batch_size)
         self.progress = Progress()
-        groups = [{"params": model.prompt.template.parameters(), "peak": config.lr_prompt}]
+        self.template_optimiser = torch.optim.SGD(
+            model.prompt.template.parameters(), lr=0.0, momentum=MOMENTUM
+        )
+        self.optimisers: list[torch.optim.Optimizer] = [self.template_optimiser]
         if model.prompt.generator is not None:
-            generator = model.prompt.generator.parameters()
-            groups.append({"params": generator, "peak": config.lr_generator})
-        self.optimiser = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
+            parameters = model.prompt.generator.parameters()
+            self.optimisers.append(
+                torch.optim.Adam(parameters, lr=0.0)
+                if config.generator_optimiser == "adam"
+                else torch.optim.SGD(parameters, lr=0.0, momentum=MOMENTUM)
+            )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         side = model.encoder.preprocess.size
         self.inside = frame_regions(side, model.prompt.config)
@@ -283,11 +300,9 @@ class Trainer:
         self, images: Tensor, labels: Tensor, count: int, tau: float
     ) -> tuple[float, int, float]:
         step = self.progress.epoch * self.steps + self.progress.step
-        factor = lr_factor(step, self.config.epochs * self.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * factor
+        self._set_rates(step)
         noise_key = self.config.seed << 32 | step
-        self.optimiser.zero_grad()
+        self.model.prompt.zero_grad()
         figures = torch.zeros(4, device=self.device)
         figures[3] = self.asked_to_stop
         if len(labels):
@@ -312,11 +327,19 @@ class Trainer:
                 f"try a lower --lr-prompt than {self.config.lr_prompt:g}"
             )
         if self.config.clip_prompt:
-            self.scaler.unscale_(self.optimiser)
+            self.scaler.unscale_(self.template_optimiser)
             clip_grad_norm_(self.model.prompt.template.parameters(), self.config.clip_prompt)
-        self.scaler.step(self.optimiser)
+        for optimiser in self.optimisers:
+            self.scaler.step(optimiser)
         self.scaler.update()
         return value, int(correct), density
+
+    def _set_rates(self, step: int) -> None:
+        total = self.config.epochs * self.steps
+        waiting = step < self.config.generator_start * total
+        peaks = (self.config.lr_prompt, 0.0 if waiting else self.config.lr_generator)
+        for optimiser, peak in zip(self.optimisers, peaks, strict=False):
+            optimiser.param_groups[0]["lr"] = peak * lr_factor(step, total)
 
     def _finish_epoch(
         self, writer: SummaryWriter | None, tau: float, speed: dict[str, float]
@@ -408,10 +431,9 @@ class Trainer:
         if not self.group.leads:
             return
         tensors = prompt_tensors(self.model)
-        for name, parameter in self.model.prompt.named_parameters():
-            momentum = self.optimiser.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{name}"] = momentum.cpu()
+        for name, parameter, optimiser in self._optimised():
+            kept = optimiser.state[parameter]
+            tensors |= {f"{key}.{name}": value.cpu() for key, value in kept.items()}
         self.progress.scaler = self.scaler.state_dict()
         metadata = {
             "settings": self.settings,
@@ -419,6 +441,11 @@ class Trainer:
             "progress": asdict(self.progress),
         }
         write_whole(self.output / "last.safetensors", safetensors_bytes(tensors, metadata))
+
+    def _optimised(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        """Yield each parameter with its name and its optimiser."""
+        for name, parameter in self.model.prompt.named_parameters():
+            yield name, parameter, self.optimisers[name.startswith("generator.")]
 
     def restore(self, accepted: Sequence[str] = ()) -> None:
         """Take up the state of `last.safetensors`.
@@ -439,19 +466,24 @@ class Trainer:
                     f"restore it, or accept the change with --accept-change {name}"
                 )
         shapes = {name: t.shape for name, t in prompt_tensors(self.model).items()}
-        for name, parameter in self.model.prompt.named_parameters():
-            shapes[f"momentum.{name}"] = parameter.shape
+        for name, parameter, optimiser in self._optimised():
+            keys = OPTIMISER_STATE[type(optimiser)]
+            if any(f"{key}.{name}" in tensors for key in keys):
+                for key in keys:
+                    shapes[f"{key}.{name}"] = parameter.shape if key != "step" else torch.Size()
         for name, shape in shapes.items():
             value = tensors.get(name)
-            if value is None and name.startswith("momentum."):
-                continue
             if value is None or value.shape != shape or value.dtype != torch.float32:
                 raise ValueError(f"{path} has no fp32 tensor {name!r} of shape {tuple(shape)}")
         load_prompt(self.model, tensors)
-        for name, parameter in self.model.prompt.named_parameters():
-            if f"momentum.{name}" in tensors:
-                momentum = tensors[f"momentum.{name}"].to(self.device)
-                self.optimiser.state[parameter]["momentum_buffer"] = momentum
+        for name, parameter, optimiser in self._optimised():
+            for key in OPTIMISER_STATE[type(optimiser)]:
+                if f"{key}.{name}" in shapes:
+                    value = tensors[f"{key}.{name}"]
+                    # Adam counts its steps on the CPU.
+                    optimiser.state[parameter][key] = (
+                        value if key == "step" else value.to(self.device)
+                    )
         self.progress = state.progress
         self.progress.result = {}
         if self.progress.scaler:

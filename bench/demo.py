@@ -25,7 +25,7 @@ def main() -> None:
 
 def demo() -> dict[str, Any]:
     """Run the product's main job from end to end on its embedded default."""
-    result = train.start_run(train.RECIPES["best"])
+    result = train.start_run(train.recipe("best"))
     checkpoint = Path(result["checkpoint"])
     return result | {
         "onnx": export_onnx(checkpoint),

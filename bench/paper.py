@@ -1,5 +1,8 @@
 """Rerun the paper's tables and figures: `python bench/paper.py --table 2` or `--figure 4`.
 
+`--evidence` compares the two recipes with each other, with a fixed prompt under the better one, and
+with its own masks shuffled between images.
+
 Without other flags: the nine data sets under --data-root, CLIP ViT-B/32 of OpenAI, the paper's
 recipe and budget, which takes a GPU. Any encoder, folder and budget can be named instead:
 
@@ -30,19 +33,25 @@ from matplotlib.figure import Figure
 from measure import ROOT
 from PIL import Image
 
-from adavipro_fast import cli, pictures
+from adavipro_fast import AdaViPro, cli, pictures
 from adavipro_fast.artifact import open_prompt
 from adavipro_fast.checkpoint import write_whole
-from adavipro_fast.data import DataConfig, load_dataset
+from adavipro_fast.data import DataConfig, Split, load_dataset
+from adavipro_fast.functional import apply_prompt
+from adavipro_fast.metrics import evaluate
+from adavipro_fast.train import recipe
+from adavipro_fast.training import EVAL_BATCH
 
 NINE = (
     *("cifar100", "cifar10", "flowers102", "food101", "eurosat", "sun397", "ucf101", "pets", "dtd"),
 )
 SIZES = (5, 30, 60, 90, 112)
 Flags = tuple[tuple[str, str], ...]
+Lines = list[tuple[str, dict[str, object]]]
+BEST = recipe("best")
 
 # What a table compares: the name of each line and the flags that make it.
-LINES: dict[int, list[tuple[str, dict[str, object]]]] = {
+LINES: dict[int, Lines] = {
     1: [
         (method, {"method": method})
         for method in ("zero_shot", "linear_probe", "vp", "adavipro", "full_finetune")
@@ -63,6 +72,20 @@ LINES: dict[int, list[tuple[str, dict[str, object]]]] = {
 }
 LINES[3] = LINES[1] + [("adavipro, D 8", {"method": "adavipro", "embed-dim": 8})]
 
+# Recipe paper gets the batch at which short runs of it do better than at its own 256.
+EVIDENCE: Lines = [
+    (f"{recipe} {method} {size}", {"method": method, "prompt-size": size, **flags})
+    for size in (30, 112)
+    for recipe, method, flags in (
+        ("best", "adavipro", {"recipe": "best", "batch-size": BEST.optimiser.batch_size}),
+        ("best", "vp", {"recipe": "best", "batch-size": BEST.optimiser.batch_size}),
+        ("paper", "adavipro", {"recipe": "paper", "batch-size": 128}),
+    )
+]
+SHUFFLED = "best adavipro {}, masks shuffled"
+
+FROM_FLAGS = ("recipe", "batch_size", "prompt_size")
+
 # Figures that the paper's text gives, percent; its tables are not available.
 PUBLISHED = {
     ("cifar10", "adavipro"): 95.4,
@@ -81,6 +104,8 @@ class PaperConfig:
     """1 methods, 2 prompt sizes, 3 parameters, 4 edges, 5 temperature decay, 6 regions, 7 D"""
     figure: Literal[2, 4] | None = None
     """2 accuracy over prompt size, 4 images with their masks"""
+    evidence: bool = False
+    """recipe best, a fixed prompt under it and recipe paper, at sizes 30 and 112: best.csv"""
     model: str = "ViT-B-32-quickgelu"
     """open_clip name or local-dir:PATH"""
     pretrained: str = "openai"
@@ -124,8 +149,8 @@ class Cell:
         return f"{Path(self.data).name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def cells_of(table: int, config: PaperConfig) -> list[Cell]:
-    """List the runs that a table needs."""
+def cells_of(lines: Lines, config: PaperConfig) -> list[Cell]:
+    """List the runs that a table with these lines needs."""
     data = config.data or NINE
     epochs = config.epochs or (1000,)
     if len(epochs) == 1:
@@ -136,7 +161,7 @@ def cells_of(table: int, config: PaperConfig) -> list[Cell]:
         )
     found = []
     for name, passes in zip(data, epochs, strict=True):
-        for line, flags in LINES[table]:
+        for line, flags in lines:
             for seed in range(config.seeds):
                 values = {
                     "model": config.model,
@@ -198,8 +223,7 @@ def run_cells(cells: Sequence[Cell], config: PaperConfig) -> list[dict[str, Any]
             "line": cell.line,
             "seed": cell.seed,
             "epochs": cell.epochs,
-            "batch_size": config.batch_size,
-            "recipe": config.recipe,
+            **{n: dict(cell.flags)[n.replace("_", "-")] for n in FROM_FLAGS},
             "published": PUBLISHED.get((cell.data, cell.line), ""),
             **{name: result[name] for name in (*figures, *masks)},
         }
@@ -230,16 +254,61 @@ def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
     return "\n".join(text) + "\n"
 
 
+def shuffle_masks(cell: Cell, config: PaperConfig) -> float:
+    """Return a cell's test top-1, percent, with each image under the mask of another one."""
+    model, test = opened(cell, config)
+    batches = test.batches(EVAL_BATCH, torch.device("cpu"))
+    with torch.no_grad():
+        masks = torch.cat([model.prompt(pixels).mask for pixels, _ in batches])
+        generator = torch.Generator().manual_seed(cell.seed)
+        shuffled = masks[torch.randperm(len(masks), generator=generator)].split(EVAL_BATCH)
+        others = iter(shuffled)
+
+        def predict(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mask, images = next(others), model.prompt.normalised(pixels)
+            return model.classify(apply_prompt(images, model.prompt.template(), mask), mask)[:2]
+
+        return evaluate(predict, test.batches(EVAL_BATCH, torch.device("cpu"))).top1
+
+
+def opened(cell: Cell, config: PaperConfig) -> tuple[AdaViPro, Split]:
+    """Open a finished cell's best prompt and its test images."""
+    checkpoint = config.cells / cell.key / "checkpoint.safetensors"
+    artifact = open_prompt(checkpoint, config.model, config.pretrained)
+    source = DataConfig(cell.data, config.data_root)
+    return artifact.model, load_dataset(source, artifact.about.preprocess).test
+
+
+def compare_recipes(config: PaperConfig) -> dict[str, Any]:
+    """Run the evidence for recipe best, its shuffled masks included, and write best.csv."""
+    cells = cells_of(EVIDENCE, config)
+    rows = run_cells(cells, config)
+    for cell, row in zip(cells, list(rows), strict=True):
+        size = dict(cell.flags)["prompt-size"]
+        if cell.line == f"best adavipro {size}":
+            top1 = shuffle_masks(cell, config)
+            rows.append(row | {"line": SHUFFLED.format(size), "test_top1": top1})
+    return write_rows(rows, "best", config)
+
+
 def write_table(number: int, config: PaperConfig) -> dict[str, Any]:
-    """Run a table's cells, write CSV and Markdown, and print the latter."""
-    rows = run_cells(cells_of(number, config), config)
+    """Run a table's cells and write it."""
+    rows = run_cells(cells_of(LINES[number], config), config)
+    figure = "trainable_params" if number == 3 else "test_top1"
+    return write_rows(rows, f"table{number}", config, figure)
+
+
+def write_rows(
+    rows: Sequence[dict[str, Any]], name: str, config: PaperConfig, figure: str = "test_top1"
+) -> dict[str, Any]:
+    """Write CSV and Markdown, and print the latter."""
     content = io.StringIO()
     writer = csv.DictWriter(content, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    path = config.output / f"table{number}.csv"
+    path = config.output / f"{name}.csv"
     write_whole(path, content.getvalue().encode())
-    text = markdown(rows, "trainable_params" if number == 3 else "test_top1")
+    text = markdown(rows, figure)
     write_whole(path.with_suffix(".md"), text.encode())
     print(text, file=sys.stderr)
     return {"path": str(path), "cells": len(rows), "rows": rows}
@@ -247,7 +316,7 @@ def write_table(number: int, config: PaperConfig) -> dict[str, Any]:
 
 def draw_sizes(config: PaperConfig) -> dict[str, Any]:
     """Draw Figure 2: accuracy over prompt size, VP against AdaViPro."""
-    rows = run_cells(cells_of(2, config), config)
+    rows = run_cells(cells_of(LINES[2], config), config)
     sets = list(dict.fromkeys(row["data"] for row in rows))
     mpl.use("Agg")
     figure = Figure(figsize=(3.4 * len(sets), 3), layout="constrained")
@@ -267,19 +336,16 @@ def draw_sizes(config: PaperConfig) -> dict[str, Any]:
 def draw_masks(config: PaperConfig) -> dict[str, Any]:
     """Draw Figure 4: test images under VP and AdaViPro at 30 and 60, one below the other."""
     wanted = {f"{method} {size}" for method in ("vp", "adavipro") for size in (30, 60)}
-    cells = [c for c in cells_of(2, config) if c.line in wanted and c.seed == 0]
+    cells = [c for c in cells_of(LINES[2], config) if c.line in wanted and c.seed == 0]
     run_cells(cells, config)
     strips = []
     for cell in cells:
-        checkpoint = config.cells / cell.key / "checkpoint.safetensors"
-        artifact = open_prompt(checkpoint, config.model, config.pretrained)
-        source = DataConfig(cell.data, config.data_root)
-        test = load_dataset(source, artifact.about.preprocess).test
+        model, test = opened(cell, config)
         chosen = torch.linspace(0, len(test) - 1, 8).long()
         pixels, _ = test.batch(chosen, torch.device("cpu"))
         titles = [f"{Path(cell.data).name}: {cell.line}"] + [""] * 7
         content = io.BytesIO()
-        grid = pictures.mask_grid(artifact.model, pixels, titles)
+        grid = pictures.mask_grid(model, pixels, titles)
         grid.savefig(content, format="png", bbox_inches="tight", dpi=60)
         strips.append(Image.open(content).convert("RGB"))
     whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
@@ -299,8 +365,10 @@ def command(config: PaperConfig) -> dict[str, Any]:
         ValueError: none was named, or both.
         VerificationError: a cell failed; the finished ones are kept.
     """
-    if (config.table is None) == (config.figure is None):
-        raise ValueError("name one of --table 1 to 7 and --figure 2 or 4")
+    if (config.table is not None) + (config.figure is not None) + config.evidence != 1:
+        raise ValueError("name one of --table 1 to 7, --figure 2 or 4, and --evidence")
+    if config.evidence:
+        return compare_recipes(config)
     if config.table is not None:
         return write_table(config.table, config)
     return draw_sizes(config) if config.figure == 2 else draw_masks(config)

@@ -1,14 +1,15 @@
 """Write the measured figures into README.md and draw its charts: `python bench/report.py`.
 
 Between `<!-- report: NAME -->` and `<!-- end -->` README holds what `SECTIONS[NAME]` makes of the
-JSON files under bench/results; nothing there is written by hand.
+files under bench/results; nothing there is written by hand.
 """
 
+import csv
 import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -223,6 +224,34 @@ def runs() -> str:
     return table([*head, "density", "adaptivity", "placement"], body)
 
 
+def evidence() -> str:
+    """Tabulate recipe best, its controls and recipe paper: mean and spread over seeds."""
+    with (RESULTS / "paper" / "best.csv").open() as file:
+        found = list(csv.DictReader(file))
+    sets = list(dict.fromkeys(row["data"] for row in found))
+    figures = ("mask_density", "mask_adaptivity", "mask_placement")
+    # Without training: what every line starts from.
+    means = [statistics.mean(top1(found, data, "zero_shot_top1")) for data in sets]
+    body = [["zero-shot", *(f"{value:.1f}" for value in means), f"{statistics.mean(means):.1f}"]]
+    body[0] += [""] * len(figures)
+    lines = {row["line"]: int(row["prompt_size"]) for row in found}
+    for line in sorted(lines, key=lambda name: (lines[name], name)):
+        of = [row for row in found if row["line"] == line]
+        columns = [top1(of, data, "test_top1") for data in sets]
+        body.append(
+            [line]
+            + [f"{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for c in columns]
+            + [f"{statistics.mean(map(statistics.mean, columns)):.1f}"]
+            + [f"{statistics.mean(float(row[name]) for row in of):.2f}" for name in figures]
+        )
+    return table(["", *sets, "mean", "density", "adaptivity", "placement"], body)
+
+
+def top1(found: Sequence[dict[str, str]], data: str, figure: str) -> list[float]:
+    """Return a figure of a data set's rows."""
+    return [float(row[figure]) for row in found if row["data"] == data]
+
+
 def mean(found: list[Row], figure: str, digits: int = 1) -> str:
     """Average a figure over runs."""
     if not found:
@@ -232,7 +261,7 @@ def mean(found: list[Row], figure: str, digits: int = 1) -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (headline, training, epochs, scaling, costs, curve, accuracy, runs)
+    for function in (headline, training, epochs, scaling, costs, curve, accuracy, runs, evidence)
 }
 
 

@@ -265,7 +265,7 @@ def accuracy_row(method: Method, config: TrainingConfig) -> dict[str, Any]:
     """Train the demo until an epoch's validation accuracy reaches what was asked for."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        recipe = train.RECIPES["best"]
+        recipe = train.recipe("best")
         train.start_run(
             replace(
                 recipe,

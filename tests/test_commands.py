@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adavipro_fast import cli, evaluate, predict
+from adavipro_fast import cli, evaluate, predict, train
 from adavipro_fast.data import DataConfig
 from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.predict import PredictConfig
 from adavipro_fast.prompt import PromptConfig
-from adavipro_fast.train import RECIPES, resume_run, start_run
+from adavipro_fast.train import recipe, resume_run, start_run
 from adavipro_fast.training import NonFiniteLossError, OptimiserConfig, lr_factor
 
 KEYS = {
@@ -73,16 +73,24 @@ def flags(config):
         *("--edge", "laplacian-magnitude"),
         *("--recipe", "paper", "--epochs", config.optimiser.epochs),
         *("--batch-size", 8, "--lr-prompt", 1, "--lr-generator", 0.01),
+        *("--generator-optimiser", config.optimiser.generator_optimiser),
+        *("--generator-start", config.optimiser.generator_start),
     ]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("stop", "optimiser"),
+    [
+        (signal.SIGKILL, {}),
+        (signal.SIGINT, {"generator_optimiser": "adam", "generator_start": 0.3}),
+    ],
+)
 def test_a_run_stopped_in_epoch_3_and_resumed_ends_in_the_same_bytes(
-    small, tmp_path, tmp_path_factory, stop
+    small, tmp_path, tmp_path_factory, stop, optimiser
 ):
     whole, cut = tmp_path_factory.mktemp("whole") / "run", tmp_path / "run"
-    start_run(small(whole, epochs=5))
-    config = small(cut, epochs=5)
+    start_run(small(whole, epochs=5, **optimiser))
+    config = small(cut, epochs=5, **optimiser)
     arguments = [sys.executable, "-m", "adavipro_fast.train", *map(str, flags(config))]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = cut / "metrics.jsonl"
@@ -100,6 +108,19 @@ def test_a_run_stopped_in_epoch_3_and_resumed_ends_in_the_same_bytes(
     name = "checkpoint.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert resume_run_from_command_line(cut) == result
+
+
+def test_the_generator_waits_for_its_start(small, tmp_path):
+    def generators(start, name):
+        config = small(tmp_path / name, epochs=2, generator_optimiser="adam", generator_start=start)
+        start_run(replace(config, optimiser=replace(config.optimiser, lr_prompt=0.0)))
+        tensors = load_file(tmp_path / name / "last.safetensors")
+        return {k: v for k, v in tensors.items() if k.startswith(("policy", "convergence"))}
+
+    waiting, learning = generators(1.0, "waiting"), generators(0.5, "learning")
+    untrained = generators(1.0, "again")
+    assert all(torch.equal(waiting[k], untrained[k]) for k in waiting)
+    assert not torch.equal(waiting["policy.weight"], learning["policy.weight"])
 
 
 def resume_run_from_command_line(folder):
@@ -223,10 +244,21 @@ def test_the_temperature_decays_to_its_floor():
 
 
 def test_the_papers_settings_are_one_flag_away():
-    paper = RECIPES["paper"]
+    paper = recipe("paper")
     assert (paper.optimiser.lr_prompt, paper.optimiser.lr_generator) == (40, 1)
     assert (paper.prompt.edge, paper.prompt.edge_padding) == ("laplacian", "zero")
     assert (paper.optimiser.tau, paper.optimiser.tau_decay) == (5, 0.98)
+
+
+@pytest.mark.parametrize(("size", "rate"), [(5, 40), (30, 40), (60, 14.1), (112, 5.5)])
+def test_a_wider_frame_learns_more_slowly(size, rate, monkeypatch):
+    flags = ["train", "--prompt-size", str(size)]
+    monkeypatch.setattr(sys, "argv", flags)
+    config = train._parse(flags[1:])
+    assert config == recipe("best", size)
+    assert config.optimiser.lr_prompt == rate
+    monkeypatch.setattr(sys, "argv", [*flags, "--lr-prompt", "3"])
+    assert train._parse(sys.argv[1:]).optimiser.lr_prompt == 3
 
 
 def test_another_seed_gives_another_order_of_the_images(small, tmp_path):

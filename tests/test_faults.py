@@ -224,7 +224,7 @@ def test_20000_steps_at_constant_memory(tmp_path):
 @pytest.mark.timeout(1800)
 def test_every_precision_reaches_the_same_accuracy(tmp_path):
     def top1(precision, seed):
-        recipe = train.RECIPES["best"]
+        recipe = train.recipe("best")
         config = train.replace(
             recipe,
             data=train.replace(recipe.data, limit_train=480, cache_dir=tmp_path / "cache"),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import paper
 import pytest
+import torch
 
 from adavipro_fast import train
 
@@ -53,9 +54,9 @@ def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(sweep, monkeypatch
         [("zero_shot", {"method": "zero_shot"}), ("vp", {"method": "vp"}), ("adavipro", {})],
     )
     # The third was killed in mid-run.
-    cell = paper.cells_of(1, sweep)[2]
+    cell = paper.cells_of(paper.LINES[1], sweep)[2]
     flags = dict(cell.flags)
-    config = train.RECIPES["best"]
+    config = train.recipe("best")
     config = replace(
         config,
         model="demo",
@@ -82,12 +83,29 @@ def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(sweep, monkeypatch
 
 
 def test_a_table_or_a_figure_must_be_named(sweep):
-    with pytest.raises(ValueError, match="name one of --table 1 to 7 and --figure 2 or 4"):
+    with pytest.raises(
+        ValueError, match="name one of --table 1 to 7, --figure 2 or 4, and --evidence"
+    ):
         paper.command(replace(sweep, table=None))
     with pytest.raises(ValueError, match="2 --epochs for 1 --data"):
-        paper.cells_of(1, replace(sweep, epochs=(1, 2)))
+        paper.cells_of(paper.LINES[1], replace(sweep, epochs=(1, 2)))
 
 
 def test_the_papers_published_figures_stand_beside_ours():
     row = {"data": "cifar10", "line": "adavipro", "test_top1": 60.0}
     assert "60.0 (95.4)" in paper.markdown([row], "test_top1")
+
+
+def test_the_evidence_has_a_line_with_masks_shuffled(sweep, monkeypatch):
+    lines = [line for line in paper.EVIDENCE if line[0].endswith("30")]
+    monkeypatch.setattr(paper, "EVIDENCE", [(n, {**f, "batch-size": 10}) for n, f in lines])
+    rows = {
+        row["line"]: row for row in paper.command(replace(sweep, table=None, evidence=True))["rows"]
+    }
+    names = ["best adavipro 30", "best vp 30", "paper adavipro 30"]
+    assert list(rows) == [*names, "best adavipro 30, masks shuffled"]
+    assert [rows[n]["recipe"] for n in names] == ["best", "best", "paper"]
+    cell = paper.cells_of(paper.EVIDENCE, sweep)[0]
+    # In their own order the masks give the prompt its own accuracy again.
+    monkeypatch.setattr(paper.torch, "randperm", lambda count, **_: torch.arange(count))
+    assert paper.shuffle_masks(cell, sweep) == rows["best adavipro 30"]["test_top1"]
