@@ -79,7 +79,8 @@ class LeanAttention(nn.MultiheadAttention):
         """Attend (B, N, C) to itself; arguments and result are `nn.MultiheadAttention`'s."""
         plain = self.batch_first and self.bias_k is None and not self.add_zero_attn
         masked = options.get("attn_mask") is not None or options.get("key_padding_mask") is not None
-        if masked or not plain or query is not key or query is not value or self.training:
+        plain = plain and not masked and not options.get("need_weights", True)
+        if not plain or query is not key or query is not value or self.training:
             return super().forward(query, key, value, **options)
         batch, tokens, channels = query.shape
         packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)

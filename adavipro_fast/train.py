@@ -76,7 +76,7 @@ def recipe(name: str, prompt_size: int = PromptConfig.prompt_size) -> TrainConfi
         ),
         optimiser=OptimiserConfig(
             batch_size=32,
-            lr_prompt=round(40 * min(1.0, 30 / max(prompt_size, 1)) ** 1.5, 1),
+            lr_prompt=round(40 * min(1.0, 30 / prompt_size) ** 1.5, 1),
             clip_prompt=0.05,
             lr_generator=1e-5,
             generator_optimiser="adam",

@@ -146,6 +146,8 @@ def test_lean_attention_is_pytorchs_attention(gradient):
             else:
                 found.append((out,))
         torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    tokens = torch.randn(2, 5, 12).double()
+    torch.testing.assert_close(stock(tokens, tokens, tokens), lean(tokens, tokens, tokens))
 
 
 def test_the_twin_of_an_encoder_attends_leanly(encoder):
