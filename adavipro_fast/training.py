@@ -54,7 +54,7 @@ OPTIMISER_STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
 class OptimiserConfig:
     """How the prompt is optimised."""
 
-    epochs: int = 8
+    epochs: int = 50
     """passes over the training images"""
     batch_size: int = 64
     """images per step"""

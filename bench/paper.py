@@ -320,7 +320,9 @@ def draw_sizes(config: PaperConfig) -> dict[str, Any]:
     sets = list(dict.fromkeys(row["data"] for row in rows))
     mpl.use("Agg")
     figure = Figure(figsize=(3.4 * len(sets), 3), layout="constrained")
-    for axes, data in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+    # One scale for all sets, so that noise does not look like a difference.
+    columns = figure.subplots(1, len(sets), squeeze=False, sharey=True)[0]
+    for axes, data in zip(columns, sets, strict=True):
         for method in ("vp", "adavipro"):
             top1 = [mean_of(rows, data, f"{method} {size}", "test_top1") for size in SIZES]
             axes.plot(SIZES, top1, "o-", label=method)

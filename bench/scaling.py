@@ -35,9 +35,7 @@ class ScalingConfig:
 
     batch: int = 64
     """images per step, of all processes"""
-    images: int = 640
-    """training images of an epoch"""
-    epochs: int = 3
+    epochs: int = 15
     """epochs; the median of all but the first counts"""
     repeats: int = 2
     """runs of each, in turn"""
@@ -68,8 +66,7 @@ def step_ms(processes: int, config: ScalingConfig) -> float:
     with tempfile.TemporaryDirectory() as folder:
         program = [
             *("-m", "adavipro_fast.train", "--epochs", str(config.epochs)),
-            *("--batch-size", str(config.batch), "--limit-train", str(config.images)),
-            *("--output", f"{folder}/run"),
+            *("--batch-size", str(config.batch), "--output", f"{folder}/run"),
         ]
         torchrun(processes, config, program)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()

@@ -43,7 +43,7 @@ from adavipro_fast.prompt import Method, Prompted
 NAMES = ("vp", "vp_stock_attention", "adavipro_paper_form", "adavipro")
 CLASSES = 100
 PARTS_ROUNDS = 5
-DEMO_EPOCHS = 3
+DEMO_EPOCHS = 20
 
 
 @dataclass(frozen=True)

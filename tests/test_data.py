@@ -111,8 +111,9 @@ def test_without_val_a_stratified_tenth_of_train_is_held_out(copy, tmp_path):
 def test_limit_train_takes_the_same_number_of_each_class(folder, tmp_path):
     train = load(folder, tmp_path, limit_train=7).train
     assert sorted(train.labels[train.rows].bincount().tolist()) == [2, 2, 3]
-    with pytest.raises(ValueError, match="--limit-train 31 is out of range; use 3"):
-        load(folder, tmp_path, limit_train=31)
+    assert len(load(folder, tmp_path, limit_train=31).train) == 30
+    with pytest.raises(ValueError, match="--limit-train 2 is less than one image a class; use 3"):
+        load(folder, tmp_path, limit_train=2)
 
 
 def test_a_missing_folder_is_named(tmp_path):
