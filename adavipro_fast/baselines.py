@@ -225,16 +225,18 @@ def run_baseline(
     model, count, path, epochs = zero_shot, 0, None, 0
     if prompt.method == "zero_shot":
         val, seconds = top1(zero_shot, dataset.val), time.perf_counter() - began
+        images = len(dataset.test) + len(dataset.val)
     elif prompt.method == "linear_probe":
         began = time.perf_counter()
         weight, bias, val = fit_head(encoder, dataset, device)
-        seconds = time.perf_counter() - began
+        seconds, images = time.perf_counter() - began, len(dataset.train) + len(dataset.val)
         model = Baseline(encoder, weight, bias, prompt.region_size).to(device)
         tensors = {"head.weight": weight, "head.bias": bias}
         count, path = weight.numel() + bias.numel(), output / "head.safetensors"
     else:
         val, seconds = fine_tune(model, dataset, config, device, output)
         epochs, path = config.epochs, output / "encoder.safetensors"
+        images = epochs * len(dataset.train)
         tensors = {
             "class_embeddings": embeddings.float().cpu(),
             "logit_scale": torch.tensor(encoder.logit_scale),
@@ -260,7 +262,7 @@ def run_baseline(
         "mask_adaptivity": 0.0,
         "mask_placement": 0.0,
         "epochs": epochs,
-        "images_per_s": max(epochs, 1) * len(dataset.train) / seconds,
+        "images_per_s": images / seconds,
         "seconds": seconds,
         "checkpoint": path and str(path),
     }

@@ -35,13 +35,13 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 def peek(arguments: Sequence[str], flag: str) -> str | None:
-    """Return the value given to a flag, before the flags are parsed."""
-    for position, argument in enumerate(arguments):
-        if argument.startswith(flag + "="):
-            return argument[len(flag) + 1 :]
-        if argument == flag and position + 1 < len(arguments):
-            return arguments[position + 1]
-    return None
+    """Return the value given last to a flag, with - or _, before the flags are parsed."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, given, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if given else following
+    return found
 
 
 def parse(kind: type[Config] | Callable[..., Config], default: Any = None) -> Config:

@@ -217,7 +217,9 @@ def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTowe
             f"{', '.join(known[:3])} ... ({len(known)} names: open_clip.list_models())"
         )
     try:
-        clip = open_clip.create_model(source, pretrained=pretrained or None)
+        # Where the weights were trained with QuickGELU, open_clip only warns of another one.
+        quick = open_clip.get_pretrained_cfg(source, pretrained).get("quick_gelu", False)
+        clip = open_clip.create_model(source, pretrained=pretrained or None, force_quick_gelu=quick)
         tokenizer = open_clip.get_tokenizer(source)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0][:300]

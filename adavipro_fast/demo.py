@@ -1,10 +1,10 @@
 """The embedded demo: procedural images and the small CLIP that is trained on them.
 
-A photo shows one speckled shape on a smooth coloured ground. While the small CLIP learned,
-colour and shape went together in most photos, so it came to read the ground as well as the shape.
-The downstream task breaks that habit: the ground's colour says nothing. A prompt helps by
-drowning the misleading ground, and harms where it covers the shape, which may stand anywhere and
-have any size. So it pays to learn where to add.
+A photo shows one speckled shape on a smooth coloured ground. The small CLIP first learned shapes,
+on photos like those of the downstream task. Then colour and shape went together in most photos,
+so it came to read the ground as well as the shape. The downstream task breaks that habit: the
+ground's colour says nothing. A prompt helps by drowning the misleading ground, and harms where it
+covers the shape, which may stand anywhere and have any size. So it pays to learn where to add.
 
     python -m adavipro_fast.demo model  --output DIR    remake the small CLIP (deterministic)
     python -m adavipro_fast.demo images --output DIR    write the downstream task as folders
@@ -189,7 +189,7 @@ SHAPES_FIRST = 0.6
 
 
 def train_model() -> dict[str, Tensor]:
-    """Train the small CLIP on photos of the pretraining world; about 12 minutes on 2 cores.
+    """Train the small CLIP, first on shapes, then on the habit; about 12 minutes on 2 cores.
 
     Each photo is matched against the texts of all classes, which is CLIP's loss with the batch's
     duplicate captions taken out.

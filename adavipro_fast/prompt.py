@@ -415,7 +415,16 @@ class AdaViPro(nn.Module):
         return self.classify(prompted.images, prompted.mask)
 
     def classify(self, images: Tensor, mask: Tensor) -> Prediction:
-        """Classify normalised images (B, 3, S, S) as they are, prompted or not."""
+        """Classify normalised images (B, 3, S, S) as they are, prompted or not.
+
+        Raises:
+            ValueError: embeddings of images and classes differ in width.
+        """
         embedding = self.encoder(images)
+        if embedding.shape[1] != self.class_embeddings.shape[1]:
+            raise ValueError(
+                f"class embeddings have {self.class_embeddings.shape[1]} numbers each, the "
+                f"encoder's have {embedding.shape[1]}"
+            )
         logits = self.encoder.logit_scale * embedding @ self.class_embeddings.t()
         return Prediction(logits, mask, embedding)

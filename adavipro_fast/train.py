@@ -6,6 +6,7 @@ Without arguments it trains the embedded demo.
 import hashlib
 import json
 import signal
+import statistics
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -258,9 +259,13 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     _log(f"zero-shot top-1: {zero_shot.top1:.1f} % (test)")
     before = frozen.sha256
     trainer.model.run_in(frozen.in_precision(config.precision))
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, lambda *_: trainer.stop())
-    trainer.run()
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before_run = [signal.signal(stop, lambda *_: trainer.stop()) for stop in stops]
+    try:
+        trainer.run()
+    finally:
+        for stop, handler in zip(stops, before_run, strict=True):
+            signal.signal(stop, handler)
     trainer.model.run_in(frozen)
     if fingerprint(frozen.visual) != before or any(p.requires_grad for p in frozen.parameters()):
         raise cli.VerificationError("the frozen encoder changed during training")
@@ -320,7 +325,7 @@ def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:
         "mask_adaptivity": figures.adaptivity,
         "mask_placement": figures.placement,
         "epochs": trainer.config.epochs,
-        "images_per_s": trainer.config.epochs * len(trainer.dataset.train) / progress.seconds,
+        "images_per_s": statistics.median(row["images_per_s"] for row in progress.rows),
         "seconds": progress.seconds,
         "checkpoint": str(path),
     }

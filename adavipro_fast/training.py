@@ -1,7 +1,7 @@
-"""The training loop: SGD on the prompt, best on validation kept, resumable at any step.
+"""The training loop: best on validation kept, resumable at any step.
 
 All randomness is a function of (seed, epoch, step), so the state that a resumed run needs is the
-weights, their momentum and a few counters.
+weights, the optimisers' tensors and a few counters.
 """
 
 import json
@@ -241,8 +241,8 @@ class Trainer:
             leave=False,
             disable=None if self.group.leads else True,
         )
-        done, saved, waited = 0, time.perf_counter(), 0.0
-        began = started = time.perf_counter()
+        done, waited = 0, 0.0
+        began = started = counted = time.perf_counter()
         for images, labels, count in bar:
             waited += time.perf_counter() - started
             loss, correct, density = self._step(images, labels, count, tau)
@@ -256,21 +256,26 @@ class Trainer:
                 f"loss {loss:.3f} top-1 {top1:.1f} τ {tau:.2f} open {density:.2f} "
                 f"{rate:.0f} images/s"
             )
-            if self.stopping or time.perf_counter() - saved > SAVE_EVERY_S:
+            if self.stopping or time.perf_counter() - counted > SAVE_EVERY_S:
+                counted = self._count_seconds(counted)
                 self.save()
-                saved = time.perf_counter()
             if self.stopping:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped; go on with --resume {self.output}")
             started = time.perf_counter()
         seconds = time.perf_counter() - began
-        progress.seconds += seconds
         speed = {
             "seconds": seconds,
             "images_per_s": done / max(seconds, 1e-9),
             "data_wait_share": waited / max(seconds, 1e-9),
         }
-        self._finish_epoch(writer, tau, speed)
+        self._finish_epoch(writer, tau, speed, counted)
+
+    def _count_seconds(self, since: float) -> float:
+        """Add the time since then to the run's; return now."""
+        now = time.perf_counter()
+        self.progress.seconds += now - since
+        return now
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Yield the epoch's batches from the current step on, gathered one step ahead.
@@ -323,7 +328,7 @@ class Trainer:
         if not math.isfinite(value):
             raise NonFiniteLossError(
                 f"the loss is {value} in epoch {self.progress.epoch + 1}, step "
-                f"{self.progress.step + 1}; the state before this epoch is in {self.output}; "
+                f"{self.progress.step + 1}; the last good state is in {self.output}; "
                 f"try a lower --lr-prompt than {self.config.lr_prompt:g}"
             )
         if self.config.clip_prompt:
@@ -342,7 +347,7 @@ class Trainer:
             optimiser.param_groups[0]["lr"] = peak * lr_factor(step, total)
 
     def _finish_epoch(
-        self, writer: SummaryWriter | None, tau: float, speed: dict[str, float]
+        self, writer: SummaryWriter | None, tau: float, speed: dict[str, float], counted: float
     ) -> None:
         progress, trained = self.progress, len(self.dataset.train)
         val = self.evaluate(self.dataset.val)
@@ -369,6 +374,7 @@ class Trainer:
             self._keep(val.top1, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.correct = 0.0, 0
+        self._count_seconds(counted)
         self.save()
         if writer is None:
             return

@@ -35,7 +35,7 @@ from measure import (
 )
 from peers import in_paper_form, with_stock_attention
 
-from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder, train
+from adavipro_fast import AdaViPro, cli, load_encoder, train
 from adavipro_fast.clip import FrozenEncoder, Precision
 from adavipro_fast.distributed import torch_device
 from adavipro_fast.prompt import Method, Prompted
@@ -88,7 +88,8 @@ class Step:
             width = encoder(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
         embeddings = F.normalize(torch.randn(CLASSES, width), dim=-1)
         method: Method = "vp" if name.startswith("vp") else "adavipro"
-        model = AdaViPro(encoder, embeddings, PromptConfig(method=method)).to(self.device).train()
+        prompt = replace(train.recipe("best").prompt, method=method)
+        model = AdaViPro(encoder, embeddings, prompt).to(self.device).train()
         self.model = in_paper_form(model) if name == "adavipro_paper_form" else model
         self.optimiser = torch.optim.SGD(self.model.prompt.parameters(), lr=1e-3, momentum=0.9)
         shape = (config.batch, 3, side, side)

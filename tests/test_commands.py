@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adavipro_fast import cli, evaluate, predict, train
 from adavipro_fast.data import DataConfig
@@ -148,7 +148,7 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
 def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(small, tmp_path):
     with pytest.raises(NonFiniteLossError, match="try a lower --lr-prompt than 1e"):
         start_run(small(tmp_path, lr_prompt=1e38, epochs=9))
-    saved = load_file(tmp_path / "last.safetensors") if list(tmp_path.glob("last*")) else {}
+    saved = load_file(tmp_path / "last.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
 
 
@@ -259,6 +259,20 @@ def test_a_wider_frame_learns_more_slowly(size, rate, monkeypatch):
     assert config.optimiser.lr_prompt == rate
     monkeypatch.setattr(sys, "argv", [*flags, "--lr-prompt", "3"])
     assert train._parse(sys.argv[1:]).optimiser.lr_prompt == 3
+    for again in (["--prompt_size", "90"], ["--prompt-size=90"], ["--prompt_size=90"]):
+        monkeypatch.setattr(sys, "argv", [*flags, *again])
+        assert train._parse(sys.argv[1:]) == recipe("best", 90)
+
+
+def test_ctrl_c_stops_what_comes_after_training(trained):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_class_embeddings_of_another_width_are_refused(small, tmp_path):
+    path = tmp_path / "classes.safetensors"
+    save_file({"class_embeddings": torch.randn(3, 5)}, path)
+    with pytest.raises(ValueError, match="have 5 numbers each, the encoder's have 64"):
+        start_run(replace(small(tmp_path / "run"), class_embeddings=path))
 
 
 def test_another_seed_gives_another_order_of_the_images(small, tmp_path):

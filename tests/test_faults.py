@@ -175,14 +175,14 @@ def test_a_full_disk_is_told_and_the_last_state_stays(small, tmp_path):
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
-def test_a_read_only_output_is_told(small, tmp_path, monkeypatch, capsys):
+def test_an_output_below_a_file_is_told(small, tmp_path):
     (tmp_path / "file").write_text("")
     config = small(tmp_path / "file" / "run")
     with pytest.raises(OSError, match="file"):
         train.start_run(config)
 
 
-def test_data_lost_in_mid_run_does_not_matter_and_is_told_at_resume(finished, monkeypatch, capsys):
+def test_lost_data_is_told_at_resume(finished, monkeypatch, capsys):
     run, data = finished
     shutil.rmtree(data)
     more = ["--resume", run, "--epochs", 2, "--accept-change", "epochs"]

@@ -362,6 +362,7 @@ def test_cubins_compile_for_every_architecture_without_spills():
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("edge", ["laplacian", "laplacian-magnitude"])
 def test_argmax_agrees_on_every_region_of_100_real_images(edge, tmp_path):
     with tarfile.open(SHARED / "data" / "dtd10.tar") as archive:

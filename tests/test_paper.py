@@ -106,6 +106,7 @@ def test_the_evidence_has_a_line_with_masks_shuffled(sweep, monkeypatch):
     assert list(rows) == [*names, "best adavipro 30, masks shuffled"]
     assert [rows[n]["recipe"] for n in names] == ["best", "best", "paper"]
     cell = paper.cells_of(paper.EVIDENCE, sweep)[0]
+    monkeypatch.setattr(paper, "EVAL_BATCH", 5)
     # In their own order the masks give the prompt its own accuracy again.
     monkeypatch.setattr(paper.torch, "randperm", lambda count, **_: torch.arange(count))
     assert paper.shuffle_masks(cell, sweep) == rows["best adavipro 30"]["test_top1"]

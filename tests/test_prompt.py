@@ -1,10 +1,12 @@
 import copy
 
+import open_clip
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 
 from adavipro_fast import AdaViPro, PromptConfig
-from adavipro_fast.clip import LeanAttention
+from adavipro_fast.clip import LeanAttention, load_encoder
 from adavipro_fast.functional import dilate
 from adavipro_fast.metrics import mask_figures
 from adavipro_fast.prompt import AdaptivePrompt, MaskGenerator, frame, frame_regions
@@ -188,3 +190,16 @@ def test_the_generators_gradients_match_finite_differences(activation):
         return torch.func.functional_call(generator, named, (edges,))
 
     assert torch.autograd.gradcheck(delta, tuple(generator.parameters()))
+
+
+def test_weights_trained_with_quickgelu_get_it(monkeypatch):
+    create = open_clip.create_model
+
+    def without_download(name, pretrained, **options):
+        assert pretrained in ("openai", "laion2b_e16")
+        return create(name, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", without_download)
+    for tag, expected in (("openai", True), ("laion2b_e16", False)):
+        modules = load_encoder("ViT-B-32", tag).modules()
+        assert any(isinstance(module, QuickGELU) for module in modules) == expected
