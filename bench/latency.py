@@ -1,6 +1,6 @@
 """What the prompt costs at inference: latency of every runtime, beside its encoder alone.
 
-    python bench/latency.py --batch 1 --batch 16 --json bench/results/latency-cpu.json
+    python bench/latency.py --batch 1 --batch 16 --json FILE
 
 Rows are interleaved in one process, each only after it gave the right answer. A row's ratio is to
 the encoder alone in the same runtime, with its 95 % interval; `onnx_baseline_again` is that encoder

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -196,6 +197,9 @@ def run_cell(cell: Cell, config: PaperConfig, devices: "SimpleQueue[str]") -> di
         start = [*flags, "--output", str(folder), "--device", device]
         if (folder / "last.safetensors").exists():
             start = ["--resume", str(folder)]
+        else:
+            # What a run that cannot be resumed left behind.
+            shutil.rmtree(folder, ignore_errors=True)
         command = [sys.executable, "-m", "adavipro_fast.train", *start]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     finally:

@@ -1,6 +1,6 @@
 """Where a training step's time goes, how fast epochs are, and when an accuracy is reached.
 
-    python bench/training.py --model ViT-B-32 --batch 32 --json bench/results/training-cpu.json
+    python bench/training.py --model ViT-B-32 --batch 32 --json FILE
 
 Rows vp, vp_stock_attention (under PyTorch's own attention), adavipro_paper_form (the generator as
 the paper writes it) and adavipro (the default path), interleaved in one process; peak memory comes

@@ -43,6 +43,10 @@ def stop_at(monkeypatch, number):
 
 
 def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(sweep, monkeypatch):
+    # A run that cannot be resumed was stopped after it had written its head.
+    left = sweep.cells / paper.cells_of(paper.LINES[1], sweep)[0].key / "head.safetensors"
+    left.parent.mkdir(parents=True)
+    left.touch()
     first = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         paper.command(sweep)
