@@ -82,7 +82,7 @@ def edge_map(images: Tensor, edge: Edge, padding: EdgePadding) -> Tensor:
     signed = padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
     signed += padded[..., 1:-1, :-2]
     signed += padded[..., 1:-1, 2:]
-    signed -= 4 * images
+    signed.sub_(images, alpha=4)
     return signed.abs_() if edge == "laplacian-magnitude" else signed
 
 
