@@ -37,10 +37,10 @@ def fail(message: object, code: int = 2) -> NoReturn:
 def peek(arguments: Sequence[str], flag: str) -> str | None:
     """Return the value given last to a flag, with - or _, before the flags are parsed."""
     found = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for position, argument in enumerate(arguments):
         name, given, value = argument.partition("=")
         if name.replace("_", "-") == flag:
-            found = value if given else following
+            found = value if given else next(iter(arguments[position + 1 :]), None)
     return found
 
 

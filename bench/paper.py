@@ -73,7 +73,7 @@ LINES: dict[int, Lines] = {
 }
 LINES[3] = LINES[1] + [("adavipro, D 8", {"method": "adavipro", "embed-dim": 8})]
 
-# Recipe paper gets 128: at its own 256 short runs would have half as many steps again.
+# Recipe paper gets 128: at its own 256 short runs would have half as many steps.
 EVIDENCE: Lines = [
     (f"{name} {method} {size}", {"method": method, "prompt-size": size, **flags})
     for size in (30, 112)

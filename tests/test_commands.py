@@ -264,6 +264,14 @@ def test_a_wider_frame_learns_more_slowly(size, rate, monkeypatch):
         assert train._parse(sys.argv[1:]) == recipe("best", 90)
 
 
+def test_without_flags_it_is_the_demo_under_the_default_recipe(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train"])
+    configs = []
+    monkeypatch.setattr(train, "start_run", lambda config: configs.append(config) or {})
+    train.main()
+    assert configs == [recipe("best")]
+
+
 def test_ctrl_c_stops_what_comes_after_training(trained):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
