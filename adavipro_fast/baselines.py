@@ -250,7 +250,7 @@ def run_baseline(
             "config": asdict(prompt),
             "class_names": dataset.class_names,
             "encoder": asdict(identity),
-            "preprocess": asdict(encoder.preprocess),
+            "preprocess": encoder.preprocess.stored(),
         }
         write_whole(path, safetensors_bytes(tensors, metadata))
     return result | {

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def opened(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def content_key(source: Source, preprocess: Preprocess) -> str:
     """Hash the images' bytes and the preprocessing."""
-    digest = hashlib.sha256(json.dumps(asdict(preprocess), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(preprocess.stored(), sort_keys=True).encode())
     with ThreadPoolExecutor(DECODERS) as pool:
         indices = range(len(source.labels))
         for content in pool.map(lambda i: hashlib.sha256(source.read(i)).digest(), indices):

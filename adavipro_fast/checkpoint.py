@@ -97,7 +97,7 @@ class Checkpoint:
             "config": asdict(self.config),
             "class_names": self.class_names,
             "encoder": asdict(self.encoder),
-            "preprocess": asdict(self.preprocess),
+            "preprocess": self.preprocess.stored(),
         }
         write_whole(path, safetensors_bytes(self.tensors, metadata))
 
@@ -113,6 +113,7 @@ class Checkpoint:
                 f"checkpoint was trained on, {self.encoder.name!r} ({self.encoder.sha256[:12]}); "
                 "name that one with --model and --pretrained"
             )
+        encoder.preprocess = self.preprocess
         model = AdaViPro(encoder, self.tensors["class_embeddings"], self.config)
         load_prompt(model, self.tensors)
         encoder.logit_scale = self.tensors["logit_scale"].item()

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import open_clip
 import open_clip.transform
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -35,10 +35,17 @@ class Preprocess:
     std: tuple[float, ...]
     interpolation: str
     resize_mode: str
+    margin: int = 0
+    """pixels on each side that keep the mean colour, the image shrunk to what is left"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST_SIDE:
             raise ValueError(f"image side {self.size} is out of range; 1 to {LARGEST_SIDE} works")
+        if not 0 <= self.margin < self.size / 2:
+            raise ValueError(
+                f"margin {self.margin} leaves no image of side {self.size}; "
+                f"use 0 to {(self.size - 1) // 2}"
+            )
         if not (len(self.mean) == len(self.std) == 3):
             raise ValueError("mean and std need three channels")
         if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
@@ -49,18 +56,26 @@ class Preprocess:
                 f"unknown; use {', '.join(INTERPOLATIONS)} and {', '.join(RESIZE_MODES)}"
             )
 
+    def stored(self) -> dict[str, Any]:
+        """Return what files keep: open_clip's settings, and the margin where there is one."""
+        values = asdict(self)
+        return values if self.margin else {k: v for k, v in values.items() if k != "margin"}
+
     def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
         """Return open_clip's own preprocessing up to the pixels: image to (3, S, S) uint8."""
-        config = open_clip.transform.PreprocessCfg(**asdict(self))
+        inner = replace(self, size=self.size - 2 * self.margin, margin=0)
+        config = open_clip.transform.PreprocessCfg(**inner.stored())
         whole = open_clip.transform.image_transform_v2(config, is_train=False)
         # The last two steps are ToTensor and Normalize, which run later and on the device.
         resize, last = whole.transforms[:-2], [type(t).__name__ for t in whole.transforms[-2:]]
         assert last[0].endswith("ToTensor"), last
         assert last[1] == "Normalize", last
+        colour = tuple(min(max(round(255 * value), 0), 255) for value in self.mean)
 
         def apply(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
             for step in resize:
                 image = step(image)
+            image = ImageOps.expand(image, self.margin, colour)
             return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
 
         return apply

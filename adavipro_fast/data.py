@@ -106,15 +106,7 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
     class_names, sources = _sources(config)
     splits, digest = {}, hashlib.sha256(json.dumps(class_names).encode())
     for name, source in sources.items():
-        images, key = decoded(
-            source,
-            preprocess,
-            config.cache_dir,
-            label=f"{config.data} {name}",
-            limit=int(1e9 * config.cache_limit_gb),
-        )
-        labels = torch.tensor(source.labels)
-        splits[name] = Split(torch.from_numpy(images), labels, torch.arange(len(labels)))
+        splits[name], key = _decoded(config, name, source, preprocess)
         digest.update(f"{name} {key} {source.labels}".encode())
     train = splits["train"]
     if "val" not in splits:
@@ -135,6 +127,26 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
         chosen, _ = _stratified(train.labels[train.rows], config.limit_train, seed + 1)
         train = Split(train.images, train.labels, train.rows[chosen])
     return Dataset(class_names, train, splits["val"], splits["test"], digest.hexdigest())
+
+
+def load_test(config: DataConfig, preprocess: Preprocess) -> tuple[tuple[str, ...], Split]:
+    """Read the test split alone: class names and images; errors are `load_dataset`'s."""
+    class_names, sources = _sources(config)
+    return class_names, _decoded(config, "test", sources["test"], preprocess)[0]
+
+
+def _decoded(
+    config: DataConfig, name: str, source: Source, preprocess: Preprocess
+) -> tuple[Split, str]:
+    images, key = decoded(
+        source,
+        preprocess,
+        config.cache_dir,
+        label=f"{config.data} {name}",
+        limit=int(1e9 * config.cache_limit_gb),
+    )
+    labels = torch.tensor(source.labels)
+    return Split(torch.from_numpy(images), labels, torch.arange(len(labels))), key
 
 
 def _stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:

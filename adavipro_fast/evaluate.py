@@ -12,7 +12,7 @@ from tqdm import tqdm
 from adavipro_fast import cli
 from adavipro_fast.artifact import Artifact, open_artifact
 from adavipro_fast.clip import Precision
-from adavipro_fast.data import DataConfig, Split, load_dataset
+from adavipro_fast.data import DataConfig, Split, load_test
 from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
 from adavipro_fast.prompt import frame_regions
 
@@ -51,25 +51,25 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         precision=config.precision,
         device=config.device,
     )
-    dataset = load_dataset(config.data, artifact.about.preprocess)
-    if dataset.class_names != artifact.about.class_names:
+    class_names, test = load_test(config.data, artifact.about.preprocess)
+    if class_names != artifact.about.class_names:
         raise ValueError(
             f"{config.artifact} knows the classes {', '.join(artifact.about.class_names[:5])} ..., "
-            f"{config.data.data} has {', '.join(dataset.class_names[:5])} ...; "
+            f"{config.data.data} has {', '.join(class_names[:5])} ...; "
             "name the data set it was trained on with --data"
         )
     began = time.perf_counter()
-    evaluation = evaluate_artifact(artifact, dataset.test, config.batch_size)
+    evaluation = evaluate_artifact(artifact, test, config.batch_size)
     seconds = time.perf_counter() - began
     inside = frame_regions(artifact.about.preprocess.size, artifact.about.config)
     figures = mask_figures(evaluation.masks, inside)
     return {
         "top1": evaluation.top1,
-        "n": len(dataset.test),
-        "per_class": evaluation.per_class(dataset.class_names),
+        "n": len(test),
+        "per_class": evaluation.per_class(class_names),
         "backend": artifact.backend,
         "provider": artifact.provider,
-        "images_per_s": len(dataset.test) / seconds,
+        "images_per_s": len(test) / seconds,
         "mask_density": figures.density,
         "mask_adaptivity": figures.adaptivity,
         "mask_placement": figures.placement,

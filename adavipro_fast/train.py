@@ -24,7 +24,7 @@ from adavipro_fast.clip import (
     fingerprint,
     load_clip,
 )
-from adavipro_fast.data import DataConfig, load_dataset
+from adavipro_fast.data import DataConfig, load_dataset, load_test
 from adavipro_fast.metrics import Evaluation, mask_figures
 from adavipro_fast.prompt import PROMPTED, AdaViPro, Kernel, PromptConfig
 from adavipro_fast.training import UNTRAINED, OptimiserConfig, Trainer, read_state
@@ -49,6 +49,8 @@ class TrainConfig:
     class_embeddings: Path | None = None
     """safetensors file with class_embeddings (K, E) instead of the text tower"""
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    margin: int = 0
+    """shrink images by this many pixels on each side; the prompt has the margin for itself"""
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     device: str = "auto"
@@ -118,11 +120,13 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
         )
     config = replace(config, output=output)
     if config.prompt.method not in PROMPTED:
+        if config.margin:
+            raise ValueError(f"{config.prompt.method} has no prompt to leave a --margin for")
         for name in ("head.safetensors", "encoder.safetensors"):
             if (output / name).exists():
                 raise ValueError(f"{output} already holds {name}; choose another --output")
         return _run_baseline(config, device)
-    return _finish(_prepare(config))
+    return _finish(_prepare(config), config)
 
 
 def _run_baseline(config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any
     trainer = _prepare(config)
     trainer.restore(accepted)
     _log(f"going on in {config.output} at epoch {trainer.progress.epoch + 1}")
-    return _finish(trainer)
+    return _finish(trainer, config)
 
 
 def _default_folder(config: TrainConfig) -> Path:
@@ -198,6 +202,7 @@ def _prepare(config: TrainConfig) -> Trainer:
     group, device = distributed.join(config.device)
     check_templates(config.template)
     encoder, text = load_clip(config.model, config.pretrained)
+    encoder.preprocess = replace(encoder.preprocess, margin=config.margin)
     torch.manual_seed(config.optimiser.seed)
     # Wrong sizes are told before images are decoded.
     AdaViPro(encoder, torch.zeros(1, 1), config.prompt, kernel=config.kernel).prompt.path(device)
@@ -252,13 +257,13 @@ def _class_embeddings(
     return torch.nn.functional.normalize(rows.float(), dim=-1)
 
 
-def _finish(trainer: Trainer) -> dict[str, Any]:
+def _finish(trainer: Trainer, config: TrainConfig) -> dict[str, Any]:
     """Train to the end, test once, and keep the result with the state."""
-    frozen, config = trainer.model.encoder, trainer.config
-    zero_shot = _zero_shot(trainer)
+    frozen = trainer.model.encoder
+    zero_shot = _zero_shot(trainer, config)
     _log(f"zero-shot top-1: {zero_shot.top1:.1f} % (test)")
     before = frozen.sha256
-    trainer.model.run_in(frozen.in_precision(config.precision))
+    trainer.model.run_in(frozen.in_precision(config.optimiser.precision))
     stops = (signal.SIGINT, signal.SIGTERM)
     before_run = [signal.signal(stop, lambda *_: trainer.stop()) for stop in stops]
     try:
@@ -280,14 +285,17 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     return result
 
 
-def _zero_shot(trainer: Trainer) -> Evaluation:
-    model = trainer.model
+def _zero_shot(trainer: Trainer, config: TrainConfig) -> Evaluation:
+    """Test the encoder on whole images, whatever margin the prompt has."""
+    model, test = trainer.model, trainer.dataset.test
+    if config.margin:
+        _, test = load_test(config.data, replace(model.encoder.preprocess, margin=0))
 
     def predict(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mask = trainer.inside[None].expand(len(images), -1, -1)
         return model.classify(model.prompt.normalised(images), mask)[:2]
 
-    return trainer.predict(predict, trainer.dataset.test)
+    return trainer.predict(predict, test)
 
 
 def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:

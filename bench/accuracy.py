@@ -18,7 +18,7 @@ from measure import publish
 from adavipro_fast import cli
 from adavipro_fast.artifact import Artifact, open_artifact
 from adavipro_fast.clip import Precision
-from adavipro_fast.data import DataConfig, Split, load_dataset
+from adavipro_fast.data import DataConfig, Split, load_test
 from adavipro_fast.distributed import torch_device
 from adavipro_fast.evaluate import evaluate_artifact
 from adavipro_fast.export import to_onnx
@@ -112,7 +112,7 @@ def command(config: AccuracyConfig) -> dict[str, Any]:
     """Run every row."""
     device = torch_device(config.device)
     reference = open_torch(config, "fp32")
-    split = load_dataset(config.data, reference.about.preprocess).test
+    split = load_test(config.data, reference.about.preprocess)[1]
     told, expected = figures(reference, split, config, None)
     rows = [{"name": "torch_fp32", **told}]
     for precision in ("bf16", "fp16") if device.type == "cuda" else ("bf16",):

@@ -147,7 +147,7 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
     return {
         "format": FORMAT,
         "class_names": checkpoint.class_names,
-        "preprocess": asdict(checkpoint.preprocess),
+        "preprocess": checkpoint.preprocess.stored(),
         "config": asdict(checkpoint.config),
         "encoder": asdict(checkpoint.encoder),
         "checkpoint_sha256": file_sha256(config.checkpoint),

@@ -133,6 +133,9 @@ def test_resuming_with_other_settings_shows_the_difference(trained):
     done = command("train", "--resume", trained[0], "--prompt-size", 60)
     assert done.returncode == 2
     assert "--prompt-size 60 instead of 30" in done.stderr
+    done = command("train", "--resume", trained[0], "--margin", 9)
+    assert done.returncode == 2
+    assert "--margin 9 instead of 0" in done.stderr
 
 
 def test_a_folder_with_a_run_is_not_overwritten(trained, small):
@@ -159,6 +162,17 @@ def test_a_run_that_helps_no_one_gives_the_untrained_prompt_back(small, tmp_path
     assert "the untrained one is kept" in capsys.readouterr().err
     assert result["test_top1"] == result["zero_shot_top1"]
     assert not load_file(result["checkpoint"])["prompt"].any()
+
+
+def test_zero_shot_is_of_whole_images_whatever_the_margin(trained, small, tmp_path):
+    config = replace(small(tmp_path, epochs=1, lr_prompt=0.0), margin=56)
+    config = replace(config, prompt=replace(config.prompt, prompt_init="zero"))
+    result = start_run(config)
+    assert result["zero_shot_top1"] == trained[1]["zero_shot_top1"]
+    # The untrained prompt is 0: what differs is the margin.
+    assert result["test_top1"] != result["zero_shot_top1"]
+    with pytest.raises(ValueError, match="zero_shot has no prompt to leave a --margin for"):
+        start_run(replace(small(tmp_path / "other", method="zero_shot"), margin=56))
 
 
 def test_evaluate_gives_training_s_test_figure(trained, folder, cache):
@@ -199,6 +213,7 @@ def test_class_names_with_markup_and_control_characters_are_drawn_as_text(encode
         ("train", ["--data", "nowhere"], "no data folder nowhere"),
         ("train", ["--region-size", "48"], "48 does not divide image side 224"),
         ("train", ["--prompt-size", "113"], "113 does not fit an image of side 224"),
+        ("train", ["--margin", "112"], "margin 112 leaves no image of side 224; use 0 to 111"),
         ("train", ["--model", "ViT-Q-7"], "'ViT-Q-7' is unknown to open_clip"),
         ("train", ["--model", "local-dir:nowhere"], "'local-dir:nowhere' .* cannot be loaded"),
         ("train", ["--pretrained", "x", "--model", "RN50"], "'RN50' .* cannot be loaded"),

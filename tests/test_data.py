@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from adavipro_fast import cache
 from adavipro_fast.clip import Preprocess
-from adavipro_fast.data import COOP, DataConfig, load_dataset, read_split
+from adavipro_fast.data import COOP, DataConfig, load_dataset, load_test, read_split
 
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
 CPU = torch.device("cpu")
@@ -49,6 +50,22 @@ def test_cached_pixels_are_those_of_the_models_own_preprocessing(folder, tmp_pat
         expected = own(Image.open(file))
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
         assert torch.equal(((image / 255) - mean) / std, expected)
+
+
+def test_a_margin_holds_the_mean_colour_around_the_shrunken_image(folder, tmp_path, demo_clip):
+    own = demo_clip[0].preprocess
+    mean = (0.2, 0.5, 0.8)
+    inner = replace(own, size=184, mean=mean)
+    config = DataConfig(str(folder), cache_dir=tmp_path)
+    names, test = load_test(config, replace(own, mean=mean, margin=20))
+    image, within = (
+        split.batch(torch.tensor([5]), CPU)[0] for split in (test, load_test(config, inner)[1])
+    )
+    assert image.shape == (1, 3, 224, 224)
+    assert torch.equal(image[..., 20:-20, 20:-20], within)
+    image[..., 20:-20, 20:-20] = torch.tensor([51, 128, 204]).view(3, 1, 1)
+    assert image.amin((0, 2, 3)).tolist() == image.amax((0, 2, 3)).tolist() == [51, 128, 204]
+    assert names == load_dataset(config, own).class_names
 
 
 def demo_model():

@@ -18,7 +18,7 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 
 from adavipro_fast import engine, evaluate, train
-from adavipro_fast.artifact import open_artifact
+from adavipro_fast.artifact import describe_onnx, open_artifact
 from adavipro_fast.checkpoint import checkpoint_of
 from adavipro_fast.cli import VerificationError
 from adavipro_fast.clip import FrozenEncoder, Preprocess, load_clip
@@ -205,8 +205,9 @@ def test_a_reader_that_knows_only_the_contract_gets_the_same_predictions(
         assert (logits.dtype, mask.dtype, embedding.dtype) == ("float32", "int32", "float32")
 
 
-def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder, cache):
-    train.start_run(small(tmp_path / "run", epochs=1))
+@pytest.mark.parametrize("margin", [0, 25])
+def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder, cache, margin):
+    trained = train.start_run(replace(small(tmp_path / "run", epochs=1), margin=margin))
     path = tmp_path / "run" / "checkpoint.safetensors"
     to_onnx.command(OnnxConfig(path, tmp_path / "model.onnx"))
     data = DataConfig(str(folder), cache_dir=cache)
@@ -218,6 +219,8 @@ def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder
     assert results[1]["provider"] == "CPUExecutionProvider"
     same = ("top1", "n", "per_class", "mask_density", "mask_adaptivity", "mask_placement")
     assert [results[0][k] for k in same] == [results[1][k] for k in same]
+    assert results[0]["top1"] == trained["test_top1"]
+    assert describe_onnx(tmp_path / "model.onnx").preprocess.margin == margin
 
 
 def test_a_prompt_that_is_always_open_is_exported(encoder, tmp_path):
