@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Literal
@@ -145,8 +145,10 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Folder name: the same flags are the same cell, whichever table asks for it."""
-        text = json.dumps(self.flags)
+        """Folder name: the same settings are the same cell, whichever table asks for it."""
+        flags = dict(self.flags)
+        defaults = recipe(flags["recipe"], int(flags["prompt-size"]))
+        text = json.dumps([self.flags, asdict(defaults)], default=str)
         return f"{Path(self.data).name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -197,7 +199,8 @@ def run_cell(cell: Cell, config: PaperConfig, devices: "SimpleQueue[str]") -> di
         flags = [part for name, value in cell.flags for part in (f"--{name}", value)]
         start = [*flags, "--output", str(folder), "--device", device]
         if (folder / "last.safetensors").exists():
-            start = ["--resume", str(folder)]
+            where = ["--device", device, "--accept-change", "device"]
+            start = ["--resume", str(folder), *where]
         else:
             # What a run that cannot be resumed left behind.
             shutil.rmtree(folder, ignore_errors=True)

@@ -95,6 +95,15 @@ def test_a_table_or_a_figure_must_be_named(sweep):
         paper.cells_of(paper.LINES[1], replace(sweep, epochs=(1, 2)))
 
 
+def test_a_cell_of_other_defaults_is_another_cell(sweep, monkeypatch):
+    cell = paper.cells_of(paper.LINES[1], sweep)[0]
+    kept = cell.key
+    assert paper.cells_of(paper.LINES[1], replace(sweep, epochs=(3,)))[0].key != kept
+    changed = replace(train.recipe("best"), margin=1)
+    monkeypatch.setattr(paper, "recipe", lambda *_: changed)
+    assert cell.key != kept
+
+
 def test_the_papers_published_figures_stand_beside_ours():
     row = {"data": "cifar10", "line": "adavipro", "test_top1": 60.0}
     assert "60.0 (95.4)" in paper.markdown([row], "test_top1")
