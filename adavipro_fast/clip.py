@@ -62,7 +62,7 @@ class Preprocess:
         return values if self.margin else {k: v for k, v in values.items() if k != "margin"}
 
     def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
-        """Return open_clip's own preprocessing up to the pixels: image to (3, S, S) uint8."""
+        """Return open_clip's preprocessing, then the margin: image to (3, S, S) uint8 pixels."""
         inner = replace(self, size=self.size - 2 * self.margin, margin=0)
         config = open_clip.transform.PreprocessCfg(**inner.stored())
         whole = open_clip.transform.image_transform_v2(config, is_train=False)
@@ -70,7 +70,7 @@ class Preprocess:
         resize, last = whole.transforms[:-2], [type(t).__name__ for t in whole.transforms[-2:]]
         assert last[0].endswith("ToTensor"), last
         assert last[1] == "Normalize", last
-        colour = tuple(min(max(round(255 * value), 0), 255) for value in self.mean)
+        colour = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in self.mean)
 
         def apply(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
             for step in resize:

@@ -313,9 +313,11 @@ def _result(trainer: Trainer, zero_shot_top1: float) -> dict[str, Any]:
     if trainer.group.leads:
         _draw(trainer, zero_shot_top1)
     if progress.best_epoch == UNTRAINED:
+        shrunk = " of the shrunk images" if trainer.model.encoder.preprocess.margin else ""
         _log(
-            f"warning: no epoch was better than the untrained prompt ({progress.best_val:.1f} % on "
-            "validation) by more than a standard error; the untrained one is kept"
+            f"warning: no epoch was better than the untrained prompt{shrunk} "
+            f"({progress.best_val:.1f} % on validation) by more than a standard error; "
+            "the untrained one is kept"
         )
     if trainer.model.prompt.generator is not None and figures.adaptivity < SAME_MASK:
         _log(
@@ -376,6 +378,8 @@ def _from_json(settings: dict[str, Any], path: Path) -> TrainConfig:
             "template": tuple(settings["template"]),
             "accept_change": (),
         }
+        if type(settings.get("margin", 0)) is not int:
+            raise TypeError(f"margin is {settings['margin']!r}")
         return TrainConfig(**(settings | paths | nested))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has settings that cannot be used: {error}") from error

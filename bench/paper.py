@@ -1,7 +1,7 @@
 """Rerun the paper's tables and figures: `python bench/paper.py --table 2` or `--figure 4`.
 
-`--evidence` compares the two recipes with each other, with a fixed prompt under the better one, and
-with its own masks shuffled between images.
+`--evidence` compares the two recipes with each other, with a fixed prompt under the better one,
+with images shrunk by a margin, and with masks shuffled between images.
 
 Without other flags: the nine data sets under --data-root, CLIP ViT-B/32 of OpenAI, the paper's
 recipe and budget, which takes a GPU. Any encoder, folder and budget can be named instead:
@@ -106,7 +106,7 @@ class PaperConfig:
     figure: Literal[2, 4] | None = None
     """2 accuracy over prompt size, 4 images with their masks"""
     evidence: bool = False
-    """recipe best, a fixed prompt under it and recipe paper, at sizes 30 and 112: best.csv"""
+    """recipe best, its controls and recipe paper, at sizes 30 and 112: best.csv"""
     model: str = "ViT-B-32-quickgelu"
     """open_clip name or local-dir:PATH"""
     pretrained: str = "openai"
@@ -148,7 +148,7 @@ class Cell:
         """Folder name: the same settings are the same cell, whichever table asks for it."""
         flags = dict(self.flags)
         defaults = recipe(flags["recipe"], int(flags["prompt-size"]))
-        text = json.dumps([self.flags, asdict(defaults)], default=str)
+        text = json.dumps([self.flags, asdict(defaults.prompt), asdict(defaults.optimiser)])
         return f"{Path(self.data).name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

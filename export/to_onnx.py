@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,10 +144,14 @@ def _default_graph(model: AdaViPro) -> Graph:
 
 def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[str, Any]:
     """Collect what the file says about itself."""
+    preprocess = checkpoint.preprocess
+    if config.baseline:
+        # A margin is the prompt's.
+        preprocess = replace(preprocess, margin=0)
     return {
         "format": FORMAT,
         "class_names": checkpoint.class_names,
-        "preprocess": checkpoint.preprocess.stored(),
+        "preprocess": preprocess.stored(),
         "config": asdict(checkpoint.config),
         "encoder": asdict(checkpoint.encoder),
         "checkpoint_sha256": file_sha256(config.checkpoint),

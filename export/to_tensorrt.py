@@ -212,7 +212,12 @@ def onnx_source(config: TensorRtConfig, folder: Path) -> Path:
 
 def describe(about: Description, source: Path) -> dict[str, Any]:
     """Collect what the sidecar says beside the engine's own figures."""
-    return {"format": FORMAT, **asdict(about), "onnx_sha256": file_sha256(source)}
+    return {
+        "format": FORMAT,
+        **asdict(about),
+        "preprocess": about.preprocess.stored(),
+        "onnx_sha256": file_sha256(source),
+    }
 
 
 def write_sidecar(engine: Path, values: dict[str, Any]) -> None:

@@ -164,13 +164,14 @@ def test_a_run_that_helps_no_one_gives_the_untrained_prompt_back(small, tmp_path
     assert not load_file(result["checkpoint"])["prompt"].any()
 
 
-def test_zero_shot_is_of_whole_images_whatever_the_margin(trained, small, tmp_path):
+def test_zero_shot_is_of_whole_images_whatever_the_margin(trained, small, tmp_path, capsys):
     config = replace(small(tmp_path, epochs=1, lr_prompt=0.0), margin=56)
     config = replace(config, prompt=replace(config.prompt, prompt_init="zero"))
     result = start_run(config)
     assert result["zero_shot_top1"] == trained[1]["zero_shot_top1"]
     # The untrained prompt is 0: what differs is the margin.
     assert result["test_top1"] != result["zero_shot_top1"]
+    assert "the untrained prompt of the shrunk images" in capsys.readouterr().err
     with pytest.raises(ValueError, match="zero_shot has no prompt to leave a --margin for"):
         start_run(replace(small(tmp_path / "other", method="zero_shot"), margin=56))
 

@@ -210,16 +210,18 @@ def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder
     trained = train.start_run(replace(small(tmp_path / "run", epochs=1), margin=margin))
     path = tmp_path / "run" / "checkpoint.safetensors"
     to_onnx.command(OnnxConfig(path, tmp_path / "model.onnx"))
+    to_onnx.command(OnnxConfig(path, tmp_path / "baseline.onnx", baseline=True))
     data = DataConfig(str(folder), cache_dir=cache)
     results = [
         evaluate.command(evaluate.EvaluateConfig(p, data=data, device="cpu"))
-        for p in (path, tmp_path / "model.onnx")
+        for p in (path, tmp_path / "model.onnx", tmp_path / "baseline.onnx")
     ]
     assert results[1]["backend"] == "onnxruntime"
     assert results[1]["provider"] == "CPUExecutionProvider"
     same = ("top1", "n", "per_class", "mask_density", "mask_adaptivity", "mask_placement")
     assert [results[0][k] for k in same] == [results[1][k] for k in same]
     assert results[0]["top1"] == trained["test_top1"]
+    assert results[2]["top1"] == trained["zero_shot_top1"]
     assert describe_onnx(tmp_path / "model.onnx").preprocess.margin == margin
 
 
@@ -380,6 +382,8 @@ def test_real_engines_are_built_for_three_gpus_and_their_types_proven(
     assert set(result) >= (SIDECAR_KEYS - {"class_names"}) | {"path", "build_seconds", "bytes"}
     assert told["compute_capabilities"] == ["8.6", "8.9", "12.0"]
     assert told["batch"] == [1, 16, 256]
+    stored = describe_onnx(exported()[0]).preprocess.stored()
+    assert told["preprocess"] == json.loads(json.dumps(stored))
     kinds = told["tensor_dtypes"]
     if precision == "fp16":
         assert kinds["float16"] > kinds["float32"]

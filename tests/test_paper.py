@@ -67,7 +67,7 @@ def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(sweep, monkeypatch
         data=replace(config.data, data=flags["data"], data_root=sweep.data_root),
         optimiser=replace(config.optimiser, epochs=2, batch_size=10),
         output=sweep.cells / cell.key,
-        device="cpu",
+        device="auto",
     )
     trainer = train._prepare(config)
     trainer.save()
@@ -99,7 +99,7 @@ def test_a_cell_of_other_defaults_is_another_cell(sweep, monkeypatch):
     cell = paper.cells_of(paper.LINES[1], sweep)[0]
     kept = cell.key
     assert paper.cells_of(paper.LINES[1], replace(sweep, epochs=(3,)))[0].key != kept
-    changed = replace(train.recipe("best"), margin=1)
+    changed = train.recipe("best", prompt_size=112)
     monkeypatch.setattr(paper, "recipe", lambda *_: changed)
     assert cell.key != kept
 
