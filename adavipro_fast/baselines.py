@@ -294,7 +294,7 @@ def load_baseline(
                 f"it was made with the encoder {identity.name!r} ({identity.sha256[:12]}), this is "
                 f"{encoder.name!r} ({encoder.sha256[:12]}); name that one with --model"
             )
-        encoder.preprocess = preprocess
+        encoder.prepare_by(preprocess)
         check_region(preprocess.size, config.region_size)
         if config.method == "linear_probe":
             weight, bias = tensors["head.weight"], tensors["head.bias"]

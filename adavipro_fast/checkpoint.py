@@ -105,7 +105,7 @@ class Checkpoint:
         """Put the prompt in front of its encoder, in evaluation mode.
 
         Raises:
-            ValueError: the encoder's weights are not those that the prompt was trained on.
+            ValueError: the encoder's weights or images are not those of the prompt's training.
         """
         if encoder.sha256 != self.encoder.sha256:
             raise ValueError(
@@ -113,7 +113,7 @@ class Checkpoint:
                 f"checkpoint was trained on, {self.encoder.name!r} ({self.encoder.sha256[:12]}); "
                 "name that one with --model and --pretrained"
             )
-        encoder.preprocess = self.preprocess
+        encoder.prepare_by(self.preprocess)
         model = AdaViPro(encoder, self.tensors["class_embeddings"], self.config)
         load_prompt(model, self.tensors)
         encoder.logit_scale = self.tensors["logit_scale"].item()

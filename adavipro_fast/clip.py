@@ -140,6 +140,19 @@ class FrozenEncoder(nn.Module):
         """Keep evaluation mode whatever the surrounding model is put into."""
         return super().train(False) if mode else super().train(mode)
 
+    def prepare_by(self, preprocess: Preprocess) -> None:
+        """Take over the preprocessing that a file or a setting asks for.
+
+        Raises:
+            ValueError: its images are of another size.
+        """
+        if preprocess.size != self.preprocess.size:
+            raise ValueError(
+                f"images of side {preprocess.size} do not fit the encoder {self.name!r}, which "
+                f"takes {self.preprocess.size}"
+            )
+        self.preprocess = preprocess
+
     def in_precision(self, precision: Precision) -> "FrozenEncoder":
         """Return a copy whose matrix products run in `precision`, as under autocast.
 

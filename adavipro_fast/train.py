@@ -202,7 +202,7 @@ def _prepare(config: TrainConfig) -> Trainer:
     group, device = distributed.join(config.device)
     check_templates(config.template)
     encoder, text = load_clip(config.model, config.pretrained)
-    encoder.preprocess = replace(encoder.preprocess, margin=config.margin)
+    encoder.prepare_by(replace(encoder.preprocess, margin=config.margin))
     torch.manual_seed(config.optimiser.seed)
     # Wrong sizes are told before images are decoded.
     AdaViPro(encoder, torch.zeros(1, 1), config.prompt, kernel=config.kernel).prompt.path(device)

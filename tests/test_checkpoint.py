@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_another_encoder_is_refused_by_its_hash(path, encoder):
     other = FrozenEncoder(visual, encoder.preprocess, name="other", pretrained="", logit_scale=1.0)
     with pytest.raises(ValueError, match="is not the one this checkpoint was trained on, 'demo'"):
         load_checkpoint(path).model(other)
+
+
+def test_an_encoder_of_another_image_size_is_refused(path, encoder):
+    checkpoint = load_checkpoint(path)
+    checkpoint = replace(checkpoint, preprocess=replace(checkpoint.preprocess, size=448))
+    with pytest.raises(
+        ValueError, match="images of side 448 do not fit the encoder 'demo', .* 224"
+    ):
+        checkpoint.model(encoder)
 
 
 def rewrite(path, change):

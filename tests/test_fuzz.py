@@ -8,6 +8,7 @@ import resource
 import struct
 import time
 from dataclasses import asdict
+from functools import cache
 
 import numpy as np
 import onnx
@@ -16,9 +17,16 @@ import torch
 from PIL import Image
 
 from adavipro_fast.artifact import SEAL_KEY, UNSEALED, describe_onnx, seal
+from adavipro_fast.baselines import BASELINE_FORMAT, load_baseline
 from adavipro_fast.cache import FORMATS, decode_image, opened
-from adavipro_fast.checkpoint import checkpoint_of, load_checkpoint, parse, safetensors_bytes
-from adavipro_fast.clip import Preprocess
+from adavipro_fast.checkpoint import (
+    checkpoint_of,
+    load_checkpoint,
+    parse,
+    read_safetensors,
+    safetensors_bytes,
+)
+from adavipro_fast.clip import Preprocess, load_encoder
 from adavipro_fast.data import read_split
 from adavipro_fast.engine import read_sidecar, sidecar_sha256
 from adavipro_fast.prompt import AdaViPro, PromptConfig
@@ -119,6 +127,30 @@ def state_seeds(parts, folder, tmp):
     return content, json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
+def head_seeds(parts, folder, tmp):
+    metadata = {
+        "format": BASELINE_FORMAT,
+        "config": asdict(PromptConfig(method="linear_probe")),
+        "class_names": ["a", "b"],
+        "encoder": asdict(parts.encoder),
+        "preprocess": parts.preprocess.stored(),
+    }
+    width = small_clip().visual.proj.shape[0]
+    tensors = {"head.weight": torch.zeros(2, width), "head.bias": torch.zeros(2)}
+    content = safetensors_bytes(tensors, metadata)
+    (length,) = struct.unpack("<Q", content[:8])
+    return content, json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+@cache
+def small_clip():
+    return load_encoder("demo")
+
+
+def read_head(path):
+    return load_baseline(path, *read_safetensors(path), small_clip())
+
+
 def onnx_seeds(parts, folder, tmp):
     node = onnx.helper.make_node("Identity", ["image"], ["logits"])
     value = [onnx.helper.make_tensor_value_info(n, 1, ["b"]) for n in ("image", "logits")]
@@ -213,6 +245,7 @@ def engine(sidecar):
 
 READERS = {
     "checkpoint": (checkpoint_seeds, checkpoint_input, "c.safetensors", load_checkpoint),
+    "head": (head_seeds, checkpoint_input, "head.safetensors", read_head),
     "state": (state_seeds, checkpoint_input, "last.safetensors", read_state),
     "onnx": (onnx_seeds, onnx_input, "x.onnx", describe_onnx),
     "sidecar": (sidecar_seeds, sidecar_input, "x.engine.json", lambda p: read_sidecar(engine(p))),
