@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
+from adavipro_fast import cli
+
 IMAGE_SIZE = 224
 
 
@@ -233,19 +235,27 @@ def write_model(output: Path) -> None:
     save_file(train_model(), output / "open_clip_model.safetensors")
 
 
-def main(what: Annotated[Literal["model", "images"], tyro.conf.Positional], output: Path) -> None:
-    """Make the embedded demo's small CLIP, or write its images as folders.
+@dataclass(frozen=True)
+class DemoConfig:
+    """Make the embedded demo's small CLIP, or write its images as folders."""
 
-    Args:
-        what: which of the two.
-        output: folder to write.
-    """
-    if what == "model":
-        write_model(output)
-    else:
-        write_images(output)
-    print(json.dumps({"what": what, "output": str(output)}))
+    what: Annotated[Literal["model", "images"], tyro.conf.Positional]
+    """which of the two"""
+    output: Path
+    """folder to write"""
+
+
+def command(config: DemoConfig) -> dict[str, Any]:
+    """Make what was asked for."""
+    (write_model if config.what == "model" else write_images)(config.output)
+    return {"what": config.what, "output": str(config.output)}
+
+
+def main() -> None:
+    """Parse, make, print."""
+    config = cli.parse(DemoConfig)
+    cli.run(lambda: command(config))
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
-import tyro
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from adavipro_fast import cli
 from adavipro_fast.checkpoint import write_whole
 from adavipro_fast.kernels import adaptive_prompt as kernels
 
@@ -110,9 +110,8 @@ def rows(config: AotConfig) -> Iterator[dict[str, Any]]:
                 }
 
 
-def main() -> None:
-    """Compile, print, write."""
-    config = tyro.cli(AotConfig)
+def command(config: AotConfig) -> dict[str, Any]:
+    """Compile and write."""
     result: dict[str, Any] = {"rows": []}
     for row in rows(config):
         print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr)
@@ -120,7 +119,13 @@ def main() -> None:
     result["machine"] = {"triton": triton.__version__, "gpu": None}
     if config.json is not None:
         write_whole(config.json, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps(result))
+    return result
+
+
+def main() -> None:
+    """Parse, compile, print."""
+    config = cli.parse(AotConfig)
+    cli.run(lambda: command(config))
 
 
 if __name__ == "__main__":

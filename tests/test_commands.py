@@ -226,6 +226,7 @@ def test_class_names_with_markup_and_control_characters_are_drawn_as_text(encode
         ("train", ["--edge", "canny"], "canny"),
         ("evaluate", ["nothing.safetensors"], "no such file: nothing.safetensors"),
         ("predict", ["nothing.safetensors", "a.jpg"], "no such file: nothing.safetensors"),
+        ("demo", ["pictures", "--output", "x"], "pictures"),
     ],
 )
 def test_a_bad_request_is_one_line_and_exit_2(module, arguments, message, tmp_path, monkeypatch):
