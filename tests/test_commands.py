@@ -1,10 +1,11 @@
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -130,11 +131,9 @@ def resume_run_from_command_line(folder):
 
 
 def test_resuming_with_other_settings_shows_the_difference(trained):
-    done = command("train", "--resume", trained[0], "--prompt-size", 60)
+    done = command("train", "--resume", trained[0], "--prompt-size", 60, "--margin", 9)
     assert done.returncode == 2
     assert "--prompt-size 60 instead of 30" in done.stderr
-    done = command("train", "--resume", trained[0], "--margin", 9)
-    assert done.returncode == 2
     assert "--margin 9 instead of 0" in done.stderr
 
 
@@ -229,18 +228,19 @@ def test_class_names_with_markup_and_control_characters_are_drawn_as_text(encode
         ("demo", ["pictures", "--output", "x"], "pictures"),
     ],
 )
-def test_a_bad_request_is_one_line_and_exit_2(module, arguments, message, tmp_path, monkeypatch):
-    import re
-
+def test_a_bad_request_is_one_line_and_exit_2(
+    module, arguments, message, tmp_path, monkeypatch, capsys
+):
     if arguments[0] == "--device" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    environment = os.environ | {"HOME": str(tmp_path)}
-    done = command(module, *arguments, cwd=tmp_path, env=environment)
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"adavipro_fast.{module}").main()
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert re.search(message, lines[0])
-    assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
