@@ -59,7 +59,9 @@ class Preprocess:
     def stored(self) -> dict[str, Any]:
         """Return what files keep: open_clip's settings, and the margin where there is one."""
         values = asdict(self)
-        return values if self.margin else {k: v for k, v in values.items() if k != "margin"}
+        if not self.margin:
+            del values["margin"]
+        return values
 
     def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
         """Return open_clip's preprocessing, then the margin: image to (3, S, S) uint8 pixels."""

@@ -88,12 +88,15 @@ def parts(demo_clip):
     return checkpoint_of(model, ("a", "b"))
 
 
+def parted(content: bytes):
+    """Return a safetensors file whole, its header and what follows it."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return content, json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
 def checkpoint_seeds(parts, folder, tmp):
     parts.save(tmp / "seed.safetensors")
-    content = (tmp / "seed.safetensors").read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    return content, header, content[8 + length :]
+    return parted((tmp / "seed.safetensors").read_bytes())
 
 
 def checkpoint_input(seeds, rng):
@@ -122,9 +125,7 @@ def state_seeds(parts, folder, tmp):
         "identity": {"data": "a"},
         "progress": asdict(Progress()),
     }
-    content = safetensors_bytes({"prompt": torch.zeros(3, 4, 4)}, metadata)
-    (length,) = struct.unpack("<Q", content[:8])
-    return content, json.loads(content[8 : 8 + length]), content[8 + length :]
+    return parted(safetensors_bytes({"prompt": torch.zeros(3, 4, 4)}, metadata))
 
 
 def head_seeds(parts, folder, tmp):
@@ -137,9 +138,7 @@ def head_seeds(parts, folder, tmp):
     }
     width = small_clip().visual.proj.shape[0]
     tensors = {"head.weight": torch.zeros(2, width), "head.bias": torch.zeros(2)}
-    content = safetensors_bytes(tensors, metadata)
-    (length,) = struct.unpack("<Q", content[:8])
-    return content, json.loads(content[8 : 8 + length]), content[8 + length :]
+    return parted(safetensors_bytes(tensors, metadata))
 
 
 @cache

@@ -116,7 +116,7 @@ def test_the_evidence_has_a_line_with_masks_shuffled(sweep, monkeypatch):
     rows = {
         row["line"]: row for row in paper.command(replace(sweep, table=None, evidence=True))["rows"]
     }
-    assert list(rows) == [*names, *(f"{names[i]}, masks shuffled" for i in (0, 1))]
+    assert list(rows) == [*names, *(f"{name}, masks shuffled" for name in names[:2])]
     assert [rows[n]["recipe"] for n in names] == ["best", "best", "paper"]
     monkeypatch.setattr(paper, "EVAL_BATCH", 5)
     # In their own order the masks give the prompt its own accuracy again.
