@@ -21,7 +21,7 @@ bench: .venv/ready
 	$(BIN)/python bench/latency.py --quick
 	$(BIN)/python bench/throughput.py --quick
 	$(BIN)/python bench/training.py --quick
-	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/fused.py
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

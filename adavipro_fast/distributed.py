@@ -1,4 +1,4 @@
-"""Devices and processes: what torchrun started, or one process alone.
+"""Processes: what torchrun started, or one process alone.
 
 The global batch, the noise and the order of images do not depend on the number of processes: each
 takes its share of every batch, and gradients and figures are summed in one message a step.
@@ -15,24 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from adavipro_fast.device import torch_device
+
 LONGEST_PATH = 4096
-
-
-def torch_device(name: str) -> torch.device:
-    """Turn `auto` or a device name into a device that is there.
-
-    Raises:
-        ValueError: unknown or absent.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device; use cpu")
-    return device
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from measure import ROOT, machine
 
 from adavipro_fast import PromptConfig, cli
 from adavipro_fast.checkpoint import write_whole
+from adavipro_fast.device import torch_device
 from adavipro_fast.prompt import AdaptivePrompt
 
 IMAGES, BATCH, SIDE = 10_000, 250, 224
@@ -82,8 +83,9 @@ def argmax_disagreements(device: torch.device) -> dict[str, int]:
 def targets(kernels: list[dict[str, Any]], training: list[dict[str, Any]]) -> dict[str, Any]:
     """Compare the figures with what the kernel is meant to reach."""
     by_name = {row["name"]: row for row in kernels + training}
+    # kernels-aot.json estimates 0.76 and 1 of the datasheet's bandwidth on an H200, latency aside.
     figures = {
-        "forward_share_of_copy": (by_name["fused_forward"]["share_of_copy"], 0.85, ">="),
+        "forward_share_of_copy": (by_name["fused_forward"]["share_of_copy"], 0.7, ">="),
         "backward_share_of_copy": (by_name["fused_backward"]["share_of_copy"], 0.75, ">="),
         "times_eager_paper_form": (by_name["paper_form_eager_both"]["ratio_to_fused"], 10, ">="),
         "times_compiled": (by_name["collapsed_compiled_both"]["ratio_to_fused"], 1.5, ">="),
@@ -111,12 +113,12 @@ def command(config: CheckConfig) -> dict[str, Any]:
             "gpu_check needs a CUDA device and torch sees none; on a CPU `make test` runs the "
             "kernel in Triton's interpreter and compiles it for every architecture"
         )
-    device = torch.device("cuda")
+    device = torch_device("cuda")
     run("-m", "pytest", "-q", "tests/test_kernel.py", "-p", "no:cacheprovider")
     masks = argmax_disagreements(device)
     if masks["different"]:
         raise cli.VerificationError(f"argmax masks differ: {masks}")
-    kernels = json.loads(run("bench/kernels.py", "--batch", config.batch).splitlines()[-1])["rows"]
+    kernels = json.loads(run("bench/fused.py", "--batch", config.batch).splitlines()[-1])["rows"]
     training = json.loads(
         run("bench/training.py", "--batch", config.batch, "--model", config.model).splitlines()[-1]
     )["rows"]

@@ -1,9 +1,11 @@
-"""Compile the fused kernels for every architecture without a GPU and report their resources.
+"""Compile the fused kernels for every architecture without a GPU; estimate what they cost.
 
     python bench/kernels_aot.py --json bench/results/kernels-aot.json
 
-Rows: kernel, arch, region_size, registers per thread, shared_bytes and spill_bytes per program, and
-how many 16-byte stores the assembly holds.
+A row is a kernel at one architecture and region size: registers a thread; spill_bytes and
+shared_bytes a program; warps_per_sm that these leave room for; warp_instructions by class of one
+region of one image; bytes of an image through L1 and from and to memory; and the estimated time of
+an image by three limits, the binding one named. `rules` says how these are estimated.
 """
 
 import json
@@ -11,11 +13,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import sass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -24,38 +28,45 @@ from triton.compiler import ASTSource
 from adavipro_fast import cli
 from adavipro_fast.checkpoint import write_whole
 from adavipro_fast.kernels import adaptive_prompt as kernels
+from adavipro_fast.kernels import regions
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-SIDE = 224
+SIDE, BATCH = 224, 256
 # uint8 pixels in, bf16 images out: the training path.
 POINTERS = {"images_ptr": "*u8", "prompted_ptr": "*bf16", "grad_ptr": "*bf16"}
-SCALARS = {"batch": "i32", "tau": "fp32", "seed": "i64", "offset": "i64"}
+SCALARS = {
+    "batch": "i32",
+    "tau": "fp32",
+    "seed": "i64",
+    "offset": "i64",
+    **{f"{part}_{channel}": "fp32" for part in ("scale", "shift") for channel in "rgb"},
+}
+PASSES = (("forward", "hard"), ("forward", "argmax"), ("backward", "hard"))
 
 
 @dataclass(frozen=True)
 class AotConfig:
     """Compile the fused kernels ahead of time for many architectures."""
 
-    region_sizes: tuple[int, ...] = (8, 16, 32, 56)
+    region_sizes: tuple[int, ...] = (8, 14, 16, 28, 32, 56)
     """region sides to compile for"""
+    architectures: tuple[int, ...] = tuple(sass.GPUS)
+    """compute capabilities to compile for, times 10"""
     json: Path | None = None
     """file for the rows"""
 
 
-def compiled(name: str, arch: int, region_size: int) -> Any:
+def compiled(name: str, mode: str, arch: int, region_size: int) -> Any:
     """Compile `forward` or `backward` as the launcher would start it."""
     function = {"forward": kernels._forward, "backward": kernels._backward}[name]
-    options = kernels.launch_options(region_size, name)
-    constants = {
+    options = kernels.launch_options(SIDE, region_size, BATCH)
+    warps = options.pop("num_warps")
+    constants = options | {
         "SIDE": SIDE,
         "R": region_size,
-        "H": kernels.piece_size(region_size),
-        "LANES": triton.next_power_of_2(kernels.piece_size(region_size)),
-        "IMAGES": options["IMAGES"],
         "UINT8": True,
         "REPLICATE": True,
         "MAGNITUDE": True,
-        "MODE": "hard",
+        "MODE": mode,
         "GIVEN": False,
     }
     names = function.arg_names
@@ -69,7 +80,7 @@ def compiled(name: str, arch: int, region_size: int) -> Any:
         function, signature, {(names.index(n),): v for n, v in constants.items()}, attrs=aligned
     )
     target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options={"num_warps": options["num_warps"]})
+    return triton.compile(source, target=target, options={"num_warps": warps})
 
 
 def resources(ptx: str) -> dict[str, int]:
@@ -92,31 +103,78 @@ def resources(ptx: str) -> dict[str, int]:
     return {"registers": int(registers[1]), "spill_bytes": sum(map(int, spills))}
 
 
-def rows(config: AotConfig) -> Iterator[dict[str, Any]]:
-    """Compile everything asked for."""
-    for region_size in config.region_sizes:
-        for name in ("forward", "backward"):
-            for arch in ARCHITECTURES:
-                binary = compiled(name, arch, region_size)
-                ptx = binary.asm["ptx"]
-                yield {
-                    "kernel": name,
-                    "arch": f"sm_{arch}",
-                    "region_size": region_size,
-                    **resources(ptx),
-                    "shared_bytes": binary.metadata.shared,
-                    "vector_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
-                    "cubin_bytes": len(binary.asm["cubin"]),
-                }
+def trips(name: str, region_size: int) -> list[int]:
+    """Return the trips of a kernel's loops, in their order."""
+    options = kernels.launch_options(SIDE, region_size, BATCH)
+    block = options["BLOCK"]
+    parts = [
+        regions.edge_parts(region_size, block),
+        regions.pixel_parts(region_size, block, options["PIXELS"]),
+    ]
+    return parts if name == "forward" else parts[::-1]
+
+
+def memory_bytes(name: str, region_size: int) -> float:
+    """Count what an image moves from and to memory: pixels, bf16 images, its share of the sums."""
+    pixels, images = 3 * SIDE**2, kernels.launch_options(SIDE, region_size, BATCH)["IMAGES"]
+    kernel = 3 * (region_size + 2) ** 2 * (SIDE // region_size) ** 2
+    # Each program writes its sums, and one read adds them up.
+    sums = 2 * 4 * (pixels + kernel) / images if name == "backward" else 0
+    return pixels + 2 * pixels + sums
+
+
+def row(name: str, mode: str, arch: int, region_size: int) -> dict[str, Any]:
+    """Compile one kernel, count and estimate."""
+    binary = compiled(name, mode, arch, region_size)
+    options = kernels.launch_options(SIDE, region_size, BATCH)
+    used = resources(binary.asm["ptx"]) | {"shared_bytes": binary.metadata.shared}
+    assembly = sass.disassemble(binary.asm["cubin"])
+    warps, regions_of_image = options["num_warps"], (SIDE // region_size) ** 2
+    share = warps / options["IMAGES"]
+    counts = sass.executed(*assembly, trips(name, region_size))
+    region_image = {kind: count * share for kind, count in sorted(counts.items())}
+    of_image = Counter({kind: n * regions_of_image for kind, n in region_image.items()})
+    gpu = sass.GPUS[arch]
+    limits = sass.estimate_ns(gpu, of_image, memory_bytes(name, region_size))
+    return {
+        "kernel": name,
+        "mode": mode,
+        "arch": f"sm_{arch}",
+        "gpu": gpu.name,
+        "region_size": region_size,
+        **{key: value for key, value in options.items() if key in ("IMAGES", "num_warps")},
+        **used,
+        "warps_per_sm": sass.resident_warps(
+            gpu, registers=used["registers"], shared_bytes=used["shared_bytes"], warps=warps
+        ),
+        "warp_instructions": {
+            kind: round(n, 1)
+            for kind, n in region_image.items()
+            if kind not in ("l1_bytes", "wavefronts")
+        },
+        "l1_bytes": round(of_image["l1_bytes"]),
+        "memory_bytes": round(memory_bytes(name, region_size)),
+        **{key: round(value, 1) for key, value in limits.items()},
+        "bound": max(limits, key=lambda key: limits[key]).removesuffix("_ns"),
+        "times_memory": round(max(limits.values()) / limits["memory_ns"], 2),
+    }
 
 
 def command(config: AotConfig) -> dict[str, Any]:
-    """Compile and write."""
-    result: dict[str, Any] = {"rows": []}
-    for row in rows(config):
-        print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr)
-        result["rows"].append(row)
-    result["machine"] = {"triton": triton.__version__, "gpu": None}
+    """Compile everything asked for and write."""
+    rows = []
+    for region_size, (name, mode), arch in product(
+        config.region_sizes, PASSES, config.architectures
+    ):
+        rows.append(row(name, mode, arch, region_size))
+        shown = {k: v for k, v in rows[-1].items() if k != "warp_instructions"}
+        print(" ".join(f"{k}={v}" for k, v in shown.items()), file=sys.stderr)
+    result = {
+        "rows": rows,
+        "rules": sass.RULES,
+        "gpus": {f"sm_{arch}": asdict(gpu) for arch, gpu in sass.GPUS.items()},
+        "machine": {"triton": triton.__version__, "gpu": None},
+    }
     if config.json is not None:
         write_whole(config.json, (json.dumps(result, indent=1) + "\n").encode())
     return result

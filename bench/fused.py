@@ -1,7 +1,7 @@
 """Time the fused kernel against PyTorch, eager and compiled, with a correctness gate first.
 
-    python bench/kernels.py --json bench/results/kernels.json
-    python bench/kernels.py --tune
+    python bench/fused.py --json bench/results/fused.json
+    python bench/fused.py --tune
 
 uint8 pixels in, bf16 images out. Bytes are counted, not measured: what the pass must move once.
 Without a CUDA device only the gate runs, in Triton's interpreter, and the rows say so.
@@ -23,6 +23,7 @@ from measure import interleaved_ms, publish, summary
 from torch import Tensor
 
 from adavipro_fast import PromptConfig, cli
+from adavipro_fast.device import torch_device
 from adavipro_fast.functional import Edge, apply_prompt, decide, logistic_noise
 from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.prompt import AdaptivePrompt, Kernel
@@ -33,7 +34,7 @@ Work = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class KernelsConfig:
+class FusedConfig:
     """Time the fused kernel against PyTorch, eager and compiled."""
 
     batch: int = 256
@@ -50,7 +51,7 @@ class KernelsConfig:
     """file for the rows"""
 
 
-def build(config: KernelsConfig, kernel: Kernel, device: torch.device, side: int) -> AdaptivePrompt:
+def build(config: FusedConfig, kernel: Kernel, device: torch.device, side: int) -> AdaptivePrompt:
     """Make a prompt whose weights depend on nothing but the configuration."""
     torch.manual_seed(0)
     prompt = PromptConfig(
@@ -62,7 +63,7 @@ def build(config: KernelsConfig, kernel: Kernel, device: torch.device, side: int
     return AdaptivePrompt(side, prompt, **options).to(device).train()
 
 
-def gate(config: KernelsConfig, device: torch.device) -> float:
+def gate(config: FusedConfig, device: torch.device) -> float:
     """Compare masks and gradients with float64; return the largest relative error.
 
     Raises:
@@ -96,7 +97,7 @@ def gate(config: KernelsConfig, device: torch.device) -> float:
     return worst
 
 
-def variants(config: KernelsConfig, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+def variants(config: FusedConfig, device: torch.device) -> dict[str, Callable[[], Tensor]]:
     """Name the forward passes, all with the same noise and bf16 results."""
     grid = SIDE // config.region_size
     pixels = torch.randint(0, 256, (config.batch, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
@@ -143,7 +144,7 @@ def copy_gb_s(device: torch.device, rounds: int) -> float:
     return 2 * source.numel() / summary(times["copy"])["median_ms"] / 1e6
 
 
-def timed_rows(config: KernelsConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+def timed_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
     """Time every variant and pass; count bytes, and the share of the copy bandwidth."""
     forwards = variants(config, device)
     split = {name: passes(forward) for name, forward in forwards.items()}
@@ -172,23 +173,26 @@ def timed_rows(config: KernelsConfig, device: torch.device) -> Iterator[dict[str
     yield {"name": "copy", "gb_s": copied}
 
 
-def tuned_rows(config: KernelsConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+def tuned_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
     """Time launch options of the fused kernel, forward and backward."""
     chosen = kernels.launch_options
     forward = variants(config, device)["fused"]
-    for images, warps in product((2, 4, 8, 16, 32), (2, 4, 8, 16)):
-        options = {"IMAGES": images, "num_warps": warps}
-        kernels.launch_options = lambda *_, options=options: options
-        works = passes(forward)
-        times = interleaved_ms(works, device, rounds=config.rounds, warm_up=5)
-        medians = {f"{part}_ms": summary(t)["median_ms"] for part, t in times.items()}
-        yield {"name": f"images_{images}_warps_{warps}", **options, **medians}
-    kernels.launch_options = chosen
+    try:
+        for images, warps in product((2, 4, 8, 16), (1, 2, 4, 8)):
+            options = {"IMAGES": images, "num_warps": warps, "BLOCK": 32 * warps}
+            options["EVEN"] = config.batch % images == 0
+            kernels.launch_options = lambda *sizes, options=options: chosen(*sizes) | options
+            works = passes(forward)
+            times = interleaved_ms(works, device, rounds=config.rounds, warm_up=5)
+            medians = {f"{part}_ms": summary(t)["median_ms"] for part, t in times.items()}
+            yield {"name": f"images_{images}_warps_{warps}", **options, **medians}
+    finally:
+        kernels.launch_options = chosen
 
 
-def command(config: KernelsConfig) -> list[dict[str, Any]]:
+def command(config: FusedConfig) -> list[dict[str, Any]]:
     """Run the gate, then what the device allows."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch_device("auto")
     rows: list[dict[str, Any]] = [{"name": "gate", "largest_error": gate(config, device)}]
     if device.type == "cuda":
         return rows + list((tuned_rows if config.tune else timed_rows)(config, device))
@@ -201,8 +205,8 @@ def command(config: KernelsConfig) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Parse, measure, print."""
-    config = cli.parse(KernelsConfig)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = cli.parse(FusedConfig)
+    device = torch_device("auto")
     cli.run(lambda: publish(command(config), device, config.json, "fused kernel"))
 
 

@@ -1,0 +1,32 @@
+"""Run tests of the fused kernel on the PTX that Triton compiles, without a GPU.
+
+    PYTHONPATH=tests:../shared/tools/ptx PTX_ARCH=80 pytest -p on_compiled_code tests/test_kernel.py
+
+Two threads that store different values to one address are an error.
+"""
+
+import os
+
+# Triton reads it when it is imported: the interpreter would run the Python instead.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import emulate
+import ptx
+import pytest
+
+from adavipro_fast import prompt
+from adavipro_fast.kernels import adaptive_prompt as kernels
+
+PROGRAM = ptx.Program
+# A block's shared memory has two names.
+ptx.Program = lambda text: PROGRAM(text.replace(".shared::cta", ".shared"))
+for name in ("_forward", "_backward", "_logistic_noise"):
+    launched = emulate.Emulated(getattr(kernels, name), int(os.environ["PTX_ARCH"]))
+    setattr(kernels, name, launched)
+# The fused path asks for a GPU or the interpreter.
+prompt.triton_interprets = lambda: True
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels():
+    os.environ.pop("TRITON_INTERPRET", None)  # which conftest.py sets
