@@ -7,6 +7,7 @@ print(artifact.about.class_names[logits[0].argmax()])
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +24,9 @@ from adavipro_fast.checkpoint import (
     read_safetensors,
 )
 from adavipro_fast.clip import Precision, Preprocess, load_encoder
-from adavipro_fast.distributed import torch_device
-from adavipro_fast.functional import normalise
-from adavipro_fast.prompt import AdaViPro, Prediction, PromptConfig
+from adavipro_fast.device import full_fp32, torch_device
+from adavipro_fast.functional import check_region, normalise
+from adavipro_fast.prompt import AdaViPro, Prediction, PromptConfig, frame
 
 # An .onnx file carries its own sha256, computed with zeros in the place of the digest.
 SEAL_KEY, UNSEALED = "content_sha256", "0" * 64
@@ -67,7 +68,7 @@ class Description:
                 raise ValueError(f"precision is {values['precision']!r}")
             if values["input"] not in ("float32", "uint8"):
                 raise ValueError(f"input is {values['input']!r}")
-            return cls(
+            about = cls(
                 tuple(str(name) for name in values["class_names"]),
                 parse(Preprocess, values["preprocess"]),
                 parse(PromptConfig, values["config"]),
@@ -75,8 +76,28 @@ class Description:
                 values["input"],
                 bool(values["baseline"]),
             )
+            check_region(about.preprocess.size, about.config.region_size)
+            frame(about.preprocess.size, about.config.prompt_size)
+            return about
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} has metadata that cannot be used: {error}") from error
+
+    def check_shapes(self, shapes: dict[str, Sequence[Any]], path: Path) -> None:
+        """Check the shapes of a graph's input and outputs, batch first, against this description.
+
+        Raises:
+            ValueError: it describes another graph.
+        """
+        side, grid = self.preprocess.size, self.preprocess.size // self.config.region_size
+        wanted = {"image": [3, side, side], "logits": [len(self.class_names)]}
+        if not self.baseline:
+            wanted["mask"] = [grid, grid]
+        for name, shape in wanted.items():
+            got = list(shapes.get(name, ()))[1:]
+            if got != shape:
+                raise ValueError(
+                    f"{path} says of its {name} {shape}, the graph has {got}; export it again"
+                )
 
     def image(self, pixels: Tensor) -> Tensor:
         """Turn (B, 3, S, S) uint8 RGB pixels into the graph's input."""
@@ -97,7 +118,11 @@ class Description:
 
 
 class Artifact(Protocol):
-    """A classifier ready to run."""
+    """A classifier ready to run.
+
+    Threads may share one: ONNX Runtime and PyTorch run their calls side by side, an engine one
+    after the other.
+    """
 
     @property
     def about(self) -> Description:
@@ -127,7 +152,8 @@ class TorchArtifact:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
-        return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
+        with full_fp32():
+            return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
 
 
 @dataclass(frozen=True)
@@ -135,6 +161,10 @@ class PromptArtifact(TorchArtifact):
     """A checkpoint run by PyTorch."""
 
     model: AdaViPro
+
+
+class NotRunnableError(ValueError):
+    """This machine cannot run a file that is otherwise in order."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +184,8 @@ class OnnxArtifact:
         Raises:
             FileNotFoundError: no such file.
             ImportError: ONNX Runtime is not installed.
-            ValueError: not one of ours, damaged, or not runnable there.
+            NotRunnableError: ONNX Runtime cannot run it there.
+            ValueError: not one of ours, or damaged.
         """
         about = describe_onnx(path)
         try:
@@ -173,7 +204,8 @@ class OnnxArtifact:
         if place.type == "cuda":
             # Without this, what CUDA cannot run would silently run on the CPU.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            provider = ("CUDAExecutionProvider", {"device_id": place.index or 0})
+            # TF32 would turn decisions near 0.
+            provider = ("CUDAExecutionProvider", {"device_id": place.index, "use_tf32": "0"})
         level = onnxruntime.GraphOptimizationLevel
         if about.precision != "fp32":
             # The last level crashes on half-precision ViTs (ONNX Runtime 1.31, CPU).
@@ -181,10 +213,12 @@ class OnnxArtifact:
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's exceptions have no common public base.
-            raise ValueError(f"ONNX Runtime cannot run {path} on {place}: {error}") from error
+            raise NotRunnableError(f"ONNX Runtime cannot run {path} on {place}: {error}") from error
         used = session.get_providers()[0]
         if place.type == "cuda" and used != "CUDAExecutionProvider":
-            raise ValueError(f"ONNX Runtime runs {path} by {used}, CUDA was asked for")
+            raise NotRunnableError(f"ONNX Runtime runs {path} by {used}, CUDA was asked for")
+        shapes = {part.name: part.shape for part in session.get_inputs() + session.get_outputs()}
+        about.check_shapes(shapes, path)
         return cls(session, about, place, used)
 
     def __call__(self, pixels: Tensor) -> Prediction:
@@ -248,13 +282,30 @@ def describe_onnx(path: Path) -> Description:
         values = {p.key: json.loads(p.value) for p in model.metadata_props if p.key != SEAL_KEY}
     except Exception as error:  # protobuf's own errors, nesting without end, ...
         raise ValueError(f"{path} is no ONNX file of ours: {error}") from error
-    for tensor in model.graph.initializer:
-        # A file may name any other file as the place of its weights.
-        if any(e.key == "location" and e.value != data.name for e in tensor.external_data):
-            raise ValueError(f"{path} wants weights from elsewhere than {data.name}; refused")
+    # A file may name any other file as the place of its weights.
+    places = {
+        entry.value
+        for tensor in tensors_of(model)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    if places and (places != {data.name} or "data_sha256" not in values):
+        raise ValueError(f"{path} wants weights from elsewhere than {data.name}; refused")
     if "data_sha256" in values and values["data_sha256"] != file_sha256(data):
         raise ValueError(f"{data} is damaged: it is not what was exported; export it again")
     return Description.of(values, path)
+
+
+def tensors_of(message: Any) -> Iterator[Any]:
+    """Yield every tensor inside a protobuf message: weights, constants, those of subgraphs."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in [value] if hasattr(value, "ListFields") else value:
+            if type(part).__name__ == "TensorProto":
+                yield part
+            else:
+                yield from tensors_of(part)
 
 
 def file_sha256(path: Path) -> str:

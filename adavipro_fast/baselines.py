@@ -28,6 +28,7 @@ from adavipro_fast.checkpoint import (
 )
 from adavipro_fast.clip import FrozenEncoder, Preprocess
 from adavipro_fast.data import Dataset, Split
+from adavipro_fast.device import full_fp32
 from adavipro_fast.functional import check_region, normalise
 from adavipro_fast.metrics import evaluate
 from adavipro_fast.prompt import Prediction, PromptConfig
@@ -174,7 +175,8 @@ def fine_tune(
                     f"than {config.lr_encoder:g}"
                 )
             optimiser.zero_grad()
-            scaler.scale(loss).backward()
+            with full_fp32():
+                scaler.scale(loss).backward()
             scaler.step(optimiser)
             scaler.update()
             total += loss.item() * len(chunk)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ DECODERS = 8
 # What torchvision calls an image, without formats that start other programs or hold scripts.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 LARGEST_IMAGE = 100_000_000
+# Of an image whose longer side overhangs the square until it is cropped.
+LARGEST_RESIZED = 20_000_000
+# Part of a cache file's name: pixels decoded otherwise are other pixels.
+DECODING = 2
 
 
 @dataclass(frozen=True)
@@ -45,29 +50,52 @@ class Source:
     shape: tuple[int, int, int] | None = None
     """(height, width, 3) of raw images"""
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int, preprocess: Preprocess) -> Image.Image:
         """Decode image i."""
         content = self.read(index)
         if self.shape is not None:
             return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.shape))
-        return decode_image(content, self.name(index))
+        return decode_image(content, self.name(index), preprocess)
 
 
-def decode_image(content: bytes, name: str) -> Image.Image:
-    """Decode a JPEG, PNG, ... completely.
+def decode_image(content: bytes, name: str, preprocess: Preprocess) -> Image.Image:
+    """Decode a JPEG, PNG, ... completely, as RGB with 8 bits.
 
     Raises:
-        ValueError: broken, unreadable, or of an absurd size.
+        ValueError: broken, unreadable, of an absurd size now or once it is resized, or of pixels
+            whose range is not known.
     """
     try:
         image = Image.open(BytesIO(content), formats=FORMATS)
+        # Both sizes are told by the header.
         if image.width * image.height > LARGEST_IMAGE:
             raise ValueError(f"{image.width}x{image.height} is more than {LARGEST_IMAGE} pixels")
+        width, height = preprocess.resized(image.width, image.height)
+        if not 0 < width * height <= LARGEST_RESIZED:
+            raise ValueError(
+                f"{image.width}x{image.height} would be resized to {width}x{height}; up to "
+                f"{LARGEST_RESIZED} pixels work"
+            )
         image.load()
+        return to_rgb(image)
     # Decoders raise whatever a hostile file leads them to: struct.error, IndexError, KeyError, ...
     except Exception as error:
         raise ValueError(f"cannot read image {name}: {error}; replace or remove it") from error
-    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB with 8 bits, before anything is resized: palettes do not mix.
+
+    Raises:
+        ValueError: 32-bit pixels, whose range no file tells.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits and no known range; save it with 8 or 16")
+    # Without this, Pillow warns of palettes that are transparent in part.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def decoded(
@@ -124,7 +152,8 @@ def opened(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def content_key(source: Source, preprocess: Preprocess) -> str:
     """Hash the images' bytes and the preprocessing."""
-    digest = hashlib.sha256(json.dumps(preprocess.stored(), sort_keys=True).encode())
+    settings = preprocess.stored() | {"decoding": DECODING}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with ThreadPoolExecutor(DECODERS) as pool:
         indices = range(len(source.labels))
         for content in pool.map(lambda i: hashlib.sha256(source.read(i)).digest(), indices):
@@ -136,13 +165,18 @@ def fill(
     path: Path, shape: tuple[int, ...], source: Source, preprocess: Preprocess, label: str
 ) -> None:
     """Decode all images into a file, which gets its name when it is whole."""
-    partial = path.with_suffix(".partial")
     transform = preprocess.pixels()
+    # The caller holds the lock: what is there is of a process that was killed.
+    for partial in path.parent.glob(f"{path.stem}*.partial"):
+        partial.unlink(missing_ok=True)
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
 
     def decode(index: int) -> None:
-        pixels[index] = transform(source.open(index))
+        pixels[index] = transform(source.open(index, preprocess))
 
     try:
+        # Never a file or link that is there already.
+        partial.open("xb").close()
         pixels = open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         # A full disk must be told now: writing to a map that has no room ends the process.
         if hasattr(os, "posix_fallocate"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -23,9 +24,10 @@ FORMAT = "adavipro-fast/1"
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under its final name only when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # A name of its own, and never a file or link that is there already.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

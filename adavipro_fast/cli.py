@@ -6,12 +6,14 @@ Exit 0: done. 1: a verification failed, or training diverged. 2: bad request, to
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import tyro
 
 Config = TypeVar("Config")
@@ -59,15 +61,36 @@ def parse(kind: type[Config] | Callable[..., Config], default: Any = None) -> Co
         fail(text.split("For full helptext")[0] + f"; see {sys.argv[0]} --help")
 
 
+def warn(message: str | None) -> None:
+    """Print a line on stderr, if there is something to say."""
+    if message:
+        print(f"warning: {printable(message)}", file=sys.stderr)
+
+
 def run(command: Callable[[], dict[str, Any]], *, quiet: bool = False) -> None:
     """Run a command and print its JSON; turn what went wrong into a line and an exit code."""
     try:
         result = command()
+        if not quiet:
+            print(json.dumps(result))
+        # What a full device or a closed pipe does not take shows only here.
+        sys.stdout.flush()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        fail(f"out of memory: {error}; try a smaller --batch-size or a smaller --model")
     except (ValueError, TypeError, OSError, ImportError) as error:
+        if isinstance(error, OSError) and not _flushed():
+            # Or else Python tries again at its exit, and complains.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(error)
     except (VerificationError, ArithmeticError) as error:
         fail(error, 1)
     except KeyboardInterrupt as stop:
         fail(stop or "interrupted", INTERRUPTED)
-    if not quiet:
-        print(json.dumps(result))
+
+
+def _flushed() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from adavipro_fast.device import full_fp32
+
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,6 +64,14 @@ class Preprocess:
         if not self.margin:
             del values["margin"]
         return values
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return the size that an image has once it is resized and not yet cropped."""
+        side = self.size - 2 * self.margin
+        if self.resize_mode == "squash":
+            return side, side
+        by = min(width, height) if self.resize_mode == "shortest" else max(width, height)
+        return side * width // by, side * height // by
 
     def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
         """Return open_clip's preprocessing, then the margin: image to (3, S, S) uint8 pixels."""
@@ -178,8 +188,11 @@ class FrozenEncoder(nn.Module):
 
     def tower(self, images: Tensor) -> Tensor:
         """Return what the image tower gives, as fp32, before it is made a unit row."""
-        with torch.autocast(
-            images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
+        with (
+            torch.autocast(
+                images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
+            ),
+            full_fp32(),
         ):
             output: Tensor = self.visual(images)
         return output.float()
@@ -256,6 +269,9 @@ def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTowe
         raise ValueError(
             f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}"
         ) from error
+    if getattr(clip.visual, "output_tokens", False):
+        # CoCa's tower also returns tokens, for its captions.
+        clip.visual.output_tokens = False
     settings = open_clip.get_model_preprocess_cfg(clip)
     height, width = (
         settings["size"] if isinstance(settings["size"], tuple) else (settings["size"],) * 2

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ class DataConfig:
     """where decoded images are kept"""
     cache_limit_gb: float = 100.0
     """most that is kept there, 10^9 bytes; images used longest ago go first"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cache_limit_gb < math.inf:
+            raise ValueError(f"cache_limit_gb is {self.cache_limit_gb}; a number from 0 is needed")
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
                 f"--limit-train {config.limit_train} is less than one image a class; "
                 f"use {len(class_names)} or more"
             )
-        chosen, _ = _stratified(train.labels[train.rows], config.limit_train, seed + 1)
+        limit = min(config.limit_train, len(train))
+        chosen, _ = _stratified(train.labels[train.rows], limit, seed + 1)
         train = Split(train.images, train.labels, train.rows[chosen])
     return Dataset(class_names, train, splits["val"], splits["test"], digest.hexdigest())
 

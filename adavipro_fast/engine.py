@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adavipro_fast.artifact import Description, file_sha256
-from adavipro_fast.distributed import torch_device
+from adavipro_fast.device import torch_device
 from adavipro_fast.prompt import Prediction
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -38,11 +39,15 @@ def runtime_module(runtime: str) -> ModuleType:
         ) from error
 
 
-def compute_capability() -> str | None:
-    """Return the CUDA device's compute capability, such as 8.6, or none without a device."""
-    if not torch.cuda.is_available():
+def compute_capability(device: torch.device | None = None) -> str | None:
+    """Return a CUDA device's compute capability, such as 8.6, or none without one.
+
+    Args:
+        device: which; none means the current one.
+    """
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return None
-    return "{}.{}".format(*torch.cuda.get_device_capability())
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def sidecar_path(engine: Path) -> Path:
@@ -107,10 +112,15 @@ def check_runs_here(values: dict[str, Any], version: str, capability: str | None
 
 
 @dataclass(frozen=True)
-class Buffers:
-    """Pinned host and device tensors of one batch size, and the graph that runs on them."""
+class Replay:
+    """One batch size: its execution context, its tensors, and the CUDA graph that runs on them.
 
+    A captured graph uses its context's memory and shapes, so that no two may share one.
+    """
+
+    context: Any
     host: Tensor
+    """pinned"""
     image: Tensor
     outputs: dict[str, Tensor]
     graph: torch.cuda.CUDAGraph
@@ -118,17 +128,18 @@ class Buffers:
 
 @dataclass(frozen=True)
 class EngineArtifact:
-    """An engine on a CUDA device; each batch size is captured as a CUDA graph once."""
+    """An engine on a CUDA device. Batches are padded to a few sizes, each captured once."""
 
     trt: ModuleType
     engine: Any
-    context: Any
     about: Description
     batch: tuple[int, int, int]
     device: torch.device
     backend: str
     provider: str
-    buffers: dict[int, Buffers] = field(default_factory=dict)
+    replays: dict[int, Replay] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.Lock)
+    """calls of several threads run one after the other: they share the replays' tensors"""
 
     @classmethod
     def open(cls, path: Path, device: str = "auto") -> "EngineArtifact":
@@ -143,21 +154,21 @@ class EngineArtifact:
         about = Description.of(values, path)
         trt = runtime_module(values["runtime"])
         place = torch_device(device)
-        if place.type == "cuda":
-            # TensorRT takes the current device.
-            torch.cuda.set_device(place)
-        check_runs_here(values, trt.__version__, compute_capability())
+        check_runs_here(values, trt.__version__, compute_capability(place))
         if place.type != "cuda":
             raise ValueError(f"an engine cannot run on {place}; use --device cuda")
+        # TensorRT takes the current device.
+        torch.cuda.set_device(place)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise ValueError(f"{values['runtime']} cannot load {path}; build it again")
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        about.check_shapes({name: tuple(engine.get_tensor_shape(name)) for name in names}, path)
         smallest, usual, largest = values["batch"]
         return cls(
             trt,
             engine,
-            engine.create_execution_context(),
             about,
             (smallest, usual, largest),
             place,
@@ -168,47 +179,71 @@ class EngineArtifact:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels, in parts of the profile's largest batch."""
-        parts = [self._run(part) for part in pixels.split(self.batch[2])]
+        with self.lock:
+            parts = [self._run(part) for part in pixels.split(self.batch[2])]
         return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _run(self, pixels: Tensor) -> Prediction:
         count = len(pixels)
-        size = max(count, self.batch[0])
-        if size not in self.buffers:
-            self.buffers[size] = self._capture(size)
-        buffers = self.buffers[size]
-        buffers.host[:count].copy_(self.about.image(pixels))
-        buffers.image.copy_(buffers.host, non_blocking=True)
-        buffers.graph.replay()
-        return self.about.prediction({k: v[:count].cpu() for k, v in buffers.outputs.items()})
+        size = padded_size(count, self.batch)
+        if size not in self.replays:
+            self.replays[size] = self._capture(size)
+        replay = self.replays[size]
+        replay.host[:count].copy_(self.about.image(pixels))
+        replay.image.copy_(replay.host, non_blocking=True)
+        replay.graph.replay()
+        outputs = {k: v[:count].to("cpu", copy=True) for k, v in replay.outputs.items()}
+        return self.about.prediction(outputs)
 
-    def _capture(self, size: int) -> Buffers:
+    def _context(self) -> Any:
+        """Make an execution context; TensorRT-RTX compiles its kernels before they are captured."""
+        if self.backend != "tensorrt-rtx":
+            return self.engine.create_execution_context()
+        options = self.engine.create_runtime_config()
+        # Its default first runs fallback kernels and compiles meanwhile: a graph would keep those.
+        strategies = self.trt.DynamicShapesKernelSpecializationStrategy
+        options.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return self.engine.create_execution_context(options)
+
+    def _capture(self, size: int) -> Replay:
         """Allocate for a batch size and capture the engine's work on it."""
-        side = self.about.preprocess.size
+        context, side = self._context(), self.about.preprocess.size
         dtype = torch.uint8 if self.about.input == "uint8" else torch.float32
-        host = torch.zeros(size, 3, side, side, dtype=dtype, pin_memory=True)
-        image = host.to(self.device)
-        self.context.set_input_shape("image", tuple(image.shape))
-        self.context.set_tensor_address("image", image.data_ptr())
+        pinned = self.device.type == "cuda"
+        host = torch.zeros(size, 3, side, side, dtype=dtype, pin_memory=pinned)
+        image = host.to(self.device, copy=True)
+        context.set_input_shape("image", tuple(image.shape))
+        context.set_tensor_address("image", image.data_ptr())
         outputs = {}
         for index in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(index)
             if name != "image":
                 kind = torch.int32 if name == "mask" else torch.float32
-                shape = tuple(self.context.get_tensor_shape(name))
+                shape = tuple(context.get_tensor_shape(name))
                 outputs[name] = torch.empty(shape, dtype=kind, device=self.device)
-                self.context.set_tensor_address(name, outputs[name].data_ptr())
+                context.set_tensor_address(name, outputs[name].data_ptr())
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             # The first run allocates and, in TensorRT-RTX, compiles; it cannot be captured.
-            self._enqueue(stream)
+            self._enqueue(context, stream)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            self._enqueue(stream)
-        return Buffers(host, image, outputs, graph)
+            self._enqueue(context, stream)
+        return Replay(context, host, image, outputs, graph)
 
-    def _enqueue(self, stream: torch.cuda.Stream) -> None:
-        if not self.context.execute_async_v3(stream.cuda_stream):
+    def _enqueue(self, context: Any, stream: torch.cuda.Stream) -> None:
+        if not context.execute_async_v3(stream.cuda_stream):
             raise RuntimeError(f"{self.backend} could not run the engine")
+
+
+def padded_size(count: int, batch: tuple[int, int, int]) -> int:
+    """Return the size that a batch is padded to: the smallest one, doubled as often as it takes.
+
+    So at most nine sizes are kept for a profile of 1 to 256 images, with less than twice the work.
+    """
+    size = batch[0]
+    while size < count:
+        size = min(2 * size, batch[2])
+    return size

@@ -13,6 +13,7 @@ from adavipro_fast import cli
 from adavipro_fast.artifact import Artifact, open_artifact
 from adavipro_fast.clip import Precision
 from adavipro_fast.data import DataConfig, Split, load_test
+from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
 from adavipro_fast.prompt import frame_regions
 
@@ -35,6 +36,10 @@ class EvaluateConfig:
     batch_size: int = 64
     """images at once"""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; 1 or more is needed")
+
 
 def main() -> None:
     """Parse, evaluate, print."""
@@ -51,6 +56,7 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         precision=config.precision,
         device=config.device,
     )
+    cli.warn(slow_precision(config.precision, torch_device(config.device)))
     class_names, test = load_test(config.data, artifact.about.preprocess)
     if class_names != artifact.about.class_names:
         raise ValueError(

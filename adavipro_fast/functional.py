@@ -75,10 +75,11 @@ def edge_map(images: Tensor, edge: Edge, padding: EdgePadding) -> Tensor:
         return images
     mode = "replicate" if padding == "replicate" else "constant"
     padded = F.pad(images, (1, 1, 1, 1), mode=mode)
+    # Shifted views cost half of a depthwise convolution on a CPU, and no GPU rounds them to TF32.
     if edge == "sobel":
-        across = torch.tensor(SOBEL_X, dtype=images.dtype, device=images.device)
-        return torch.hypot(_filter(padded, across), _filter(padded, across.t()))
-    # Shifted views cost half of a depthwise convolution on a CPU.
+        left, right = padded[..., :-2], padded[..., 2:]
+        top, bottom = padded[..., :-2, :], padded[..., 2:, :]
+        return torch.hypot(_smooth(right - left, -2), _smooth(bottom - top, -1))
     signed = padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
     signed += padded[..., 1:-1, :-2]
     signed += padded[..., 1:-1, 2:]
@@ -86,9 +87,11 @@ def edge_map(images: Tensor, edge: Edge, padding: EdgePadding) -> Tensor:
     return signed.abs_() if edge == "laplacian-magnitude" else signed
 
 
-def _filter(padded: Tensor, kernel: Tensor) -> Tensor:
-    channels = padded.shape[1]
-    return F.conv2d(padded, kernel.expand(channels, 1, 3, 3), groups=channels)
+def _smooth(differences: Tensor, axis: int) -> Tensor:
+    """Sum three neighbours along an axis with weights 1, 2, 1."""
+    count = differences.shape[axis] - 2
+    first, middle, last = (differences.narrow(axis, start, count) for start in range(3))
+    return first + 2 * middle + last
 
 
 def collapse(

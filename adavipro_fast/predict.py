@@ -13,8 +13,10 @@ from adavipro_fast import cli, pictures
 from adavipro_fast.artifact import open_artifact
 from adavipro_fast.cache import decode_image
 from adavipro_fast.clip import Precision, Preprocess
+from adavipro_fast.device import slow_precision, torch_device
 
 SHOWN_CLASSES = 5
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -54,26 +56,41 @@ def command(config: PredictConfig) -> dict[str, Any]:
         precision=config.precision,
         device=config.device,
     )
-    pixels = read_pixels(config.images, artifact.about.preprocess)
-    logits, masks, _ = artifact(pixels)
-    probabilities = logits.softmax(1)
-    predictions = []
-    for path, row, mask in zip(config.images, probabilities, masks, strict=True):
-        top = row.topk(min(SHOWN_CLASSES, len(row)))
-        classes = [
-            {"name": artifact.about.class_names[index], "probability": value}
-            for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    cli.warn(slow_precision(config.precision, torch_device(config.device)))
+    predictions, drawn = [], []
+    for start in range(0, len(config.images), BATCH):
+        paths = config.images[start : start + BATCH]
+        pixels = read_pixels(paths, artifact.about.preprocess)
+        prediction = artifact(pixels)
+        predictions += [
+            described(path, row, mask, artifact.about.class_names)
+            for path, row, mask in zip(
+                paths, prediction.logits.softmax(1), prediction.mask, strict=True
+            )
         ]
-        predictions.append({"path": str(path), "classes": classes, "mask": mask.int().tolist()})
-        print(f"{str(path)!r}: {classes[0]['name']!r} ({classes[0]['probability']:.1%})")
+        if config.picture is not None:
+            drawn.append((pixels, prediction.mask))
     if config.picture is not None:
         titles = [
             f"{p['classes'][0]['name']} {p['classes'][0]['probability']:.0%}" for p in predictions
         ]
-        pictures.save(
-            pictures.overlay(pixels, masks, titles, artifact.about.config), config.picture
-        )
+        pixels, masks = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        figure = pictures.overlay(pixels, masks, titles, artifact.about.config)
+        pictures.save(figure, config.picture)
     return {"predictions": predictions}
+
+
+def described(
+    path: Path, probabilities: Tensor, mask: Tensor, class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Describe one prediction, its likeliest classes first, and print the first."""
+    top = probabilities.topk(min(SHOWN_CLASSES, len(probabilities)))
+    classes = [
+        {"name": class_names[index], "probability": value}
+        for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+    print(f"{str(path)!r}: {classes[0]['name']!r} ({classes[0]['probability']:.1%})")
+    return {"path": str(path), "classes": classes, "mask": mask.int().tolist()}
 
 
 def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
@@ -88,7 +105,9 @@ def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
         if not path.is_file():
             raise FileNotFoundError(f"no image file {path}")
     return torch.from_numpy(
-        np.stack([transform(decode_image(path.read_bytes(), str(path))) for path in paths])
+        np.stack(
+            [transform(decode_image(path.read_bytes(), str(path), preprocess)) for path in paths]
+        )
     )
 
 

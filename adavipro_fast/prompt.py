@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adavipro_fast.clip import DTYPES, LARGEST_SIDE, FrozenEncoder
+from adavipro_fast.device import full_fp32
 from adavipro_fast.functional import (
     Edge,
     EdgePadding,
@@ -272,7 +273,7 @@ class AdaptivePrompt(nn.Module):
             first: number of the first image within its step, where a step has several parts.
         """
         # The mask path runs in fp32 whatever the encoder's precision: a near-tie flips a region.
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), full_fp32():
             if self.path(images.device) == "fused":
                 return self._fused(images, tau, noise, seed, first)
             return self._plain(self.normalised(images).float(), tau, noise, seed, first)

@@ -8,6 +8,7 @@ import json
 import signal
 import statistics
 import sys
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,8 @@ from adavipro_fast.clip import (
     load_clip,
 )
 from adavipro_fast.data import DataConfig, load_dataset, load_test
+from adavipro_fast.device import slow_precision
+from adavipro_fast.folder import held, last_folder, make_folder
 from adavipro_fast.metrics import Evaluation, mask_figures
 from adavipro_fast.prompt import PROMPTED, AdaViPro, Kernel, PromptConfig
 from adavipro_fast.training import UNTRAINED, OptimiserConfig, Trainer, read_state
@@ -111,14 +114,25 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
         ValueError: a setting is wrong, or the output folder already holds a run.
     """
     group, device = distributed.join(config.device)
-    output = group.agreed(config.output or _default_folder(config), device)
+    with ExitStack() as stack:
+        folder = config.output or Path()
+        if group.leads:
+            folder = config.output or _default_folder(config)
+            stack.enter_context(held(folder))
+        config = replace(config, output=group.agreed(folder, device))
+        return _begin(config, device)
+
+
+def _begin(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """Train in a folder that this run holds."""
+    output = config.output
+    assert output is not None
     if (output / "last.safetensors").exists():
         if distributed.restarts():
-            return _go_on(replace(config, output=output))
+            return _go_on(config)
         raise ValueError(
             f"{output} already holds a run; go on with --resume {output} or choose another --output"
         )
-    config = replace(config, output=output)
     if config.prompt.method not in PROMPTED:
         if config.margin:
             raise ValueError(f"{config.prompt.method} has no prompt to leave a --margin for")
@@ -175,7 +189,8 @@ def resume_run(folder: Path) -> dict[str, Any]:
         )
     if state.progress.result and not changed and not accepted:
         return state.progress.result
-    return _go_on(replace(asked, output=folder), accepted)
+    with held(folder) if distributed.leading() else nullcontext():
+        return _go_on(replace(asked, output=folder), accepted)
 
 
 def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -187,14 +202,10 @@ def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any
 
 
 def _default_folder(config: TrainConfig) -> Path:
-    """Name a folder that is not there yet; after a restart, the one named before it."""
+    """Make a folder that was not there yet; after a restart, return the one made before it."""
     name = f"{Path(config.data.data).name}-{config.prompt.method}"
-    number = 1
-    while (folder := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    if distributed.restarts() and number > 1:
-        return Path("runs") / f"{name}-{number - 1}"
-    return folder
+    before = last_folder(name) if distributed.restarts() else None
+    return before or make_folder(name)
 
 
 def _prepare(config: TrainConfig) -> Trainer:
@@ -229,6 +240,8 @@ def _prepare(config: TrainConfig) -> Trainer:
         group=group,
     )
     _log(f"encoder {config.model} on {device}, {encoder.preprocess.size} px, frozen")
+    if complaint := slow_precision(config.optimiser.precision, device):
+        _log(f"warning: {complaint}")
     _log(
         f"data: {len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test images"
     )

@@ -33,6 +33,7 @@ from adavipro_fast.checkpoint import (
 )
 from adavipro_fast.clip import Precision
 from adavipro_fast.data import Dataset, Split
+from adavipro_fast.device import full_fp32
 from adavipro_fast.distributed import Group
 from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
 from adavipro_fast.prompt import AdaViPro, frame_regions
@@ -43,6 +44,8 @@ MOMENTUM = 0.9
 SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
 UNTRAINED = -1
+# Of rates, temperatures and counts: more is a slip of the keyboard.
+LARGEST = 1e9
 # What torch's optimisers keep of a parameter; `step` is a number, the others are of its shape.
 OPTIMISER_STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.SGD: ("momentum_buffer",),
@@ -82,13 +85,15 @@ class OptimiserConfig:
     """of everything random"""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "tau", "tau_decay", "tau_min")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
+        for name in ("epochs", "batch_size", "tau", "tau_decay", "tau_min"):
+            if not 0 < getattr(self, name) < LARGEST:
+                limits = f"a number above 0 is needed, below {LARGEST:g}"
+                raise ValueError(f"{name} is {getattr(self, name)}; {limits}")
         for name in ("lr_prompt", "lr_generator", "lr_encoder", "clip_prompt"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is needed")
+            if not 0 <= getattr(self, name) < LARGEST:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 to {LARGEST:g}")
+        if self.tau_decay > 1:
+            raise ValueError(f"tau_decay is {self.tau_decay}; use a number up to 1")
         if not 0 <= self.generator_start <= 1:
             raise ValueError(f"generator_start is {self.generator_start}; use 0 to 1")
         if not 0 <= self.seed < 2**31:
@@ -201,6 +206,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         side = model.encoder.preprocess.size
         self.inside = frame_regions(side, model.prompt.config)
+        # Not as an index on the device: that would wait for it, to know how many it marks.
+        self.weights = (self.inside / self.inside.sum()).to(self.device)
         self.asked_to_stop = self.stopping = False
 
     def stop(self) -> None:
@@ -226,8 +233,10 @@ class Trainer:
             self._epochs(writer)
 
     def _epochs(self, writer: SummaryWriter | None) -> None:
-        while self.progress.epoch < self.config.epochs:
-            self._epoch(writer)
+        # Backward passes too.
+        with full_fp32():
+            while self.progress.epoch < self.config.epochs:
+                self._epoch(writer)
 
     def _epoch(self, writer: SummaryWriter | None) -> None:
         progress = self.progress
@@ -316,7 +325,7 @@ class Trainer:
             loss = F.cross_entropy(prediction.logits, labels, reduction="sum") / count
             figures[0] = loss.detach()
             figures[1] = (prediction.logits.argmax(1) == labels).sum()
-            figures[2] = prediction.mask[:, self.inside].detach().mean(1).sum() / count
+            figures[2] = (prediction.mask.detach() * self.weights).sum() / count
             self.scaler.scale(loss).backward()
         else:
             for parameter in self.model.prompt.parameters():

@@ -19,7 +19,7 @@ from adavipro_fast import cli
 from adavipro_fast.artifact import Artifact, open_artifact
 from adavipro_fast.clip import Precision
 from adavipro_fast.data import DataConfig, Split, load_test
-from adavipro_fast.distributed import torch_device
+from adavipro_fast.device import torch_device
 from adavipro_fast.evaluate import evaluate_artifact
 from adavipro_fast.export import to_onnx
 from adavipro_fast.export.to_onnx import Graph, Input

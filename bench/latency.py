@@ -38,7 +38,7 @@ from adavipro_fast.artifact import Artifact, OnnxArtifact
 from adavipro_fast.cache import decode_image
 from adavipro_fast.checkpoint import checkpoint_of
 from adavipro_fast.clip import DTYPES, Precision
-from adavipro_fast.distributed import torch_device
+from adavipro_fast.device import torch_device
 from adavipro_fast.engine import EngineArtifact, compute_capability, runtime_module
 from adavipro_fast.export import to_onnx, to_tensorrt, verify
 from adavipro_fast.export.fold import Deployed, folding_obstacle
@@ -286,7 +286,8 @@ def pipeline_rows(subject: Subject, count: int, folder: Path) -> list[Row]:
 
 def class_name(artifact: Artifact, content: bytes, transform: Callable[..., Any]) -> dict[str, Any]:
     """Run the whole pipeline: JPEG bytes to the name of the likeliest class."""
-    pixels = torch.from_numpy(transform(decode_image(content, "bench")))
+    image = decode_image(content, "bench", artifact.about.preprocess)
+    pixels = torch.from_numpy(transform(image))
     logits = artifact(pixels[None]).logits
     return {"class": artifact.about.class_names[int(logits[0].argmax())]}
 
@@ -294,8 +295,9 @@ def class_name(artifact: Artifact, content: bytes, transform: Callable[..., Any]
 @torch.inference_mode()
 def expected_name(subject: Subject, content: bytes, *, prompted: bool) -> str:
     """Return what PyTorch in fp32 answers to a JPEG."""
-    transform = subject.model.encoder.preprocess.pixels()
-    pixels = torch.from_numpy(transform(decode_image(content, "bench")))[None]
+    preprocess = subject.model.encoder.preprocess
+    image = decode_image(content, "bench", preprocess)
+    pixels = torch.from_numpy(preprocess.pixels()(image))[None]
     if prompted:
         logits = subject.model(pixels).logits
     else:

@@ -45,7 +45,9 @@ def decoded_batches(
     with ThreadPoolExecutor(DECODERS) as pool:
         for start in range(0, len(files), size):
             paths = files[start : start + size]
-            arrays = pool.map(lambda p: transform(decode_image(p.read_bytes(), str(p))), paths)
+            arrays = pool.map(
+                lambda p: transform(decode_image(p.read_bytes(), str(p), preprocess)), paths
+            )
             yield torch.from_numpy(np.stack(list(arrays))).to(device)
 
 

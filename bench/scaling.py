@@ -23,7 +23,7 @@ from measure import publish
 
 from adavipro_fast import PromptConfig, cli, distributed
 from adavipro_fast.clip import load_encoder
-from adavipro_fast.distributed import torch_device
+from adavipro_fast.device import torch_device
 from adavipro_fast.prompt import AdaptivePrompt
 
 MESSAGES = 50

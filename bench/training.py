@@ -37,7 +37,7 @@ from peers import in_paper_form, with_stock_attention
 
 from adavipro_fast import AdaViPro, cli, load_encoder, train
 from adavipro_fast.clip import FrozenEncoder, Precision
-from adavipro_fast.distributed import torch_device
+from adavipro_fast.device import torch_device
 from adavipro_fast.prompt import Method, Prompted
 
 NAMES = ("vp", "vp_stock_attention", "adavipro_paper_form", "adavipro")

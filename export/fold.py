@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import LayerScale, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import (
+    AttentionalPooler,
+    LayerScale,
+    ResidualAttentionBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 
 from adavipro_fast.functional import LAPLACIAN, SOBEL_X, apply_prompt, region_logit
@@ -335,9 +340,9 @@ class Deployed(nn.Module):
     def decide(self, pixels: Tensor) -> Tensor:
         """Decide where the prompt applies: (B, G, G) bool."""
         if self.head is None:
-            return pixels.new_ones((), dtype=torch.bool).expand(
-                pixels.shape[0], self.grid, self.grid
-            )
+            # True, of the batch's size without a node that computes shapes, which would run on
+            # the host and keep a GPU waiting.
+            return pixels[:, 0, : self.grid, : self.grid].abs() >= 0
         delta: Tensor = self.head(pixels)
         return delta > 0
 
@@ -364,10 +369,11 @@ class Whole(nn.Module):
     def __init__(self, visual: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.visual, self.dtype = visual.to(dtype), dtype
-        for name, module in list(visual.named_modules()):
-            if isinstance(module, nn.LayerNorm):
-                parent, _, attribute = name.rpartition(".")
-                setattr(visual.get_submodule(parent), attribute, WideLayerNorm(module))
+        for kind, deployed in ((AttentionalPooler, Pooler), (nn.LayerNorm, WideLayerNorm)):
+            for name, module in list(visual.named_modules()):
+                if isinstance(module, kind):
+                    parent, _, attribute = name.rpartition(".")
+                    setattr(visual.get_submodule(parent), attribute, deployed(module))
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode normalised images."""
@@ -375,8 +381,43 @@ class Whole(nn.Module):
         return embedding
 
 
+class Pooler(nn.Module):
+    """open_clip's attentional pooling; its queries are constants, shared by all images."""
+
+    def __init__(self, pooler: AttentionalPooler) -> None:
+        super().__init__()
+        attn, self.ln_k = pooler.attn, pooler.ln_k
+        self.out, self.heads = attn.out_proj, attn.num_heads
+        if attn.in_proj_weight is None:
+            weights = [attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight]
+        else:
+            weights = list(attn.in_proj_weight.chunk(3))
+        biases = attn.in_proj_bias.chunk(3)
+        scale = (attn.embed_dim / self.heads) ** -0.5
+        query = F.linear(pooler.ln_q(pooler.query), weights[0], biases[0]) * scale
+        self.query = nn.Parameter(self.split(query[None]).detach())
+        self.weights = nn.ParameterList(weight.detach() for weight in weights[1:])
+        self.biases = nn.ParameterList(bias.detach() for bias in biases[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool tokens (B, N, W) into (B, queries, W)."""
+        x = self.ln_k(x)
+        key, value = (
+            self.split(F.linear(x, weight, bias))
+            for weight, bias in zip(self.weights, self.biases, strict=True)
+        )
+        weights = (self.query @ key.transpose(2, 3)).float().softmax(-1).to(value.dtype)
+        pooled: Tensor = self.out((weights @ value).transpose(1, 2).flatten(2))
+        return pooled
+
+    def split(self, x: Tensor) -> Tensor:
+        """Split (B, N, W) into heads (B, H, N, W / H)."""
+        heads: Tensor = x.unflatten(2, (self.heads, -1))
+        return heads.transpose(1, 2)
+
+
 class WideLayerNorm(nn.Module):
-    """`layer_norm` in a LayerNorm's place."""
+    """A LayerNorm of any kind, such as timm's over channels, run in fp32."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
@@ -384,4 +425,5 @@ class WideLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise."""
-        return layer_norm(x, self.norm)
+        wide: Tensor = self.norm(x.float())
+        return wide.to(x.dtype)

@@ -23,6 +23,7 @@ from adavipro_fast import cli
 from adavipro_fast.artifact import (
     SEAL_KEY,
     UNSEALED,
+    NotRunnableError,
     OnnxArtifact,
     PromptArtifact,
     file_sha256,
@@ -166,7 +167,8 @@ def write(module: Deployed, path: Path, *, side: int, opset: int, metadata: dict
     """Export a module as ONNX, stripped of the exporter's notes; return its number of nodes."""
     weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
     apart = weights > ONE_FILE_BYTES
-    with quiet():
+    # Without gradients attention is one node.
+    with torch.no_grad(), quiet(), exporter_errors():
         program = torch.onnx.export(
             module,
             (torch.zeros(2, 3, side, side, dtype=torch.uint8 if module.uint8 else torch.float32),),
@@ -189,6 +191,22 @@ def write(module: Deployed, path: Path, *, side: int, opset: int, metadata: dict
     path.write_bytes(seal(model.SerializeToString()))
     onnx.checker.check_model(path, full_check=not apart)
     return len(model.graph.node)
+
+
+@contextmanager
+def exporter_errors() -> Iterator[None]:
+    """Tell what torch.onnx cannot export in one line.
+
+    Raises:
+        ValueError: it gave up.
+    """
+    try:
+        yield
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"torch.onnx cannot export this encoder: {type(reason).__name__}: {reason}"
+        ) from error
 
 
 @contextmanager
@@ -256,14 +274,21 @@ def verify(reference: PromptArtifact, path: Path, config: OnnxConfig) -> dict[st
     Raises:
         VerificationError: it computes something else.
     """
-    if config.precision == "bf16" and not torch.cuda.is_available():
+    # ONNX Runtime's CPU provider has no bf16.
+    bf16 = config.precision == "bf16"
+    candidate = None
+    if not bf16 or torch.cuda.is_available():
+        try:
+            candidate = OnnxArtifact.open(path, "cuda" if bf16 else "cpu")
+        except NotRunnableError as error:
+            if not bf16:
+                raise cli.VerificationError(f"{path.name} was not written: {error}") from error
+    if candidate is None:
         return {
             "verified": False,
-            "reason": "no backend on this machine runs bf16; structure and dtypes were checked",
+            "reason": "no ONNX Runtime here runs bf16; structure and dtypes were checked",
             **dict.fromkeys(Comparison.__dataclass_fields__),
         }
-    device = "cuda" if config.precision == "bf16" else "cpu"
-    candidate = OnnxArtifact.open(path, device)
     expected = Unprompted(reference.model) if config.baseline else reference
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, expected, candidate, batches)

@@ -4,6 +4,7 @@ One strongly typed path for TensorRT (on the GPU it is built for) and TensorRT-R
 GPU, also on a machine without one). What an engine cannot hold lies in `F.engine.json`.
 """
 
+import hashlib
 import json
 import tempfile
 import time
@@ -25,7 +26,7 @@ from adavipro_fast.artifact import (
     file_sha256,
     open_prompt,
 )
-from adavipro_fast.checkpoint import FORMAT
+from adavipro_fast.checkpoint import FORMAT, write_whole
 from adavipro_fast.clip import Precision
 from adavipro_fast.engine import (
     EngineArtifact,
@@ -264,19 +265,8 @@ class Network:
         Raises:
             ValueError: the builder gave up.
         """
-        trt = self.trt
-        options = self.builder.create_builder_config()
-        options.builder_optimization_level = config.builder_level
-        options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        options.progress_monitor = progress(trt)
-        profile = self.builder.create_optimization_profile()
-        profile.set_shape("image", *((size, 3, side, side) for size in batch))
-        options.add_optimization_profile(profile)
+        options = self.options(batch, side, capabilities, config.builder_level)
         if self.runtime == "tensorrt-rtx":
-            options.num_compute_capabilities = len(capabilities)
-            for index, capability in enumerate(capabilities):
-                known = trt.ComputeCapability.__members__["SM" + capability.replace(".", "")]
-                options.set_compute_capability(known, index)
             plan = self.builder.build_serialized_network(self.definition, options)
         else:
             plan = self._build_with_timings(options, config.timing_cache)
@@ -287,16 +277,40 @@ class Network:
             )
         return bytes(plan)
 
+    def options(
+        self, batch: tuple[int, int, int], side: int, capabilities: list[str], level: int
+    ) -> Any:
+        """Return how to build: batch sizes, GPUs, and fp32 that is fp32."""
+        trt = self.trt
+        options = self.builder.create_builder_config()
+        # On by default; it would turn decisions near 0.
+        options.clear_flag(trt.BuilderFlag.TF32)
+        options.builder_optimization_level = level
+        options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        options.progress_monitor = progress(trt)
+        profile = self.builder.create_optimization_profile()
+        profile.set_shape("image", *((size, 3, side, side) for size in batch))
+        options.add_optimization_profile(profile)
+        if self.runtime == "tensorrt-rtx":
+            options.num_compute_capabilities = len(capabilities)
+            for index, capability in enumerate(capabilities):
+                known = trt.ComputeCapability.__members__["SM" + capability.replace(".", "")]
+                options.set_compute_capability(known, index)
+        return options
+
     def _build_with_timings(self, options: Any, folder: Path) -> Any:
-        """Build with the timings that earlier builds of this version and GPU measured."""
+        """Build with the timings that earlier builds of this version and GPU measured.
+
+        Raises:
+            ValueError: they are damaged or of another version or GPU.
+        """
         gpu = torch.cuda.get_device_name().replace(" ", "-")
-        path = folder / f"timings-{self.trt.__version__}-{gpu}.cache"
-        known = path.read_bytes() if path.is_file() else b""
-        cache = options.create_timing_cache(known)
-        options.set_timing_cache(cache, ignore_mismatch=False)
+        path = folder / f"{self.trt.__version__}-{gpu}.timings"
+        cache = options.create_timing_cache(read_timings(path))
+        if cache is None or not options.set_timing_cache(cache, ignore_mismatch=False):
+            raise ValueError(f"{self.runtime} does not take the timings in {path}; remove it")
         plan = self.builder.build_serialized_network(self.definition, options)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(options.get_timing_cache().serialize()))
+        write_timings(path, bytes(options.get_timing_cache().serialize()))
         return plan
 
     def types(self) -> dict[str, Counter[str]]:
@@ -314,6 +328,26 @@ class Network:
             if layer.type.name in PRODUCTS:
                 products[name] += 1
         return {"tensors": tensors, "products": products}
+
+
+def write_timings(path: Path, timings: bytes) -> None:
+    """Write TensorRT's timings behind their sha256."""
+    write_whole(path, hashlib.sha256(timings).digest() + timings)
+
+
+def read_timings(path: Path) -> bytes:
+    """Read what `write_timings` wrote; nothing where there is no file.
+
+    Raises:
+        ValueError: damaged.
+    """
+    if not path.is_file():
+        return b""
+    content = path.read_bytes()
+    digest, timings = content[:32], content[32:]
+    if hashlib.sha256(timings).digest() != digest:
+        raise ValueError(f"timing cache {path} is damaged; remove it")
+    return timings
 
 
 def progress(trt: ModuleType) -> Any:

@@ -121,6 +121,23 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path / "nothing")
 
 
+def test_two_writers_of_one_file_do_not_share_their_halves(tmp_path, monkeypatch):
+    path, seen, fsync = tmp_path / "file", [], os.fsync
+
+    def meanwhile(descriptor):
+        fsync(descriptor)
+        if not seen:
+            seen.extend(p.name for p in tmp_path.iterdir())
+            write_whole(path, b"second")
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_whole(path, b"first")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert seen[0].startswith("file.")
+    assert seen[0].endswith(".partial")
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")

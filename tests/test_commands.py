@@ -45,7 +45,7 @@ def trained(small, tmp_path_factory):
 def test_training_gives_the_contracts_keys_and_files(trained):
     output, result = trained
     assert set(result) == KEYS
-    assert {p.name.split(".")[0] for p in output.iterdir()} == {
+    assert {p.name.split(".")[0] for p in output.iterdir() if p.name != ".lock"} == {
         "checkpoint", "last", "metrics", "masks", "curves", "events"
     }  # fmt: skip
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -146,9 +146,12 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
         resume_run(tmp_path)
 
 
-def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(small, tmp_path):
+def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(
+    small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("adavipro_fast.training.lr_factor", lambda *_: 1e32)
     with pytest.raises(NonFiniteLossError, match="try a lower --lr-prompt than 1e"):
-        start_run(small(tmp_path, lr_prompt=1e38, epochs=9))
+        start_run(small(tmp_path, lr_prompt=1e6, epochs=9))
     saved = load_file(tmp_path / "last.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
 
@@ -218,6 +221,17 @@ def test_class_names_with_markup_and_control_characters_are_drawn_as_text(encode
         ("train", ["--pretrained", "x", "--model", "RN50"], "'RN50' .* cannot be loaded"),
         ("train", ["--device", "cuda:9"], "torch sees no CUDA device"),
         ("train", ["--device", "gpu"], "device 'gpu' is unknown"),
+        ("train", ["--device", "mps"], "device 'mps' is not supported; use auto, cpu or cuda"),
+        ("train", ["--device", "meta"], "device 'meta' is not supported"),
+        ("train", ["--cache-limit-gb", "inf"], "cache_limit_gb is inf"),
+        ("train", ["--tau", "inf"], "tau is inf"),
+        ("train", ["--tau-decay", "1.5"], "tau_decay is 1.5; use a number up to 1"),
+        ("train", ["--lr-prompt", "1e30"], r"lr_prompt is 1e\+30; use 0 to 1e\+09"),
+        ("train", ["--lr-prompt", "nan"], "lr_prompt is nan"),
+        ("train", ["--batch-size", "-3"], "batch_size is -3"),
+        ("train", ["--batch-size", "0"], "batch_size is 0"),
+        ("evaluate", ["a.onnx", "--batch-size", "0"], "batch_size is 0; 1 or more is needed"),
+        ("evaluate", ["a.onnx", "--batch-size", "-3"], "batch_size is -3; 1 or more is needed"),
         ("train", ["--template", "a photo"], "no {} for the class name"),
         ("train", ["--epochs", "0"], "epochs is 0"),
         ("train", ["--promt-size", "3"], "--promt-size"),
@@ -245,6 +259,61 @@ def test_a_bad_request_is_one_line_and_exit_2(
     assert re.search(message, lines[0])
     assert "Traceback" not in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_predict_on_many_files_runs_in_batches(trained, folder, monkeypatch, tmp_path):
+    images = tuple(sorted((folder / "test").rglob("*.*")))[:7]
+    config = PredictConfig(trained[0] / "checkpoint.safetensors", images, device="cpu")
+    whole = predict.command(config)
+    sizes, read = [], predict.read_pixels
+    monkeypatch.setattr(predict, "BATCH", 3)
+    monkeypatch.setattr(
+        predict, "read_pixels", lambda paths, how: sizes.append(len(paths)) or read(paths, how)
+    )
+    parts = predict.command(replace(config, picture=tmp_path / "out.png"))
+    assert sizes == [3, 3, 1]
+    for a, b in zip(whole["predictions"], parts["predictions"], strict=True):
+        assert a["mask"] == b["mask"]
+        assert [c["name"] for c in a["classes"]] == [c["name"] for c in b["classes"]]
+
+
+def test_slow_precision_is_told(trained, folder, cache, capsys):
+    data = DataConfig(str(folder), cache_dir=cache)
+    path = trained[0] / "checkpoint.safetensors"
+    evaluate.command(EvaluateConfig(path, data, precision="fp16", device="cpu"))
+    assert "warning: fp16 runs without the CPU's fast paths" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+)
+def test_too_little_memory_is_one_line_that_names_the_batch_size(error, capsys):
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(work)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory")
+    assert "--batch-size" in line
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "closed pipe"])
+def test_output_that_nobody_takes_is_one_line(target, tmp_path):
+    arguments = [sys.executable, "-m", "adavipro_fast.cache", "--cache-dir", str(tmp_path)]
+    if target == "closed pipe":
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        complaint = process.stderr.read().decode()
+        code = process.wait(timeout=120)
+    else:
+        with open(target, "w") as full:  # noqa: PTH123
+            done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, check=False)
+        complaint, code = done.stderr.decode(), done.returncode
+    assert code == 2
+    assert len(complaint.splitlines()) == 1, complaint
+    assert complaint.startswith("error: ")
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():

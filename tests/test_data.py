@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -252,7 +253,76 @@ def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
         )
     )
     with pytest.raises(ValueError, match="cannot read image bomb.png"):
-        cache.decode_image(path.read_bytes(), "bomb.png")
+        cache.decode_image(path.read_bytes(), "bomb.png", PREPROCESS)
+
+
+def encoded(image, kind="PNG", **options):
+    stored = io.BytesIO()
+    image.save(stored, kind, **options)
+    return stored.getvalue()
+
+
+def test_an_image_that_resizing_would_blow_up_is_refused_by_its_header():
+    strip = encoded(Image.new("L", (60_000, 1)))
+    assert len(strip) < 400
+    with pytest.raises(ValueError, match="60000x1 would be resized to 1920000x32; up to"):
+        cache.decode_image(strip, "strip.png", PREPROCESS)
+    with pytest.raises(ValueError, match="60000x1 would be resized to 32x0"):
+        cache.decode_image(strip, "strip.png", replace(PREPROCESS, resize_mode="longest"))
+    square = replace(PREPROCESS, resize_mode="squash")
+    image = cache.decode_image(strip, "strip.png", square)
+    assert square.pixels()(image).shape == (3, 32, 32)
+
+
+def test_pixels_of_16_bits_are_scaled_not_cut():
+    ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)
+    expected = ramp.round().astype(np.uint8)
+    wide = (ramp * 257).round().astype(np.uint16)
+    header = b"P5 64 64 65535\n"
+    for content in (
+        encoded(Image.fromarray(wide)),
+        encoded(Image.fromarray(wide), "TIFF"),
+        header + wide.astype(">u2").tobytes(),
+    ):
+        pixels = np.asarray(cache.decode_image(content, "wide", PREPROCESS)).astype(int)
+        assert pixels.shape == (64, 64, 3)
+        assert abs(pixels - expected[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_32_bits_have_no_known_range_and_are_refused(kind):
+    content = encoded(Image.fromarray(np.full((8, 8), 3, kind)), "TIFF")
+    with pytest.raises(ValueError, match="cannot read image deep.tif: its pixels have 32 bits"):
+        cache.decode_image(content, "deep.tif", PREPROCESS)
+
+
+def test_images_are_rgb_before_they_are_resized(folder, recwarn):
+    photo = Image.open(next((folder / "test" / "circle").glob("*.png"))).convert("RGB")
+    transparent = photo.convert("RGBA")
+    transparent.putalpha(128)
+    palette = photo.quantize(64)
+    palette.info["transparency"] = bytes(range(64))
+    for image in (photo.convert("1"), photo.convert("L"), photo.quantize(16), transparent, palette):
+        content = encoded(image)
+        got = PREPROCESS.pixels()(cache.decode_image(content, "x.png", PREPROCESS))
+        # README's own example: convert, then resize.
+        plain = Image.open(io.BytesIO(content)).convert("RGB")
+        expected = np.asarray(plain.resize((32, 32), Image.Resampling.BICUBIC))
+        assert np.array_equal(got, expected.transpose(2, 0, 1)), image.mode
+    assert not [w for w in recwarn if "Palette" in str(w.message)][1:]
+
+
+def test_a_link_at_a_partial_file_s_place_is_not_followed(folder, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    kept = tmp_path / "cache"
+    load(folder, kept)
+    for path in kept.glob("*.npy"):
+        path.unlink()
+        path.with_suffix(".partial").symlink_to(victim)
+    load(folder, kept)
+    assert victim.read_bytes() == b"precious"
+    assert not list(kept.glob("*.partial"))
 
 
 def test_a_class_name_that_is_no_text_is_refused(copy, tmp_path):

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from PIL import Image
+from safetensors.torch import save_file
 
 from adavipro_fast import engine, evaluate, train
 from adavipro_fast.artifact import describe_onnx, open_artifact
@@ -250,6 +252,78 @@ def test_a_resnet_is_exported_on_the_pixels(tmp_path):
         assert (result["graph"], result["verified"]) == ("pixel", True)
         with pytest.raises(ValueError, match="ModifiedResNet has no patch embedding"):
             to_onnx.command(OnnxConfig(path, tmp_path / "g.onnx", graph="folded", **identity))
+
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+VIT = {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+POOLED = VIT | {"attentional_pool": True, "attn_pooler_heads": 2}
+TIMM = {"timm_model_pretrained": False, "timm_drop": 0.0}
+FAMILIES = {
+    "convnext": {
+        "vision_cfg": TIMM
+        | {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear"}
+        | {"image_size": 64}
+    },
+    "attentional pooling": {"vision_cfg": POOLED},
+    "coca": {
+        "custom_text": True,
+        "vision_cfg": POOLED | {"output_tokens": True},
+        "text_cfg": TEXT | {"context_length": 76, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": TEXT | {"context_length": 76, "width": 32, "attn_pooler_heads": 2},
+    },
+    "eva": {
+        "embed_dim": 192,
+        "vision_cfg": TIMM
+        | {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": "none"}
+        | {"image_size": 224},
+    },
+}
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request, tmp_path, monkeypatch):
+    """A small random model of another family, as a folder that open_clip reads."""
+    config = {"embed_dim": 32, "text_cfg": TEXT} | FAMILIES[request.param]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", config)
+    torch.manual_seed(0)
+    weights = open_clip.create_model("small").state_dict()
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(
+        {k: v.contiguous() for k, v in weights.items()}, folder / "open_clip_model.safetensors"
+    )
+    settings = {"model_cfg": config, "preprocess_cfg": preprocess | {"resize_mode": "shortest"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
+def test_other_families_are_exported_on_the_pixels(family, tmp_path, precision):
+    encoder, text = load_clip(family)
+    side = encoder.preprocess.size
+    config = PromptConfig(
+        region_size=side // 4, prompt_size=10, embed_dim=3, edge="laplacian-magnitude"
+    )
+    model = AdaViPro(encoder, text.class_embeddings(tuple("abc"), ["{}"]), config).train()
+    model(torch.zeros(2, 3, side, side, dtype=torch.uint8), seed=1).logits.sum().backward()
+    assert model.prompt.template.values.grad.abs().sum() > 0
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint_of(model, tuple("abc")).save(path)
+    result = to_onnx.command(
+        OnnxConfig(path, tmp_path / "f.onnx", precision=precision, input="uint8")
+    )
+    assert (result["graph"], result["verified"], result["mask_agreement"]) == ("pixel", True, 1)
+
+
+def test_what_torch_cannot_export_is_told_in_one_line(checkpoint, tmp_path, monkeypatch):
+    def forward(self, x):
+        raise AssertionError("no such luck\nat all")
+
+    monkeypatch.setattr(fold.Trunk, "forward", forward)
+    with pytest.raises(ValueError, match="torch.onnx cannot export this encoder: .*no such luck"):
+        to_onnx.command(OnnxConfig(checkpoint, tmp_path / "f.onnx"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_graph_that_computes_something_else_is_red_and_leaves_no_file(
@@ -495,8 +569,16 @@ def test_every_name_of_tensorrts_api_exists_in_its_newest_bindings():
     used = set(re.findall(rf"\b(?:{owners}|self.engine)\.([a-zA-Z_]\w+)", sources))
     used |= set(re.findall(r"\btrt\.\w+\.(\w+)", sources))
     assert {"build_serialized_network", "execute_async_v3", "STRONGLY_TYPED"} <= used
-    rtx_only = {"num_compute_capabilities", "set_compute_capability", "ComputeCapability"}
+    rtx_only = {
+        *("num_compute_capabilities", "set_compute_capability", "ComputeCapability"),
+        *("create_runtime_config", "dynamic_shapes_kernel_specialization_strategy"),
+        *("DynamicShapesKernelSpecializationStrategy", "EAGER"),
+    }
     assert {name for name in used if name.encode() not in names} <= rtx_only
+    rtx = pytest.importorskip("tensorrt_rtx")
+    owners = (rtx, rtx.IBuilderConfig, rtx.ICudaEngine, rtx.IRuntimeConfig)
+    owners += (rtx.DynamicShapesKernelSpecializationStrategy,)
+    assert all(any(hasattr(owner, name) for owner in owners) for name in rtx_only)
 
 
 @pytest.mark.real

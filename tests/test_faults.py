@@ -12,6 +12,7 @@ from statistics import median
 import pytest
 
 from adavipro_fast import demo, train
+from adavipro_fast.folder import held
 
 # Kills training processes at random moments, half of them inside a save, and resumes each time.
 # It forks from a process that has imported everything, so that an attempt takes a second.
@@ -174,6 +175,49 @@ def test_a_full_disk_is_told_and_the_last_state_stays(small, tmp_path):
     assert "File too large" in done.stderr.splitlines()[-1]
     assert (tmp_path / "run" / "last.safetensors").read_bytes() == last
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_runs_started_together_get_folders_of_their_own(folder, tmp_path):
+    program = (
+        "import sys, time\nfrom adavipro_fast import train\nsys.stdin.readline()\ntrain.main()\n"
+    )
+    arguments = [
+        *("--data", str(folder), "--cache-dir", str(tmp_path / "cache"), "--device", "cpu"),
+        *("--epochs", "1", "--embed-dim", "4"),
+    ]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for _ in range(2)
+    ]
+    for run in runs:
+        run.stdin.write("\n")
+        run.stdin.flush()
+    results = [json.loads(run.communicate(timeout=120)[0].splitlines()[-1]) for run in runs]
+    paths = {result["checkpoint"] for result in results}
+    name = f"{folder.name}-adavipro"
+    assert paths == {f"runs/{name}-{number}/checkpoint.safetensors" for number in (1, 2)}
+    assert all((tmp_path / path).exists() for path in paths)
+
+
+def test_a_folder_that_a_run_holds_is_refused_and_its_leftovers_go(small, tmp_path):
+    output = tmp_path / "run"
+    with held(output):
+        (output / "x.partial").write_bytes(b"half")
+        (output / "kept").write_bytes(b"whole")
+        with pytest.raises(ValueError, match="another run is writing .*run; wait for it, or"):
+            train.start_run(small(output))
+    with held(output):
+        assert sorted(p.name for p in output.iterdir()) == [".lock", "kept"]
+    config = small(tmp_path / "bad" / "run")
+    with pytest.raises(ValueError, match="does not divide"):
+        train.start_run(train.replace(config, prompt=train.replace(config.prompt, region_size=48)))
+    assert not (tmp_path / "bad").exists()
 
 
 def test_an_output_below_a_file_is_told(small, tmp_path):

@@ -242,6 +242,11 @@ def engine(sidecar):
     return sidecar.with_name("x.engine")
 
 
+def decode_fuzzed(content):
+    preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
+    return decode_image(content, "fuzz", preprocess)
+
+
 READERS = {
     "checkpoint": (checkpoint_seeds, checkpoint_input, "c.safetensors", load_checkpoint),
     "head": (head_seeds, checkpoint_input, "head.safetensors", read_head),
@@ -249,7 +254,7 @@ READERS = {
     "onnx": (onnx_seeds, onnx_input, "x.onnx", describe_onnx),
     "sidecar": (sidecar_seeds, sidecar_input, "x.engine.json", lambda p: read_sidecar(engine(p))),
     "split": (split_seeds, split_input, "split.json", read_split),
-    "image": (image_seeds, image_input, None, lambda content: decode_image(content, "fuzz")),
+    "image": (image_seeds, image_input, None, decode_fuzzed),
     "cache": (cache_seeds, cache_input, "x.npy", opened),
 }  # fmt: skip
 
