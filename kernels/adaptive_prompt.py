@@ -60,7 +60,7 @@ def _forward(
     prompted_ptr += first * image_size
     totals = zeros(IMAGES, BLOCK)
     for part in range(edge_parts(R, BLOCK)):
-        channel, (weight, _, inside), around = edge_places(part, gy, gx, SIDE, R, BLOCK)
+        channel, weight, _, inside, around = edge_places(part, gy, gx, SIDE, R, BLOCK)
         scale, zero = scale_and_zero(channel, scales, shifts, UINT8)
         weights = ()
         for step in tl.static_range(ROWS):
@@ -131,7 +131,7 @@ def _kernel_gradient(
     """dK = Σ dΔ e over images, stored; 0 where K lies outside the image."""
     delta_grads = scattered(delta_grad, IMAGES)
     for part in range(edge_parts(R, BLOCK)):
-        channel, (weight, exist, inside), around = edge_places(part, gy, gx, SIDE, R, BLOCK)
+        channel, weight, exist, inside, around = edge_places(part, gy, gx, SIDE, R, BLOCK)
         scale, zero = scale_and_zero(channel, scales, shifts, UINT8)
         totals = zeros(ROWS, BLOCK)
         for image in tl.static_range(IMAGES):

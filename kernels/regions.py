@@ -69,7 +69,7 @@ def edge_places(part, gy, gx, SIDE: tl.constexpr, R: tl.constexpr, BLOCK: tl.con
         at_end = (y + step == 0).to(tl.float32) + (y + step == SIDE - 1).to(tl.float32)
         borders += (at_side + at_end,)
     weight = (channel * (R + 2) + row) * (R + 2) + col
-    return channel, (weight, exist, inside), (pixels, left, right, borders)
+    return channel, weight, exist, inside, (pixels, left, right, borders)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """The fused kernel against plain PyTorch and float64; without a GPU in Triton's interpreter."""
 
+import ast
 import json
 import math
 import os
@@ -428,6 +429,15 @@ def test_no_training_path_makes_wide_maps_and_the_fused_one_no_edge_map_nor_dila
         # The prompted images, and the gradient that the sum sends back.
         assert len(full_size) == 2
         assert set(full_size) == {(batch, 3, side, side)}
+
+
+def test_no_assignment_nests_tuples_which_triton_3_6_cannot_read():
+    for module in (kernels, regions):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            if isinstance(node, ast.Assign):
+                for part in ast.walk(node.targets[0]):
+                    inner = part.elts if isinstance(part, ast.Tuple) else []
+                    assert not any(isinstance(e, ast.Tuple) for e in inner), ast.unparse(node)
 
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / "kernels-aot.json"
