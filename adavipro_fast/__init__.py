@@ -1,5 +1,6 @@
 """Region-based adaptive visual prompts (AdaViPro) for a frozen CLIP encoder."""
 
+from adavipro_fast.artifact import open_artifact
 from adavipro_fast.clip import FrozenEncoder, load_clip, load_encoder
 from adavipro_fast.prompt import AdaptivePrompt, AdaViPro, Prediction, PromptConfig
 
@@ -11,4 +12,5 @@ __all__ = [
     "PromptConfig",
     "load_clip",
     "load_encoder",
+    "open_artifact",
 ]

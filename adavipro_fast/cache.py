@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,10 @@ from tqdm import tqdm
 
 from adavipro_fast import cli
 from adavipro_fast.clip import Preprocess
+from adavipro_fast.images import decode_image
 
 DEFAULT_DIR = Path.home() / ".cache" / "adavipro_fast"
 DECODERS = 8
-# What torchvision calls an image, without formats that start other programs or hold scripts.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-LARGEST_IMAGE = 100_000_000
-# Of an image whose longer side overhangs the square until it is cropped.
-LARGEST_RESIZED = 20_000_000
 # Part of a cache file's name: pixels decoded otherwise are other pixels.
 DECODING = 2
 
@@ -56,46 +51,6 @@ class Source:
         if self.shape is not None:
             return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.shape))
         return decode_image(content, self.name(index), preprocess)
-
-
-def decode_image(content: bytes, name: str, preprocess: Preprocess) -> Image.Image:
-    """Decode a JPEG, PNG, ... completely, as RGB with 8 bits.
-
-    Raises:
-        ValueError: broken, unreadable, of an absurd size now or once it is resized, or of pixels
-            whose range is not known.
-    """
-    try:
-        image = Image.open(BytesIO(content), formats=FORMATS)
-        # Both sizes are told by the header.
-        if image.width * image.height > LARGEST_IMAGE:
-            raise ValueError(f"{image.width}x{image.height} is more than {LARGEST_IMAGE} pixels")
-        width, height = preprocess.resized(image.width, image.height)
-        if not 0 < width * height <= LARGEST_RESIZED:
-            raise ValueError(
-                f"{image.width}x{image.height} would be resized to {width}x{height}; up to "
-                f"{LARGEST_RESIZED} pixels work"
-            )
-        image.load()
-        return to_rgb(image)
-    # Decoders raise whatever a hostile file leads them to: struct.error, IndexError, KeyError, ...
-    except Exception as error:
-        raise ValueError(f"cannot read image {name}: {error}; replace or remove it") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB with 8 bits, before anything is resized: palettes do not mix.
-
-    Raises:
-        ValueError: 32-bit pixels, whose range no file tells.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits and no known range; save it with 8 or 16")
-    # Without this, Pillow warns of palettes that are transparent in part.
-    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def decoded(

@@ -74,18 +74,29 @@ def run(command: Callable[[], dict[str, Any]], *, quiet: bool = False) -> None:
         if not quiet:
             print(json.dumps(result))
         # What a full device or a closed pipe does not take shows only here.
-        sys.stdout.flush()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        fail(f"out of memory: {error}; try a smaller --batch-size or a smaller --model")
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if isinstance(error, OSError) and not _flushed():
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        fail(stop or "interrupted", INTERRUPTED)
+    except (VerificationError, ArithmeticError) as error:
+        fail(error, 1)
+    except Exception as error:
+        if lacks_memory(error):
+            fail(f"out of memory: {error}; give it fewer images at once, as by --batch-size")
+        if not isinstance(error, ValueError | TypeError | OSError | ImportError):
+            raise
+        if isinstance(error, OSError) and sys.stdout is not None and not _flushed():
             # Or else Python tries again at its exit, and complains.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(error)
-    except (VerificationError, ArithmeticError) as error:
-        fail(error, 1)
-    except KeyboardInterrupt as stop:
-        fail(stop or "interrupted", INTERRUPTED)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Tell whether memory ran out, by type, or by what torch and ONNX Runtime say of it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory", "failed to allocate memory")
+    return any(word in str(error).lower() for word in words)
 
 
 def _flushed() -> bool:

@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from adavipro_fast import demo
+from adavipro_fast import world
 from adavipro_fast.cache import DEFAULT_DIR, Source, decoded
 from adavipro_fast.clip import Preprocess
 
@@ -170,7 +170,7 @@ def _stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def _sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
     if config.data == "demo":
-        return demo.CLASS_NAMES, {name: _demo_source(name) for name in demo.SPLITS}
+        return world.CLASS_NAMES, {name: _demo_source(name) for name in world.SPLITS}
     if config.data in TORCHVISION:
         return _torchvision_sources(config)
     if config.data in COOP:
@@ -179,7 +179,7 @@ def _sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
 
 
 def _demo_source(split: str) -> Source:
-    images, labels = demo.task(split)
+    images, labels = world.task(split)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     return Source(
         tuple(labels.tolist()),

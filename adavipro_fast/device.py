@@ -1,19 +1,24 @@
 """Which device a command runs on, and fp32 that is fp32 on it."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-# Where PyTorch may take a shorter type for fp32 products: TF32 on GPUs, bf16 on CPUs.
 backends: Any = torch.backends
+# Where PyTorch may take a shorter type for fp32 products: TF32 on GPUs, bf16 on CPUs.
 PRODUCTS = (
     backends.cudnn.conv,
+    backends.cudnn.rnn,
     backends.cuda.matmul,
     backends.mkldnn.conv,
     backends.mkldnn.matmul,
 )
+# The older pair of settings, which torch itself reads, and refuses to read where they disagree
+# with the newer ones: whether cuDNN may take TF32, and how exact matrix products are.
+Older = tuple[bool, str]
 
 
 def torch_device(name: str) -> torch.device:
@@ -44,25 +49,56 @@ def torch_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
+def _settings() -> tuple[Older | None, tuple[str, ...]]:
+    newer = tuple(product.fp32_precision for product in PRODUCTS)
+    try:
+        return (backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()), newer
+    except RuntimeError:
+        # The caller has set them apart.
+        return None, newer
+
+
+def _set(older: Older | None, newer: tuple[str, ...]) -> None:
+    if older is not None:
+        backends.cudnn.allow_tf32, precision = older
+        torch.set_float32_matmul_precision(precision)
+    for product, precision in zip(PRODUCTS, newer, strict=True):
+        product.fp32_precision = precision
+
+
+class _Inside:
+    """How many calls are inside `full_fp32`, of all threads, and what the first one found."""
+
+    lock = threading.Lock()
+    count = 0
+    before: tuple[Older | None, tuple[str, ...]] = (None, ())
+
+
 @contextmanager
 def full_fp32() -> Iterator[None]:
     """Keep fp32 products from running in TF32 or bf16, whatever the caller allows elsewhere.
 
     cuDNN takes TF32 unless told otherwise, which turns a mask where Δ is near 0. The settings are
-    the process's: another thread's products meanwhile are exact as well. A backward pass runs
-    under its caller's. torch.compile does not follow them: call what it compiled in here.
+    the process's: products of other threads are exact meanwhile. What a caller had set through
+    torch.backends.fp32_precision for all products is afterwards set for each. A backward pass runs
+    under its caller's settings, and torch.compile does not see these: call both inside.
     """
     if torch.compiler.is_compiling():
         yield
         return
-    before = [product.fp32_precision for product in PRODUCTS]
-    for product in PRODUCTS:
-        product.fp32_precision = "ieee"
+    with _Inside.lock:
+        if _Inside.count == 0:
+            _Inside.before = _settings()
+            older = None if _Inside.before[0] is None else (False, "highest")
+            _set(older, ("ieee",) * len(PRODUCTS))
+        _Inside.count += 1
     try:
         yield
     finally:
-        for product, precision in zip(PRODUCTS, before, strict=True):
-            product.fp32_precision = precision
+        with _Inside.lock:
+            _Inside.count -= 1
+            if _Inside.count == 0:
+                _set(*_Inside.before)
 
 
 def slow_precision(precision: str, device: torch.device) -> str | None:

@@ -7,7 +7,9 @@ takes its share of every batch, and gradients and figures are summed in one mess
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from adavipro_fast.device import torch_device
 
 LONGEST_PATH = 4096
+FOLDER = "adavipro_fast folder"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Group:
 
     rank: int = 0
     size: int = 1
+    store: Any = None
+    """torchrun's own, which outlives the processes"""
 
     @property
     def leads(self) -> bool:
@@ -65,8 +70,22 @@ class Group:
         if self.leads:
             content = torch.frombuffer(bytearray(os.fsencode(path)), dtype=torch.uint8)
             told[: len(content)] = content
-        dist.broadcast(told, 0)
+        try:
+            dist.broadcast(told, 0)
+        except RuntimeError as error:
+            raise ConnectionError(f"another process of this run has ended: {error}") from error
         return Path(os.fsdecode(bytes(told.tolist()).rstrip(b"\0")))
+
+    def keep_folder(self, folder: Path) -> None:
+        """Remember the run's folder for a restart."""
+        if self.store is not None:
+            self.store.set(FOLDER, os.fsencode(folder))
+
+    def kept_folder(self) -> Path | None:
+        """Return the folder that the processes before a restart had, if they got so far."""
+        if self.store is None or not restarts() or not self.store.check([FOLDER]):
+            return None
+        return Path(os.fsdecode(self.store.get(FOLDER)))
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -89,13 +108,20 @@ def join(device: str) -> tuple[Group, torch.device]:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
+    store, rank, size = meeting()
     if not dist.is_initialized():
-        store, rank, size = next(rendezvous("env://"))
         # torchrun keeps its store over a restart, and what the dead processes left in it.
-        store = PrefixStore(f"restart {restarts()}", store)
+        own = PrefixStore(f"restart {restarts()}", store)
         backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return Group(dist.get_rank(), dist.get_world_size()), place
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size)
+    return Group(rank, size, store), place
+
+
+@cache
+def meeting() -> tuple[Any, int, int]:
+    """Return torchrun's store, this process's rank, and how many there are."""
+    store, rank, size = next(rendezvous("env://"))
+    return store, rank, size
 
 
 def leave() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact import Description, file_sha256
+from adavipro_fast.description import Description, NotRunnableError, file_sha256
 from adavipro_fast.device import torch_device
 from adavipro_fast.prompt import Prediction
 
@@ -179,7 +180,9 @@ class EngineArtifact:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels, in parts of the profile's largest batch."""
-        with self.lock:
+        cuda = self.device.type == "cuda"
+        # A thread has a current device of its own.
+        with self.lock, torch.cuda.device(self.device) if cuda else nullcontext():
             parts = [self._run(part) for part in pixels.split(self.batch[2])]
         return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -196,14 +199,24 @@ class EngineArtifact:
         return self.about.prediction(outputs)
 
     def _context(self) -> Any:
-        """Make an execution context; TensorRT-RTX compiles its kernels before they are captured."""
-        if self.backend != "tensorrt-rtx":
-            return self.engine.create_execution_context()
-        options = self.engine.create_runtime_config()
-        # Its default first runs fallback kernels and compiles meanwhile: a graph would keep those.
-        strategies = self.trt.DynamicShapesKernelSpecializationStrategy
-        options.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        return self.engine.create_execution_context(options)
+        """Make an execution context; TensorRT-RTX compiles its kernels before they are captured.
+
+        Raises:
+            NotRunnableError: there is no memory for it.
+        """
+        if self.backend == "tensorrt-rtx":
+            options = self.engine.create_runtime_config()
+            # Its default runs fallback kernels while it compiles: a graph would keep those.
+            strategies = self.trt.DynamicShapesKernelSpecializationStrategy
+            options.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+            context = self.engine.create_execution_context(options)
+        else:
+            context = self.engine.create_execution_context()
+        if context is None:
+            raise NotRunnableError(
+                f"{self.backend} has no memory for another execution context; use smaller batches"
+            )
+        return context
 
     def _capture(self, size: int) -> Replay:
         """Allocate for a batch size and capture the engine's work on it."""
@@ -229,13 +242,14 @@ class EngineArtifact:
             self._enqueue(context, stream)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # Other threads may go on allocating.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._enqueue(context, stream)
         return Replay(context, host, image, outputs, graph)
 
     def _enqueue(self, context: Any, stream: torch.cuda.Stream) -> None:
         if not context.execute_async_v3(stream.cuda_stream):
-            raise RuntimeError(f"{self.backend} could not run the engine")
+            raise NotRunnableError(f"{self.backend} could not run the engine")
 
 
 def padded_size(count: int, batch: tuple[int, int, int]) -> int:

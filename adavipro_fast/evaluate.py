@@ -10,9 +10,10 @@ import tyro
 from tqdm import tqdm
 
 from adavipro_fast import cli
-from adavipro_fast.artifact import Artifact, open_artifact
+from adavipro_fast.artifact import open_artifact
 from adavipro_fast.clip import Precision
 from adavipro_fast.data import DataConfig, Split, load_test
+from adavipro_fast.description import Artifact
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
 from adavipro_fast.prompt import frame_regions

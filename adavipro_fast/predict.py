@@ -4,16 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
 from adavipro_fast import cli, pictures
 from adavipro_fast.artifact import open_artifact
-from adavipro_fast.cache import decode_image
-from adavipro_fast.clip import Precision, Preprocess
+from adavipro_fast.clip import Precision
 from adavipro_fast.device import slow_precision, torch_device
+from adavipro_fast.images import read_pixels
 
 SHOWN_CLASSES = 5
 BATCH = 64
@@ -91,24 +90,6 @@ def described(
     ]
     print(f"{str(path)!r}: {classes[0]['name']!r} ({classes[0]['probability']:.1%})")
     return {"path": str(path), "classes": classes, "mask": mask.int().tolist()}
-
-
-def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
-    """Decode image files as the encoder wants them: (N, 3, S, S) uint8.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an image.
-    """
-    transform = preprocess.pixels()
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"no image file {path}")
-    return torch.from_numpy(
-        np.stack(
-            [transform(decode_image(path.read_bytes(), str(path), preprocess)) for path in paths]
-        )
-    )
 
 
 if __name__ == "__main__":

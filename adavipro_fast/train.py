@@ -27,7 +27,7 @@ from adavipro_fast.clip import (
 )
 from adavipro_fast.data import DataConfig, load_dataset, load_test
 from adavipro_fast.device import slow_precision
-from adavipro_fast.folder import held, last_folder, make_folder
+from adavipro_fast.folder import held, make_folder
 from adavipro_fast.metrics import Evaluation, mask_figures
 from adavipro_fast.prompt import PROMPTED, AdaViPro, Kernel, PromptConfig
 from adavipro_fast.training import UNTRAINED, OptimiserConfig, Trainer, read_state
@@ -115,10 +115,14 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
     """
     group, device = distributed.join(config.device)
     with ExitStack() as stack:
-        folder = config.output or Path()
+        folder = config.output or group.kept_folder() or Path()
+        made: list[Path] = []
         if group.leads:
-            folder = config.output or _default_folder(config)
-            stack.enter_context(held(folder))
+            if folder == Path():
+                name = f"{Path(config.data.data).name}-{config.prompt.method}"
+                folder, made = make_folder(name)
+                group.keep_folder(folder)
+            stack.enter_context(held(folder, made))
         config = replace(config, output=group.agreed(folder, device))
         return _begin(config, device)
 
@@ -127,8 +131,10 @@ def _begin(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """Train in a folder that this run holds."""
     output = config.output
     assert output is not None
-    if (output / "last.safetensors").exists():
-        if distributed.restarts():
+    state_path = output / "last.safetensors"
+    if state_path.exists():
+        stored = _from_json(read_state(state_path)[1].settings, state_path)
+        if distributed.restarts() and not _diff(replace(stored, output=output), config):
             return _go_on(config)
         raise ValueError(
             f"{output} already holds a run; go on with --resume {output} or choose another --output"
@@ -199,13 +205,6 @@ def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any
     trainer.restore(accepted)
     _log(f"going on in {config.output} at epoch {trainer.progress.epoch + 1}")
     return _finish(trainer, config)
-
-
-def _default_folder(config: TrainConfig) -> Path:
-    """Make a folder that was not there yet; after a restart, return the one made before it."""
-    name = f"{Path(config.data.data).name}-{config.prompt.method}"
-    before = last_folder(name) if distributed.restarts() else None
-    return before or make_folder(name)
 
 
 def _prepare(config: TrainConfig) -> Trainer:

@@ -16,9 +16,10 @@ import tyro
 from measure import publish
 
 from adavipro_fast import cli
-from adavipro_fast.artifact import Artifact, open_artifact
+from adavipro_fast.artifact import open_artifact
 from adavipro_fast.clip import Precision
 from adavipro_fast.data import DataConfig, Split, load_test
+from adavipro_fast.description import Artifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.evaluate import evaluate_artifact
 from adavipro_fast.export import to_onnx

@@ -23,7 +23,7 @@ from measure import interleaved_ms, publish, summary
 from torch import Tensor
 
 from adavipro_fast import PromptConfig, cli
-from adavipro_fast.device import torch_device
+from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.functional import Edge, apply_prompt, decide, logistic_noise
 from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.prompt import AdaptivePrompt, Kernel
@@ -190,6 +190,7 @@ def tuned_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, 
         kernels.launch_options = chosen
 
 
+@full_fp32()
 def command(config: FusedConfig) -> list[dict[str, Any]]:
     """Run the gate, then what the device allows."""
     device = torch_device("auto")

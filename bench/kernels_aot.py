@@ -40,6 +40,10 @@ SCALARS = {
     "offset": "i64",
     **{f"{part}_{channel}": "fp32" for part in ("scale", "shift") for channel in "rgb"},
 }
+PEER = (
+    "No row of torch.compile's code of the plain version: without a driver, fake CUDA tensors fail "
+    "in the device guard before Inductor generates any."
+)
 PASSES = (("forward", "hard"), ("forward", "argmax"), ("backward", "hard"))
 
 
@@ -172,6 +176,7 @@ def command(config: AotConfig) -> dict[str, Any]:
     result = {
         "rows": rows,
         "rules": sass.RULES,
+        "peer": PEER,
         "gpus": {f"sm_{arch}": asdict(gpu) for arch, gpu in sass.GPUS.items()},
         "machine": {"triton": triton.__version__, "gpu": None},
     }

@@ -34,14 +34,15 @@ from PIL import Image
 from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder
-from adavipro_fast.artifact import Artifact, OnnxArtifact
-from adavipro_fast.cache import decode_image
+from adavipro_fast.artifact import OnnxArtifact
 from adavipro_fast.checkpoint import checkpoint_of
 from adavipro_fast.clip import DTYPES, Precision
-from adavipro_fast.device import torch_device
+from adavipro_fast.description import Artifact
+from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.engine import EngineArtifact, compute_capability, runtime_module
 from adavipro_fast.export import to_onnx, to_tensorrt, verify
 from adavipro_fast.export.fold import Deployed, folding_obstacle
+from adavipro_fast.images import decode_image
 from adavipro_fast.prompt import Prediction, fused_obstacle
 
 CLASS_NAMES = tuple(f"class {number}" for number in range(10))
@@ -381,6 +382,7 @@ def main() -> None:
     cli.run(lambda: command(config))
 
 
+@full_fp32()
 def command(config: LatencyConfig) -> dict[str, Any]:
     """Measure all rows at all batch sizes.
 

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adavipro_fast.cache import DECODERS, decode_image
+from adavipro_fast.cache import DECODERS
 from adavipro_fast.clip import Preprocess
 from adavipro_fast.data import DataConfig, Split, load_dataset
+from adavipro_fast.images import decode_image
 
 # A photograph's usual size on the web; its content is smooth noise, which JPEG stores in 50 kB.
 WIDTH, HEIGHT = 500, 375

@@ -234,9 +234,12 @@ def plain_onnx_row(module: Exported, images: Tensor, folder: Path, device: torch
         program.save(path)
     cuda = device.type == "cuda"
     provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
+    exact = [{"use_tf32": "0"}] if cuda else None
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    session = onnxruntime.InferenceSession(
+        str(path), options, providers=[provider], provider_options=exact
+    )
     contract = "prompt + encoder" if module.prompted else "encoder"
     row = Row(name, "onnx_baseline", contract, build_s=time.perf_counter() - began)
     if session.get_providers()[0] != provider:

@@ -1,6 +1,6 @@
-"""Write the measured figures into README.md and draw its charts: `python bench/report.py`.
+"""Write the measured figures into README.md and docs, and draw the charts: `bench/report.py`.
 
-Between `<!-- report: NAME -->` and `<!-- end -->` README holds what `SECTIONS[NAME]` makes of the
+Between `<!-- report: NAME -->` and `<!-- end -->` a page holds what `SECTIONS[NAME]` makes of the
 files under bench/results; nothing there is written by hand.
 """
 
@@ -19,16 +19,16 @@ from measure import ROOT, draw
 from adavipro_fast import cli
 from adavipro_fast.checkpoint import write_whole
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "evidence.md")
 RESULTS = ROOT / "bench" / "results"
 CPU = RESULTS / "cpu-2-cores"
-SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write the figures of bench/results into README.md and redraw its charts."""
+    """Write the figures of bench/results into README.md and docs and redraw the charts."""
 
 
 @cache
@@ -204,6 +204,27 @@ def accuracy() -> str:
     return table(head, body)
 
 
+def results() -> str:
+    """Tabulate methods beside each other: the demo's means over seeds, and the small sets."""
+    methods = ("zero_shot", "vp", "adavipro", "linear_probe", "full_finetune")
+    body = []
+    for size in (30, 60, 112):
+        found = [row for row in rows("runs") if (row["task"], row["prompt_size"]) == ("demo", size)]
+        trained = [[row for row in found if row["method"] == m] for m in methods[1:3]]
+        cells = [mean(found, "zero_shot_top1"), *(mean(of, "test_top1") for of in trained), "", ""]
+        body.append([f"demo, prompt size {size}", *cells])
+    with (RESULTS / "paper" / "table1.csv").open() as file:
+        table1 = {
+            (row["data"], row["line"]): float(row["test_top1"]) for row in csv.DictReader(file)
+        }
+    body += [
+        [data, *(f"{table1[data, method]:.1f}" for method in methods)]
+        for data in dict.fromkeys(data for data, _ in table1)
+    ]
+    head = ["task", "zero-shot", "vp", "adavipro", "linear probe", "full fine-tuning"]
+    return table(head, body)
+
+
 def runs() -> str:
     """Tabulate the training runs: means over seeds."""
     groups: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
@@ -261,25 +282,30 @@ def mean(found: list[Row], figure: str, digits: int = 1) -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (headline, training, epochs, scaling, costs, curve, accuracy, runs, evidence)
+    for function in (
+        *(headline, results, training, epochs, scaling, costs, curve, accuracy, runs, evidence),
+    )
 }
 
 
 def rendered(text: str) -> str:
-    """Fill all sections of README's text with the figures of the results."""
-    return SECTION.sub(lambda m: m[1] + SECTIONS[m[2]]() + m[3], text)
+    """Fill all sections of a page's text with the figures of the results."""
+    return SECTION.sub(lambda m: f"{m[1]}{SECTIONS[m[2]]()}\n{m[3].lstrip()}", text)
 
 
 def command(config: ReportConfig) -> dict[str, Any]:
-    """Rewrite README.md and its chart."""
-    text = README.read_text()
-    new = rendered(text)
-    write_whole(README, new.encode())
+    """Rewrite the pages and the chart."""
+    changed = []
+    for page in PAGES:
+        text = page.read_text()
+        if (new := rendered(text)) != text:
+            changed.append(page.name)
+            write_whole(page, new.encode())
     bars = [row for row in rows("latency") if row["batch"] == 1]
     label = "median latency of one image, ms; ratio to the encoder alone in the same runtime"
     chart = CPU / "latency.svg"
     draw(bars, chart, value="p50_ms", label=label)
-    return {"changed": new != text, "chart": str(chart.relative_to(ROOT))}
+    return {"changed": changed, "chart": str(chart.relative_to(ROOT))}
 
 
 def main() -> None:

@@ -59,49 +59,20 @@ RULES = (
 )
 
 CLASSES = {
-    "global": ("LDG", "STG"),
-    "shared": ("LDS", "STS", "LDSM", "STSM"),
-    "shuffle": ("SHFL",),
-    "barrier": ("BAR", "SYNCS"),
-    "spill": ("LDL", "STL"),
-    "float": ("FADD", "FADD2", "FMUL", "FMUL2", "FFMA", "FFMA2", "HADD2", "HFMA2", "HMUL2"),
-    "multiply": ("IMAD", "UIMAD", "IDP"),
-    "special": ("MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO"),
-    "integer": (
-        *("FMNMX", "FSETP", "FSEL", "FCHK", "FSET", "LOP3", "IADD3", "SHF", "PRMT", "ISETP", "SEL"),
-        *(
-            "LEA",
-            "PLOP3",
-            "IMNMX",
-            "VIMNMX",
-            "VIMNMX3",
-            "VIADD",
-            "VIADDMNMX",
-            "IABS",
-            "SGXT",
-            "MOV",
-        ),
-        *("BMSK", "P2R", "R2P", "I2FP", "F2FP", "IADD", "CS2R", "FMNMX3", "I2IP"),
-    ),
-    "control": (
-        *(
-            "BRA",
-            "BSSY",
-            "BSYNC",
-            "EXIT",
-            "RET",
-            "CALL",
-            "NOP",
-            "BMOV",
-            "YIELD",
-            "WARPSYNC",
-            "VOTE",
-        ),
-        *("BREAK", "S2R", "LDC", "LDCU", "ULDC", "R2UR", "S2UR", "REDUX", "DEPBAR", "ELECT"),
-        *("PREEXIT", "ACQBULK", "LEPC", "CCTL", "ERRBAR", "MEMBAR", "FENCE"),
-    ),
+    "global": "LDG STG",
+    "shared": "LDS STS LDSM STSM",
+    "shuffle": "SHFL",
+    "barrier": "BAR SYNCS",
+    "spill": "LDL STL",
+    "float": "FADD FADD2 FMUL FMUL2 FFMA FFMA2 HADD2 HFMA2 HMUL2",
+    "multiply": "IMAD UIMAD IDP",
+    "special": "MUFU I2F F2I F2F FRND POPC FLO",
+    "integer": "FMNMX FMNMX3 FSETP FSEL FCHK FSET LOP3 IADD IADD3 SHF PRMT ISETP SEL LEA PLOP3 "
+    "IMNMX VIMNMX VIMNMX3 VIADD VIADDMNMX IABS SGXT MOV BMSK P2R R2P I2FP F2FP CS2R I2IP",
+    "control": "BRA BSSY BSYNC EXIT RET CALL NOP BMOV YIELD WARPSYNC VOTE BREAK S2R LDC LDCU ULDC "
+    "R2UR S2UR REDUX DEPBAR ELECT PREEXIT ACQBULK LEPC CCTL ERRBAR MEMBAR FENCE",
 }
-CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names}
+CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 WARP = 32
 
@@ -123,7 +94,7 @@ class Instruction:
         name = self.operation.split(".")[0]
         if name in CLASS_OF:
             return CLASS_OF[name]
-        # The uniform datapath issues beside the warp's own.
+        # The uniform datapath's take a place among the warp's, but none of its pipes.
         if name.startswith("U"):
             return "control"
         raise ValueError(f"instruction {self.operation} is of no class; add it to CLASSES")

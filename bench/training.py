@@ -37,7 +37,7 @@ from peers import in_paper_form, with_stock_attention
 
 from adavipro_fast import AdaViPro, cli, load_encoder, train
 from adavipro_fast.clip import FrozenEncoder, Precision
-from adavipro_fast.device import torch_device
+from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.prompt import Method, Prompted
 
 NAMES = ("vp", "vp_stock_attention", "adavipro_paper_form", "adavipro")
@@ -156,6 +156,7 @@ def main() -> None:
     cli.run(lambda: command(config))
 
 
+@full_fp32()
 def command(config: TrainingConfig) -> dict[str, Any]:
     """Measure all rows, or one row's memory."""
     if config.only is not None:

@@ -23,15 +23,14 @@ from adavipro_fast import cli
 from adavipro_fast.artifact import (
     SEAL_KEY,
     UNSEALED,
-    NotRunnableError,
     OnnxArtifact,
     PromptArtifact,
-    file_sha256,
     open_prompt,
     seal,
 )
 from adavipro_fast.checkpoint import FORMAT, Checkpoint, load_checkpoint
 from adavipro_fast.clip import DTYPES, Precision
+from adavipro_fast.description import NotRunnableError, file_sha256
 from adavipro_fast.export.fold import Deployed, folding_obstacle
 from adavipro_fast.export.verify import Comparison, Unprompted, compare, sample_batches
 from adavipro_fast.prompt import AdaViPro

@@ -20,14 +20,10 @@ import tyro
 from tqdm import tqdm
 
 from adavipro_fast import cli
-from adavipro_fast.artifact import (
-    Description,
-    describe_onnx,
-    file_sha256,
-    open_prompt,
-)
+from adavipro_fast.artifact import describe_onnx, open_prompt
 from adavipro_fast.checkpoint import FORMAT, write_whole
 from adavipro_fast.clip import Precision
+from adavipro_fast.description import Description, file_sha256
 from adavipro_fast.engine import (
     EngineArtifact,
     compute_capability,

@@ -14,10 +14,10 @@ import tyro
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from adavipro_fast import cli, demo
+from adavipro_fast import cli, world
 from adavipro_fast.artifact import open_artifact, open_prompt
 from adavipro_fast.clip import Preprocess
-from adavipro_fast.predict import read_pixels
+from adavipro_fast.images import read_pixels
 from adavipro_fast.prompt import AdaViPro, Prediction
 
 Classify = Callable[[Tensor], Prediction]
@@ -66,7 +66,7 @@ def sample_batches(preprocess: Preprocess, images: Path | None) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     count = sum(BATCHES)
     if images is None:
-        drawn, _ = demo.render(count, demo.DOWNSTREAM, generator)
+        drawn, _ = world.render(count, world.DOWNSTREAM, generator)
         scaled = F.interpolate(drawn.float(), (preprocess.size,) * 2, mode="bilinear")
         real = scaled.round().to(torch.uint8)
     else:

@@ -8,7 +8,11 @@ Parts of the region are the outer loop and images the inner, unrolled one, so th
 P are found once for all images of a program; `regions` holds what a thread does.
 
 Sums over images are partial, one for each program, and then summed: no atomics, so gradients are
-deterministic. Axes and words are `functional.py`'s.
+deterministic. Axes and words are `functional.py`'s; compile-time constants:
+
+    SIDE, R     sides of image and region        BLOCK    threads of a program
+    IMAGES      of a program, at most            PIXELS   adjacent ones that a thread writes
+    EVEN        every program has IMAGES         GIVEN    noise comes from memory, not the stream
 """
 
 from typing import Any
@@ -65,6 +69,7 @@ def _forward(
         weights = ()
         for step in tl.static_range(ROWS):
             at = kernel_ptr + weight + step * (R + 2)
+            # Edges are of pixels as they are: their scale goes with K.
             weights += (scale * tl.load(at, mask=inside[step], other=0.0),)
         sums = ()
         for image in tl.static_range(IMAGES):

@@ -44,9 +44,10 @@ def scale_and_zero(channel, scales, shifts, UINT8: tl.constexpr):
 def edge_places(part, gy, gx, SIDE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
     """Place this thread's edges: at (c, y, x), (c, y + 1, x) of the (3, R + 2, R + 2) of K.
 
-    Returns the channel; offset into K, which rows exist there and which of them in the image; and
-    where the pixels lie: offsets of the rows y - 1 .. y + ROWS, nearest where they are outside the
-    image, of the columns beside, and how often y and x lie at a border.
+    Returns the channel, the first edge's offset into K, which of the edges exist in K (the last
+    threads have none), which lie inside the image (others count 0), and where the pixels lie:
+    offsets of the rows y - 1 .. y + ROWS, nearest where they are outside the image, of the columns
+    beside, and how many of an edge's neighbours are outside.
     """
     flat = part * BLOCK + tl.arange(0, BLOCK)
     runs: tl.constexpr = triton.cdiv(R + 2, ROWS)
@@ -107,11 +108,11 @@ def pixel_places(
 ):
     """Place this thread's PIXELS adjacent pixels: channel, offsets into an image, whether real."""
     flat = part * BLOCK + tl.arange(0, BLOCK)
-    runs: tl.constexpr = R // PIXELS
-    channel, row, run = flat // (R * runs), flat // runs % R, flat % runs
+    groups: tl.constexpr = R // PIXELS
+    channel, row, group = flat // (R * groups), flat // groups % R, flat % groups
     real = channel < 3
     channel = tl.minimum(channel, 2)
-    start = channel * (SIDE * SIDE) + (gy * R + row) * SIDE + gx * R + run * PIXELS
+    start = channel * (SIDE * SIDE) + (gy * R + row) * SIDE + gx * R + group * PIXELS
     pixels = tl.multiple_of(start, PIXELS)[:, None] + tl.arange(0, PIXELS)[None, :]
     return channel, pixels, real[:, None]
 
@@ -142,17 +143,17 @@ def decide(
 
 
 @triton.jit
-def zeros(IMAGES: tl.constexpr, BLOCK: tl.constexpr):
-    """Σ = 0, one a thread and image."""
+def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """COUNT sums of 0 in each thread, one an image or row."""
     totals = ()
-    for _ in tl.static_range(IMAGES):
+    for _ in tl.static_range(COUNT):
         totals += (tl.zeros((BLOCK,), tl.float32),)
     return totals
 
 
 @triton.jit
 def gathered(totals, IMAGES: tl.constexpr):
-    """Σ over threads of each image's totals, one lane an image."""
+    """Σ over threads of each image's totals: IMAGES tensors (BLOCK,) to one (IMAGES,)."""
     sums = tl.zeros((IMAGES,), tl.float32)
     for image in tl.static_range(IMAGES):
         sums += tl.where(tl.arange(0, IMAGES) == image, tl.sum(totals[image], 0), 0.0)
@@ -161,7 +162,7 @@ def gathered(totals, IMAGES: tl.constexpr):
 
 @triton.jit
 def scattered(lanes, IMAGES: tl.constexpr):
-    """One number an image, from one lane an image."""
+    """One number an image: a tensor (IMAGES,) to IMAGES scalars, each known to all threads."""
     numbers = ()
     for image in tl.static_range(IMAGES):
         numbers += (tl.sum(tl.where(tl.arange(0, IMAGES) == image, lanes, 0.0), 0),)

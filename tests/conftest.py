@@ -8,7 +8,7 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from adavipro_fast import demo
+from adavipro_fast import world
 from adavipro_fast.clip import FrozenEncoder, TextTower, load_clip
 from adavipro_fast.data import DataConfig
 from adavipro_fast.prompt import PromptConfig
@@ -55,11 +55,11 @@ def folder(tmp_path_factory) -> Path:
     counts = {"train": 10, "val": 3, "test": 4}
     generator = torch.Generator().manual_seed(3)
     for split, count in counts.items():
-        images, labels = demo.render(8 * count, demo.DOWNSTREAM, generator)
+        images, labels = world.render(8 * count, world.DOWNSTREAM, generator)
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             if label >= 3:
                 continue
-            name = demo.CLASS_NAMES[label]
+            name = world.CLASS_NAMES[label]
             path = root / split / name / f"{number:03d}.{'png' if number // 8 % 2 else 'jpg'}"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

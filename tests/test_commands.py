@@ -285,7 +285,14 @@ def test_slow_precision_is_told(trained, folder, cache, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        Exception("[ONNXRuntimeError] : 6 : BFCArena: Failed to allocate memory for 7 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
 )
 def test_too_little_memory_is_one_line_that_names_the_batch_size(error, capsys):
     def work():
@@ -297,6 +304,20 @@ def test_too_little_memory_is_one_line_that_names_the_batch_size(error, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory")
     assert "--batch-size" in line
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    def work():
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        cli.run(work)
+
+
+def test_no_standard_output_is_no_error(tmp_path):
+    command = f"{sys.executable} -m adavipro_fast.cache --cache-dir {tmp_path} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "closed pipe"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adavipro_fast import cache
+from adavipro_fast import cache, images
 from adavipro_fast.clip import Preprocess
 from adavipro_fast.data import COOP, DataConfig, load_dataset, load_test, read_split
 
@@ -253,7 +253,7 @@ def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
         )
     )
     with pytest.raises(ValueError, match="cannot read image bomb.png"):
-        cache.decode_image(path.read_bytes(), "bomb.png", PREPROCESS)
+        images.decode_image(path.read_bytes(), "bomb.png", PREPROCESS)
 
 
 def encoded(image, kind="PNG", **options):
@@ -266,11 +266,11 @@ def test_an_image_that_resizing_would_blow_up_is_refused_by_its_header():
     strip = encoded(Image.new("L", (60_000, 1)))
     assert len(strip) < 400
     with pytest.raises(ValueError, match="60000x1 would be resized to 1920000x32; up to"):
-        cache.decode_image(strip, "strip.png", PREPROCESS)
+        images.decode_image(strip, "strip.png", PREPROCESS)
     with pytest.raises(ValueError, match="60000x1 would be resized to 32x0"):
-        cache.decode_image(strip, "strip.png", replace(PREPROCESS, resize_mode="longest"))
+        images.decode_image(strip, "strip.png", replace(PREPROCESS, resize_mode="longest"))
     square = replace(PREPROCESS, resize_mode="squash")
-    image = cache.decode_image(strip, "strip.png", square)
+    image = images.decode_image(strip, "strip.png", square)
     assert square.pixels()(image).shape == (3, 32, 32)
 
 
@@ -284,7 +284,7 @@ def test_pixels_of_16_bits_are_scaled_not_cut():
         encoded(Image.fromarray(wide), "TIFF"),
         header + wide.astype(">u2").tobytes(),
     ):
-        pixels = np.asarray(cache.decode_image(content, "wide", PREPROCESS)).astype(int)
+        pixels = np.asarray(images.decode_image(content, "wide", PREPROCESS)).astype(int)
         assert pixels.shape == (64, 64, 3)
         assert abs(pixels - expected[..., None]).max() <= 1
 
@@ -293,7 +293,20 @@ def test_pixels_of_16_bits_are_scaled_not_cut():
 def test_pixels_of_32_bits_have_no_known_range_and_are_refused(kind):
     content = encoded(Image.fromarray(np.full((8, 8), 3, kind)), "TIFF")
     with pytest.raises(ValueError, match="cannot read image deep.tif: its pixels have 32 bits"):
-        cache.decode_image(content, "deep.tif", PREPROCESS)
+        images.decode_image(content, "deep.tif", PREPROCESS)
+
+
+def test_grey_pixels_of_other_ranges_are_refused():
+    ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    white_is_zero = encoded(Image.fromarray(ramp), "TIFF", tiffinfo={262: 0})
+    with pytest.raises(ValueError, match="are not 0 to 65535, black to white"):
+        images.decode_image(white_is_zero, "x.tif", PREPROCESS)
+
+
+def test_16_bit_pixels_go_to_the_nearest_of_255_steps():
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    got = np.asarray(images.to_rgb(Image.fromarray(every)))[..., 0]
+    assert np.array_equal(got, (every.astype(int) + 128) // 257)
 
 
 def test_images_are_rgb_before_they_are_resized(folder, recwarn):
@@ -304,7 +317,7 @@ def test_images_are_rgb_before_they_are_resized(folder, recwarn):
     palette.info["transparency"] = bytes(range(64))
     for image in (photo.convert("1"), photo.convert("L"), photo.quantize(16), transparent, palette):
         content = encoded(image)
-        got = PREPROCESS.pixels()(cache.decode_image(content, "x.png", PREPROCESS))
+        got = PREPROCESS.pixels()(images.decode_image(content, "x.png", PREPROCESS))
         # README's own example: convert, then resize.
         plain = Image.open(io.BytesIO(content)).convert("RGB")
         expected = np.asarray(plain.resize((32, 32), Image.Resampling.BICUBIC))

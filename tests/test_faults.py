@@ -11,8 +11,8 @@ from statistics import median
 
 import pytest
 
-from adavipro_fast import demo, train
-from adavipro_fast.folder import held
+from adavipro_fast import train, world
+from adavipro_fast.folder import held, make_folder
 
 # Kills training processes at random moments, half of them inside a save, and resumes each time.
 # It forks from a process that has imported everything, so that an attempt takes a second.
@@ -208,7 +208,7 @@ def test_runs_started_together_get_folders_of_their_own(folder, tmp_path):
 def test_a_folder_that_a_run_holds_is_refused_and_its_leftovers_go(small, tmp_path):
     output = tmp_path / "run"
     with held(output):
-        (output / "x.partial").write_bytes(b"half")
+        (output / "metrics.jsonl.0123abcd.partial").write_bytes(b"half")
         (output / "kept").write_bytes(b"whole")
         with pytest.raises(ValueError, match="another run is writing .*run; wait for it, or"):
             train.start_run(small(output))
@@ -218,6 +218,37 @@ def test_a_folder_that_a_run_holds_is_refused_and_its_leftovers_go(small, tmp_pa
     with pytest.raises(ValueError, match="does not divide"):
         train.start_run(train.replace(config, prompt=train.replace(config.prompt, region_size=48)))
     assert not (tmp_path / "bad").exists()
+
+
+def test_what_a_run_did_not_make_stays(small, tmp_path):
+    output = tmp_path / "outer" / "run"
+    output.mkdir(parents=True)
+    (output.parent / "other.partial").write_bytes(b"")
+    config = small(output)
+    with pytest.raises(ValueError, match="does not divide"):
+        train.start_run(train.replace(config, prompt=train.replace(config.prompt, region_size=48)))
+    assert list(output.iterdir()) == []
+    (output / "download.partial").write_bytes(b"")
+    (output / "last.safetensors.0123abcd.partial").write_bytes(b"")
+    with held(output):
+        assert sorted(p.name for p in output.iterdir()) == [".lock", "download.partial"]
+
+
+def test_a_folder_of_runs_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(OSError, match="runs"):
+        make_folder("x")
+
+
+def test_a_restart_goes_on_in_its_own_folder_alone(finished, small, monkeypatch):
+    run, data = finished
+    monkeypatch.setattr(train.distributed, "restarts", lambda: 1)
+    config = small(run, epochs=1)
+    own = train.replace(config, data=train.replace(config.data, data=str(data)))
+    assert train.start_run(own)["epochs"] == 1
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.start_run(train.replace(own, margin=3))
 
 
 def test_an_output_below_a_file_is_told(small, tmp_path):
@@ -260,7 +291,7 @@ def test_20000_steps_at_constant_memory(tmp_path):
             busy.append(sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"))
     assert process.wait() == 0
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) * demo.SPLITS["train"] >= 20_000
+    assert len(rows) * world.SPLITS["train"] >= 20_000
     # Of the processor's time, so that what else the machine does is left out.
     spent = [later - earlier for earlier, later in pairwise(busy)]
     first, last = median(spent[:20]), median(spent[-20:])

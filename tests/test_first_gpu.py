@@ -3,6 +3,8 @@
 import ctypes
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,10 +23,11 @@ from adavipro_fast import artifact, engine
 from adavipro_fast.checkpoint import checkpoint_of
 from adavipro_fast.clip import FrozenEncoder, Preprocess
 from adavipro_fast.data import Dataset, Split
+from adavipro_fast.description import Description, NotRunnableError
 from adavipro_fast.device import PRODUCTS, full_fp32, torch_device
 from adavipro_fast.export import to_onnx, to_tensorrt
 from adavipro_fast.export.to_onnx import OnnxConfig
-from adavipro_fast.prompt import AdaptivePrompt, AdaViPro, PromptConfig
+from adavipro_fast.prompt import AdaViPro, PromptConfig
 from adavipro_fast.training import OptimiserConfig, Trainer
 
 CPU = torch.device("cpu")
@@ -74,7 +77,6 @@ def model_of(visual, side=16, **config):
 def allowed_tf32():
     """A caller who allows TF32 for other work."""
     before = [product.fp32_precision for product in PRODUCTS]
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield [product.fp32_precision for product in PRODUCTS]
     for product, precision in zip(PRODUCTS, before, strict=True):
@@ -99,9 +101,54 @@ def test_masks_and_encoder_run_without_tf32_and_the_callers_settings_stay(
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
+PROBE = """
+import torch
+from adavipro_fast.device import PRODUCTS, full_fp32
+
+def look():
+    older = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    return (*older, torch.get_float32_matmul_precision(), *(p.fp32_precision for p in PRODUCTS))
+
+{}
+before = look()
+with full_fp32():
+    inside = look()
+    assert inside == (False, False, "highest", *["ieee"] * len(PRODUCTS)), inside
+    # As torch.export does.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert look()[0] is False
+    assert look()[0] is False
+assert look() == before, (before, look())
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cudnn.allow_tf32 = False",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    ],
+)
+def test_older_settings_can_be_read_inside_and_are_the_callers_after(setting):
+    subprocess.run([sys.executable, "-c", PROBE.format(setting)], check=True)
+
+
 def test_an_error_inside_restores_the_callers_settings(allowed_tf32):
     with pytest.raises(ZeroDivisionError), full_fp32():
         raise ZeroDivisionError
+    assert [product.fp32_precision for product in PRODUCTS] == allowed_tf32
+
+
+def test_threads_inside_together_restore_the_settings_when_the_last_one_leaves(allowed_tf32):
+    first, second = full_fp32(), full_fp32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert {product.fp32_precision for product in PRODUCTS} == {"ieee"}
+    second.__exit__(None, None, None)
     assert [product.fp32_precision for product in PRODUCTS] == allowed_tf32
 
 
@@ -190,7 +237,7 @@ def test_onnx_runtimes_cuda_provider_is_told_to_leave_tf32(checkpoint, tmp_path,
 
     monkeypatch.setattr(artifact, "torch_device", lambda _: torch.device("cuda", 1))
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    with pytest.raises(artifact.NotRunnableError, match="no GPU here"):
+    with pytest.raises(NotRunnableError, match="no GPU here"):
         artifact.OnnxArtifact.open(path, "cuda")
     provider = ("CUDAExecutionProvider", {"device_id": 1, "use_tf32": "0"})
     assert asked == [([provider], "1")]
@@ -310,7 +357,8 @@ def graphs(monkeypatch):
         enqueue(self, context, stream)
 
     class Capture(nullcontext):
-        def __init__(self, graph, stream):
+        def __init__(self, graph, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
             super().__init__()
             self.graph = graph
 
@@ -328,7 +376,7 @@ def graphs(monkeypatch):
 def engine_artifact(backend="tensorrt-rtx"):
     preprocess = Preprocess(8, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
     config = PromptConfig(prompt_size=2, region_size=8)
-    about = artifact.Description(("a", "b"), preprocess, config, "fp32", "uint8", False)
+    about = Description(("a", "b"), preprocess, config, "fp32", "uint8", False)
     strategies = SimpleNamespace(EAGER="eager", LAZY="lazy")
     trt = SimpleNamespace(DynamicShapesKernelSpecializationStrategy=strategies)
     return engine.EngineArtifact(trt, FakeEngine(), about, (1, 4, 16), CPU, backend, "")
@@ -499,11 +547,3 @@ def test_weights_from_elsewhere_are_refused_wherever_they_are_named(tmp_path):
     sealed(tmp_path / "own.onnx", onnx.helper.make_model(graph), {"format": "adavipro-fast/1"})
     with pytest.raises(ValueError, match="wants weights from elsewhere"):
         artifact.describe_onnx(tmp_path / "own.onnx")
-
-
-def test_the_prompt_s_uncompiled_and_compiled_paths_agree_under_a_callers_tf32(allowed_tf32):
-    prompt = AdaptivePrompt(16, PromptConfig(prompt_size=4, region_size=8, embed_dim=2))
-    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    compiled = torch.compile(prompt.eval(), fullgraph=True, backend="aot_eager")
-    with full_fp32():
-        assert torch.equal(compiled(images).mask, prompt(images).mask)

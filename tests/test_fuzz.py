@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from adavipro_fast.artifact import SEAL_KEY, UNSEALED, describe_onnx, seal
-from adavipro_fast.baselines import BASELINE_FORMAT, load_baseline
-from adavipro_fast.cache import FORMATS, decode_image, opened
+from adavipro_fast.baseline import BASELINE_FORMAT, load_baseline
+from adavipro_fast.cache import opened
 from adavipro_fast.checkpoint import (
     checkpoint_of,
     load_checkpoint,
@@ -29,6 +29,7 @@ from adavipro_fast.checkpoint import (
 from adavipro_fast.clip import Preprocess, load_encoder
 from adavipro_fast.data import read_split
 from adavipro_fast.engine import read_sidecar, sidecar_sha256
+from adavipro_fast.images import FORMATS, decode_image
 from adavipro_fast.prompt import AdaViPro, PromptConfig
 from adavipro_fast.training import Progress, read_state
 

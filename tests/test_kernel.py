@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adavipro_fast import functional
 from adavipro_fast.clip import Preprocess
+from adavipro_fast.device import full_fp32
 from adavipro_fast.prompt import AdaptivePrompt, PromptConfig, frame
 
 pytest.importorskip("triton")
@@ -64,6 +65,9 @@ def several_images_a_program(monkeypatch):
             return options | {"BLOCK": 4 * options["BLOCK"]}
 
         monkeypatch.setattr(kernels, "launch_options", wide)
+    # On a GPU, plain PyTorch's fp32 is the measure.
+    with full_fp32():
+        yield
 
 
 def problem(region, grid, batch, prompt_size, pixels):

@@ -1,0 +1,53 @@
+"""What imports what: a file opens without the trainer, commands are no libraries, no circles."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WINGS = {"adavipro_fast": ROOT / "adavipro_fast", "adavipro_fast.kernels": ROOT / "kernels"}
+WINGS["adavipro_fast.export"] = ROOT / "export"
+COMMANDS = {f"adavipro_fast.{name}" for name in ("train", "evaluate", "predict", "demo")}
+
+
+def test_opening_a_file_loads_neither_trainer_nor_scikit_learn_nor_tensorboard():
+    program = "import sys, adavipro_fast.artifact; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    unwanted = {"sklearn", "tensorboard", "matplotlib", "onnx", "onnxruntime", "tensorrt"}
+    unwanted |= COMMANDS | {f"adavipro_fast.{n}" for n in ("training", "baselines", "data", "cli")}
+    assert not loaded & unwanted
+
+
+def arrows():
+    """Return which of our modules each one imports, at its top or later."""
+    files = {
+        f"{wing}.{path.stem}": path for wing, root in WINGS.items() for path in root.glob("*.py")
+    }
+    found = {}
+    for name, path in files.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        found[name] = imported & files.keys() - {name}
+    return found
+
+
+def test_no_module_comes_back_to_itself():
+    found = arrows()
+    for start in found:
+        seen, waiting = set(), [start]
+        while waiting:
+            for name in found[waiting.pop()] - seen:
+                assert name != start, f"{start} imports itself through others"
+                seen.add(name)
+                waiting.append(name)
+
+
+def test_commands_are_no_libraries():
+    for name, imported in arrows().items():
+        assert not imported & COMMANDS, name
