@@ -146,6 +146,8 @@ def test_static_counts_are_what_is_executed(region, monkeypatch):
             expected = sum(executed[f"warp {name}"] for name in names) / warps
             assert static[kind] == pytest.approx(expected, rel=0.05), kind
         floats = sum(executed[f"warp {name}"] for name in FLOATS) / warps
-        assert static["float"] == pytest.approx(floats, rel=0.05)
+        # From Blackwell on PTX has pairs of floats, which the assembly may take apart.
+        if "f32x2" not in launched.binary.asm["ptx"]:
+            assert static["float"] == pytest.approx(floats, rel=0.05)
         ptx = ptx_counts(sys.modules["ptx"].Program(launched.binary.asm["ptx"]), trips)
         assert sum(ptx.values()) == pytest.approx(executed["warp total"] / warps, rel=0.05)
