@@ -314,6 +314,14 @@ def test_an_error_of_ours_keeps_its_traceback():
         cli.run(work)
 
 
+def test_the_commands_are_listed(capsys):
+    run_module("adavipro_fast", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2].split(".")[1] for line in lines] == [
+        "train", "evaluate", "predict", "cache", "demo"
+    ]  # fmt: skip
+
+
 def test_no_standard_output_is_no_error(tmp_path):
     command = f"{sys.executable} -m adavipro_fast.cache --cache-dir {tmp_path} >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
