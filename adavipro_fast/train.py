@@ -115,15 +115,15 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
     """
     group, device = distributed.join(config.device)
     with ExitStack() as stack:
-        folder = config.output or group.kept_folder() or Path()
+        folder = config.output or group.kept_folder()
         made: list[Path] = []
         if group.leads:
-            if folder == Path():
+            if folder is None:
                 name = f"{Path(config.data.data).name}-{config.prompt.method}"
                 folder, made = make_folder(name)
                 group.keep_folder(folder)
             stack.enter_context(held(folder, made))
-        config = replace(config, output=group.agreed(folder, device))
+        config = replace(config, output=group.agreed(folder or Path(), device))
         return _begin(config, device)
 
 

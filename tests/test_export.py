@@ -280,7 +280,9 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(params=FAMILIES, ids=str)
+@pytest.fixture(
+    params=[n if n != "eva" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
 def family(request, tmp_path, monkeypatch):
     """A small random model of another family, as a folder that open_clip reads."""
     config = {"embed_dim": 32, "text_cfg": TEXT} | FAMILIES[request.param]
