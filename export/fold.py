@@ -82,15 +82,16 @@ class Block(nn.Module):
         query, key, value = self.qkv(layer_norm(x, self.ln_1)).chunk(3, -1)
         if self.first_only:
             query, x = query[:, :1], x[:, :1]
-        mixed = attention(*(self.split(part) for part in (query, key, value)))
+        mixed = attention(*(split_heads(part, self.heads) for part in (query, key, value)))
         x = x + self.ls_1(self.out(mixed.transpose(1, 2).flatten(2)))
         out: Tensor = x + self.ls_2(self.mlp(layer_norm(x, self.ln_2)))
         return out
 
-    def split(self, x: Tensor) -> Tensor:
-        """Split (B, N, W) into heads (B, H, N, W / H)."""
-        heads: Tensor = x.unflatten(2, (self.heads, -1))
-        return heads.transpose(1, 2)
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Split (B, N, W) into heads (B, H, N, W / H)."""
+    split: Tensor = x.unflatten(2, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -395,7 +396,7 @@ class Pooler(nn.Module):
         biases = attn.in_proj_bias.chunk(3)
         scale = (attn.embed_dim / self.heads) ** -0.5
         query = F.linear(pooler.ln_q(pooler.query), weights[0], biases[0]) * scale
-        self.query = nn.Parameter(self.split(query[None]).detach())
+        self.query = nn.Parameter(split_heads(query[None], self.heads).detach())
         self.weights = nn.ParameterList(weight.detach() for weight in weights[1:])
         self.biases = nn.ParameterList(bias.detach() for bias in biases[1:])
 
@@ -403,17 +404,12 @@ class Pooler(nn.Module):
         """Pool tokens (B, N, W) into (B, queries, W)."""
         x = self.ln_k(x)
         key, value = (
-            self.split(F.linear(x, weight, bias))
+            split_heads(F.linear(x, weight, bias), self.heads)
             for weight, bias in zip(self.weights, self.biases, strict=True)
         )
         weights = (self.query @ key.transpose(2, 3)).float().softmax(-1).to(value.dtype)
         pooled: Tensor = self.out((weights @ value).transpose(1, 2).flatten(2))
         return pooled
-
-    def split(self, x: Tensor) -> Tensor:
-        """Split (B, N, W) into heads (B, H, N, W / H)."""
-        heads: Tensor = x.unflatten(2, (self.heads, -1))
-        return heads.transpose(1, 2)
 
 
 class WideLayerNorm(nn.Module):
