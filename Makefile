@@ -12,7 +12,7 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	rm -rf build/lint
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/lint .
 	$(BIN)/mypy build/lint/adavipro_fast
 	MYPYPATH=build/lint $(BIN)/mypy bench/*.py

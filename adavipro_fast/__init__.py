@@ -1,8 +1,11 @@
 """Region-based adaptive visual prompts (AdaViPro) for a frozen CLIP encoder."""
 
-from adavipro_fast.artifact import open_artifact
-from adavipro_fast.clip import FrozenEncoder, load_clip, load_encoder
-from adavipro_fast.prompt import AdaptivePrompt, AdaViPro, Prediction, PromptConfig
+from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.method.clip import load_clip, load_encoder
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.model import AdaViPro, Prediction
+from adavipro_fast.method.prompt import AdaptivePrompt
 
 __all__ = [
     "AdaViPro",

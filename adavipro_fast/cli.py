@@ -10,24 +10,66 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 import tyro
 
-Config = TypeVar("Config")
+from adavipro_fast.errors import VerificationError, printable
 
+Config = TypeVar("Config")
+Result = dict[str, Any]
 INTERRUPTED = 128 + signal.SIGINT
 
+# Options of several commands.
+Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1, ...")]
+Model = Annotated[
+    str | None,
+    tyro.conf.arg(help="where a checkpoint's encoder now lies (default: as in training)"),
+]
+Pretrained = Annotated[
+    str | None,
+    tyro.conf.arg(help="open_clip tag or path of its weights (default: as in training)"),
+]
+Images = Annotated[
+    Path | None, tyro.conf.arg(help="folder of images to verify with (default: procedural ones)")
+]
 
-class VerificationError(Exception):
-    """A result was checked and found wrong."""
+
+def main(
+    config: type[Config],
+    command: Callable[[Config], Result],
+    summary: Callable[[Result], str] | None = None,
+) -> None:
+    """Parse the flags, run the command, print its summary for people and its JSON for programs."""
+    parsed = parse(config)
+    run(lambda: command(parsed), summary)
 
 
-def printable(text: str) -> str:
-    """Escape what a terminal would take as a command: names come from folders and files."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def parse(kind: type[Config] | Callable[..., Config], default: Any = None) -> Config:
+    """Parse the command line; what is wrong with it is told in one line."""
+    parsed: Config = _parse(kind, **({} if default is None else {"default": default}))
+    return parsed
+
+
+def parse_some(kind: type[Config]) -> Config:
+    """Parse the flags that `kind` knows, and leave the others for `parse`."""
+    parsed: Config = _parse(kind, return_unknown_args=True, add_help=False)[0]
+    return parsed
+
+
+def _parse(kind: Any, **options: Any) -> Any:
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, config=(tyro.conf.OmitArgPrefixes,), **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub("[^\x00-\x7fΑ-ω…·]|---+", " ", complaint.getvalue())
+        fail(text.split("For full helptext")[0] + f"; see {sys.argv[0]} --help")
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -36,42 +78,30 @@ def fail(message: object, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def peek(arguments: Sequence[str], flag: str) -> str | None:
-    """Return the value given last to a flag, with - or _, before the flags are parsed."""
-    found = None
-    for position, argument in enumerate(arguments):
-        name, given, value = argument.partition("=")
-        if name.replace("_", "-") == flag:
-            found = value if given else next(iter(arguments[position + 1 :]), None)
-    return found
-
-
-def parse(kind: type[Config] | Callable[..., Config], default: Any = None) -> Config:
-    """Parse the command line; what is wrong with it is told in one line."""
-    complaint = io.StringIO()
-    extra = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed: Config = tyro.cli(kind, config=(tyro.conf.OmitArgPrefixes,), **extra)
-            return parsed
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = re.sub("[^\x00-\x7fΑ-ω…·]|---+", " ", complaint.getvalue())
-        fail(text.split("For full helptext")[0] + f"; see {sys.argv[0]} --help")
-
-
 def warn(message: str | None) -> None:
     """Print a line on stderr, if there is something to say."""
     if message:
         print(f"warning: {printable(message)}", file=sys.stderr)
 
 
-def run(command: Callable[[], dict[str, Any]], *, quiet: bool = False) -> None:
-    """Run a command and print its JSON; turn what went wrong into a line and an exit code."""
+def run(
+    command: Callable[[], Result],
+    summary: Callable[[Result], str] | None = None,
+    *,
+    quiet: bool = False,
+) -> None:
+    """Run a command and print what it gave; turn what went wrong into a line and an exit code.
+
+    Args:
+        command: returns the JSON object.
+        summary: says the same for a person, on stderr.
+        quiet: print neither.
+    """
     try:
         result = command()
         if not quiet:
+            if summary is not None:
+                print("\n" + summary(result), file=sys.stderr)
             print(json.dumps(result))
         # What a full device or a closed pipe does not take shows only here.
         if sys.stdout is not None:

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
 from adavipro_fast import cli
-from adavipro_fast.world import (
+from adavipro_fast.data.world import (
     CLASS_NAMES,
     DOWNSTREAM,
     IMAGE_SIZE,
@@ -140,8 +140,7 @@ def command(config: DemoConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, make, print."""
-    config = cli.parse(DemoConfig)
-    cli.run(lambda: command(config))
+    cli.main(DemoConfig, command)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ import tyro
 from tqdm import tqdm
 
 from adavipro_fast import cli
-from adavipro_fast.artifact import open_artifact
-from adavipro_fast.clip import Precision
-from adavipro_fast.data import DataConfig, Split, load_test
-from adavipro_fast.description import Artifact
+from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.data.metrics import Evaluation, evaluate, mask_figures
+from adavipro_fast.data.sets import DataConfig, load_test
+from adavipro_fast.data.split import Split
 from adavipro_fast.device import slow_precision, torch_device
-from adavipro_fast.metrics import Evaluation, evaluate, mask_figures
-from adavipro_fast.prompt import frame_regions
+from adavipro_fast.method.config import Precision
+from adavipro_fast.method.prompt import frame_regions
+
+SHOWN_CLASSES = 3
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,11 @@ class EvaluateConfig:
     artifact: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine"""
     data: DataConfig = field(default_factory=DataConfig)
-    model: str | None = None
-    """where a checkpoint's encoder now lies (default: as in training)"""
-    pretrained: str | None = None
-    """open_clip tag or path of its weights (default: as in training)"""
+    model: cli.Model = None
+    pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
     """of a checkpoint's encoder"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    device: cli.Device = "auto"
     batch_size: int = 64
     """images at once"""
 
@@ -44,8 +44,7 @@ class EvaluateConfig:
 
 def main() -> None:
     """Parse, evaluate, print."""
-    config = cli.parse(EvaluateConfig)
-    cli.run(lambda: command(config))
+    cli.main(EvaluateConfig, command, summary)
 
 
 def command(config: EvaluateConfig) -> dict[str, Any]:
@@ -81,6 +80,16 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         "mask_adaptivity": figures.adaptivity,
         "mask_placement": figures.placement,
     }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say how accurate it is, and where it is worst."""
+    worst = sorted(result["per_class"].items(), key=lambda entry: entry[1])[:SHOWN_CLASSES]
+    return (
+        f"top-1 {result['top1']:.1f} % of {result['n']} test images, by {result['backend']} "
+        f"({result['provider']}), {result['images_per_s']:.0f} images/s\n"
+        f"worst classes: {', '.join(f'{name} {top1:.0f} %' for name, top1 in worst)}"
+    )
 
 
 def evaluate_artifact(artifact: Artifact, split: Split, batch_size: int) -> Evaluation:

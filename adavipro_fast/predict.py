@@ -8,11 +8,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from adavipro_fast import cli, pictures
-from adavipro_fast.artifact import open_artifact
-from adavipro_fast.clip import Precision
+from adavipro_fast import cli
+from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.data.images import read_pixels
 from adavipro_fast.device import slow_precision, torch_device
-from adavipro_fast.images import read_pixels
+from adavipro_fast.method.config import Precision
+from adavipro_fast.training import pictures
 
 SHOWN_CLASSES = 5
 BATCH = 64
@@ -28,20 +29,16 @@ class PredictConfig:
     """image files"""
     picture: Path | None = None
     """save a picture of the images with the mask laid over them"""
-    model: str | None = None
-    """where a checkpoint's encoder now lies (default: as in training)"""
-    pretrained: str | None = None
-    """open_clip tag or path of its weights (default: as in training)"""
+    model: cli.Model = None
+    pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
     """of a checkpoint's encoder"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    device: cli.Device = "auto"
 
 
 def main() -> None:
     """Parse, predict, print."""
-    config = cli.parse(PredictConfig)
-    cli.run(lambda: command(config))
+    cli.main(PredictConfig, command)
 
 
 def command(config: PredictConfig) -> dict[str, Any]:

@@ -16,15 +16,16 @@ import tyro
 from measure import publish
 
 from adavipro_fast import cli
-from adavipro_fast.artifact import open_artifact
-from adavipro_fast.clip import Precision
-from adavipro_fast.data import DataConfig, Split, load_test
-from adavipro_fast.description import Artifact
+from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.data.metrics import Evaluation
+from adavipro_fast.data.sets import DataConfig, load_test
+from adavipro_fast.data.split import Split
 from adavipro_fast.device import torch_device
 from adavipro_fast.evaluate import evaluate_artifact
 from adavipro_fast.export import to_onnx
-from adavipro_fast.export.to_onnx import Graph, Input
-from adavipro_fast.metrics import Evaluation
+from adavipro_fast.export.to_onnx import Graph
+from adavipro_fast.method.config import Input, Precision
 
 ONNX: tuple[tuple[Graph | None, Precision, Input], ...] = (
     (None, "fp32", "float32"),

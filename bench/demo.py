@@ -11,8 +11,10 @@ from typing import Any
 
 import latency
 
-from adavipro_fast import cli, evaluate, train
+from adavipro_fast import cli, evaluate
 from adavipro_fast.export import to_onnx, to_tensorrt
+from adavipro_fast.training.config import recipe
+from adavipro_fast.training.start import start_run
 
 # TensorRT-RTX builds for a GPU that is not here; this is the RTX 3090 of the paper.
 COMPUTE_CAPABILITY = "8.6"
@@ -25,7 +27,7 @@ def main() -> None:
 
 def demo() -> dict[str, Any]:
     """Run the product's main job from end to end on its embedded default."""
-    result = train.start_run(train.recipe("best"))
+    result = start_run(recipe("best"))
     checkpoint = Path(result["checkpoint"])
     return result | {
         "onnx": export_onnx(checkpoint),

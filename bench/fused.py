@@ -20,13 +20,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from measure import interleaved_ms, publish, summary
+from peers import PaperForm
 from torch import Tensor
 
 from adavipro_fast import PromptConfig, cli
 from adavipro_fast.device import full_fp32, torch_device
-from adavipro_fast.functional import Edge, apply_prompt, decide, logistic_noise
+from adavipro_fast.errors import VerificationError
 from adavipro_fast.kernels import adaptive_prompt as kernels
-from adavipro_fast.prompt import AdaptivePrompt, Kernel
+from adavipro_fast.method.config import Kernel
+from adavipro_fast.method.functional import Edge, apply_prompt, decide, logistic_noise
+from adavipro_fast.method.prompt import AdaptivePrompt
 
 SIDE = 224
 LARGEST_ERROR = 1e-5
@@ -57,10 +60,8 @@ def build(config: FusedConfig, kernel: Kernel, device: torch.device, side: int) 
     prompt = PromptConfig(
         region_size=config.region_size, edge=config.edge, edge_padding="replicate"
     )
-    options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "kernel": kernel}
-    if kernel == "fused" and device.type == "cuda":
-        options["dtype"] = torch.bfloat16
-    return AdaptivePrompt(side, prompt, **options).to(device).train()
+    built = AdaptivePrompt(side, prompt, mean=(0.5,) * 3, std=(0.25,) * 3, kernel=kernel)
+    return built.to(device).train()
 
 
 def gate(config: FusedConfig, device: torch.device) -> float:
@@ -71,17 +72,13 @@ def gate(config: FusedConfig, device: torch.device) -> float:
     """
     side = 2 * config.region_size
     fused, truth = (build(config, kernel, device, side) for kernel in ("fused", "plain"))
-    fused.dtype = torch.float32
     truth.double()
     pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, device=device)
     noise = logistic_noise(0, 0, (3, 2, 2), device)
     upstream = torch.randn(3, 3, side, side, device=device)
     got = fused(pixels, tau=1.0, noise=noise)
-    assert truth.generator is not None
-    kernel, bias = truth.generator.collapsed()
-    delta = torch.nn.functional.conv2d(
-        truth.edges(truth.normalised(pixels)), kernel[None], bias[None], config.region_size, 1
-    )[:, 0]
+    assert truth.template is not None
+    delta = truth.delta(truth.normalised(pixels))
     mask = decide(delta, "hard", tau=1.0, noise=noise.double())
     prompted = apply_prompt(truth.normalised(pixels), truth.template(), mask)
     (got.images * upstream).sum().backward()
@@ -93,7 +90,7 @@ def gate(config: FusedConfig, device: torch.device) -> float:
         pairs.append((ours.grad, theirs.grad))
     worst = max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
     if not worst <= LARGEST_ERROR:
-        raise cli.VerificationError(f"the fused kernel is wrong by {worst:.1e}; no time is printed")
+        raise VerificationError(f"the fused kernel is wrong by {worst:.1e}; no time is printed")
     return worst
 
 
@@ -103,14 +100,12 @@ def variants(config: FusedConfig, device: torch.device) -> dict[str, Callable[[]
     pixels = torch.randint(0, 256, (config.batch, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
     noise = logistic_noise(0, 0, (config.batch, grid, grid), device)
     plain, fused = (build(config, kernel, device, SIDE) for kernel in ("plain", "fused"))
-    assert plain.generator is not None
-    generator = plain.generator
+    written = PaperForm.of(plain)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def paper_form() -> Tensor:
-        images = plain.normalised(pixels)
-        delta = generator(plain.edges(images))
-        mask = decide(delta, "hard", tau=1.0, noise=noise)
-        return apply_prompt(images, plain.template(), mask).bfloat16()
+        prompted: Tensor = written(pixels, tau=1.0, noise=noise).images
+        return prompted.bfloat16()
 
     def collapsed() -> Tensor:
         prompted: Tensor = plain(pixels, tau=1.0, noise=noise).images
@@ -121,7 +116,7 @@ def variants(config: FusedConfig, device: torch.device) -> dict[str, Callable[[]
         "paper_form_compiled": torch.compile(paper_form),
         "collapsed_eager": collapsed,
         "collapsed_compiled": torch.compile(collapsed),
-        "fused": lambda: fused(pixels, tau=1.0, noise=noise).images,
+        "fused": lambda: fused(pixels, dtype=dtype, tau=1.0, noise=noise).images,
     }
 
 

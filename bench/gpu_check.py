@@ -19,9 +19,10 @@ import torch
 from measure import ROOT, machine
 
 from adavipro_fast import PromptConfig, cli
-from adavipro_fast.checkpoint import write_whole
 from adavipro_fast.device import torch_device
-from adavipro_fast.prompt import AdaptivePrompt
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.files.whole import write_whole
+from adavipro_fast.method.prompt import AdaptivePrompt
 
 IMAGES, BATCH, SIDE = 10_000, 250, 224
 
@@ -50,7 +51,7 @@ def run(*arguments: object) -> str:
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        raise cli.VerificationError(f"{' '.join(command)} failed: {done.stdout[-2000:]}")
+        raise VerificationError(f"{' '.join(command)} failed: {done.stdout[-2000:]}")
     return done.stdout
 
 
@@ -117,7 +118,7 @@ def command(config: CheckConfig) -> dict[str, Any]:
     run("-m", "pytest", "-q", "tests/test_kernel.py", "-p", "no:cacheprovider")
     masks = argmax_disagreements(device)
     if masks["different"]:
-        raise cli.VerificationError(f"argmax masks differ: {masks}")
+        raise VerificationError(f"argmax masks differ: {masks}")
     kernels = json.loads(run("bench/fused.py", "--batch", config.batch).splitlines()[-1])["rows"]
     training = json.loads(
         run("bench/training.py", "--batch", config.batch, "--model", config.model).splitlines()[-1]

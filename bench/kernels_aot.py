@@ -26,7 +26,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from adavipro_fast import cli
-from adavipro_fast.checkpoint import write_whole
+from adavipro_fast.files.whole import write_whole
 from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.kernels import regions
 

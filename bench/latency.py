@@ -34,16 +34,21 @@ from PIL import Image
 from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_encoder
-from adavipro_fast.artifact import OnnxArtifact
-from adavipro_fast.checkpoint import checkpoint_of
-from adavipro_fast.clip import DTYPES, Precision
-from adavipro_fast.description import Artifact
+from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.tensorrt import EngineArtifact, compute_capability, runtime_module
+from adavipro_fast.data.images import decode_image
 from adavipro_fast.device import full_fp32, torch_device
-from adavipro_fast.engine import EngineArtifact, compute_capability, runtime_module
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.export import graph as onnx_graph
 from adavipro_fast.export import to_onnx, to_tensorrt, verify
-from adavipro_fast.export.fold import Deployed, folding_obstacle
-from adavipro_fast.images import decode_image
-from adavipro_fast.prompt import Prediction, fused_obstacle
+from adavipro_fast.export.encoder import folding_obstacle
+from adavipro_fast.export.fold import deployed
+from adavipro_fast.export.to_onnx import Graph
+from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.config import DTYPES, Precision
+from adavipro_fast.method.model import Prediction
+from adavipro_fast.method.prompt import fused_obstacle
 
 CLASS_NAMES = tuple(f"class {number}" for number in range(10))
 ONNX = ("baseline", "baseline_again", "pixel", "folded", "baseline_uint8", "folded_uint8")
@@ -105,7 +110,7 @@ class Subject:
     def twin(self) -> AdaViPro:
         """Return the model in the precision and on the device under test."""
         model = AdaViPro(
-            self.model.encoder.in_precision(self.config.precision),
+            self.model.encoder.with_(precision=self.config.precision),
             self.model.class_embeddings,
             self.model.prompt.config,
             kernel="auto",
@@ -130,14 +135,14 @@ class Subject:
         error = (got - expected).abs().max().item()
         cosine = F.cosine_similarity(got, expected, dim=-1).min().item()
         if self.config.precision == "fp32" and not error <= verify.LARGEST_ERROR_FP32:
-            raise cli.VerificationError(f"{row.name}: embeddings differ by {error:.1e}")
+            raise VerificationError(f"{row.name}: embeddings differ by {error:.1e}")
         least = verify.SMALLEST_COSINE if self.config.precision != "bf16" else 0.999
         if not cosine >= least:
-            raise cli.VerificationError(f"{row.name}: the worst cosine is {cosine:.6f}")
+            raise VerificationError(f"{row.name}: the worst cosine is {cosine:.6f}")
         if prompted:
             wrong = (outputs["mask"] != self.expected.mask[:count]) & ~self.near[:count]
             if wrong.any():
-                raise cli.VerificationError(f"{row.name}: {int(wrong.sum())} regions differ")
+                raise VerificationError(f"{row.name}: {int(wrong.sum())} regions differ")
         return replace(row, build_s=row.build_s + first_s)
 
 
@@ -208,18 +213,18 @@ def export(subject: Subject, name: str, folder: Path) -> OnnxArtifact | str:
             input="uint8" if name.endswith("uint8") else "float32",
             baseline=kind == "baseline",
         )
-        module = Deployed(
+        module = deployed(
             subject.model,
             folded=foldable and kind != "pixel",
             dtype=DTYPES[config.precision],
             uint8=wanted.input == "uint8",
             baseline=wanted.baseline,
         )
-        about = to_onnx.describe(stored, wanted, "folded" if kind == "folded" else "pixel")
+        form: Graph = "folded" if kind == "folded" else "pixel"
+        about = to_onnx.describe(stored, wanted, form) | {"baseline": wanted.baseline}
         opset = to_onnx.OPSETS[config.precision]
-        to_onnx.write(
-            module, path, side=subject.model.encoder.preprocess.size, opset=opset, metadata=about
-        )
+        side = subject.model.preprocess.size
+        onnx_graph.write(module, path, side=side, opset=opset, metadata=about)
     return OnnxArtifact.open(path, str(subject.device))
 
 
@@ -280,7 +285,7 @@ def pipeline_rows(subject: Subject, count: int, folder: Path) -> list[Row]:
         classify = partial(class_name, artifact, content, transform)
         expected = expected_name(subject, content, prompted=name.startswith("folded"))
         if (got := classify()["class"]) != expected:
-            raise cli.VerificationError(f"{row.name}: {got}, {expected} is right")
+            raise VerificationError(f"{row.name}: {got}, {expected} is right")
         rows.append(replace(row, work=classify))
     return rows
 

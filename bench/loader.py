@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adavipro_fast.cache import DECODERS
-from adavipro_fast.clip import Preprocess
-from adavipro_fast.data import DataConfig, Split, load_dataset
-from adavipro_fast.images import decode_image
+from adavipro_fast.data.cache import DECODERS
+from adavipro_fast.data.images import decode_image
+from adavipro_fast.data.sets import DataConfig, load_dataset
+from adavipro_fast.data.split import Split
+from adavipro_fast.method.preprocess import Preprocess
 
 # A photograph's usual size on the web; its content is smooth noise, which JPEG stores in 50 kB.
 WIDTH, HEIGHT = 500, 375

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from adavipro_fast.checkpoint import write_whole
+from adavipro_fast.files.whole import write_whole
 
 ROOT = Path(__file__).parents[1]
 LEAST_ROUNDS = 11

@@ -34,14 +34,17 @@ from matplotlib.figure import Figure
 from measure import ROOT
 from PIL import Image
 
-from adavipro_fast import AdaViPro, cli, pictures
-from adavipro_fast.artifact import open_prompt
-from adavipro_fast.checkpoint import write_whole
-from adavipro_fast.data import DataConfig, Split, load_test
-from adavipro_fast.functional import apply_prompt
-from adavipro_fast.metrics import evaluate
-from adavipro_fast.train import recipe
-from adavipro_fast.training import EVAL_BATCH
+from adavipro_fast import AdaViPro, cli
+from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.data.metrics import evaluate
+from adavipro_fast.data.sets import DataConfig, load_test
+from adavipro_fast.data.split import Split
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.files.whole import write_whole
+from adavipro_fast.method.functional import apply_prompt
+from adavipro_fast.training import pictures
+from adavipro_fast.training.config import recipe
+from adavipro_fast.training.trainer import EVAL_BATCH
 
 NINE = (
     *("cifar100", "cifar10", "flowers102", "food101", "eurosat", "sun397", "ucf101", "pets", "dtd"),
@@ -209,7 +212,7 @@ def run_cell(cell: Cell, config: PaperConfig, devices: "SimpleQueue[str]") -> di
     finally:
         devices.put(device)
     if done.returncode:
-        raise cli.VerificationError(f"cell failed: {' '.join(command)}")
+        raise VerificationError(f"cell failed: {' '.join(command)}")
     result = dict(json.loads(done.stdout.splitlines()[-1]))
     write_whole(kept, json.dumps(result, indent=1).encode())
     return result
@@ -274,6 +277,7 @@ def shuffle_masks(cell: Cell, config: PaperConfig) -> float:
 
         def predict(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             mask, images = next(others), model.prompt.normalised(pixels)
+            assert model.prompt.template is not None
             return model.classify(apply_prompt(images, model.prompt.template(), mask), mask)[:2]
 
         return evaluate(predict, test.batches(EVAL_BATCH, torch.device("cpu"))).top1
@@ -282,7 +286,9 @@ def shuffle_masks(cell: Cell, config: PaperConfig) -> float:
 def opened(cell: Cell, config: PaperConfig) -> tuple[AdaViPro, Split]:
     """Open a finished cell's best prompt and its test images."""
     checkpoint = config.cells / cell.key / "checkpoint.safetensors"
-    artifact = open_prompt(checkpoint, config.model, config.pretrained)
+    artifact = TorchArtifact.open(
+        checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
+    )
     source = DataConfig(cell.data, config.data_root)
     return artifact.model, load_test(source, artifact.about.preprocess)[1]
 

@@ -16,10 +16,10 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from adavipro_fast import AdaViPro
-from adavipro_fast.clip import DTYPES, FrozenEncoder, LeanAttention
-from adavipro_fast.export.to_onnx import quiet
-from adavipro_fast.functional import apply_prompt, decide
-from adavipro_fast.prompt import AdaptivePrompt, Prompted
+from adavipro_fast.export.graph import quiet
+from adavipro_fast.method.config import DTYPES
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.prompt import AdaptivePrompt, Sampling
 
 PEERS = "pip install 'adavipro_fast[peers]'"
 Outputs = dict[str, Tensor]
@@ -43,40 +43,30 @@ class Row:
 class PaperForm(AdaptivePrompt):
     """The paper's generator as it is written: 64 full-resolution maps, nothing collapsed."""
 
-    def _plain(
-        self, images: Tensor, tau: float, noise: Tensor | None, seed: int, first: int
-    ) -> Prompted:
-        """Prompt normalised images; noise comes from torch's own generator."""
+    @classmethod
+    def of(cls, prompt: AdaptivePrompt) -> "PaperForm":
+        """Write a prompt in the paper's form; the values are copied."""
+        mean, std = (tuple(part) for part in prompt.mean_std)
+        side = prompt.grid * prompt.config.region_size
+        twin = cls(side, prompt.config, mean=mean, std=std, kernel="plain")
+        twin.load_state_dict(prompt.state_dict())
+        return twin.train(prompt.training).to(prompt.mean.device)
+
+    def delta(self, images: Tensor) -> Tensor:
+        """Compute Δ of normalised images, uncollapsed."""
         assert self.generator is not None
-        delta = self.generator(self.edges(images))
-        if noise is None and self.training:
-            noise = torch.logit(torch.rand_like(delta), eps=1e-6)
-        mask = decide(delta, "hard" if self.training else "argmax", tau=tau, noise=noise)
-        return Prompted(apply_prompt(images, self.template(), mask), delta, mask)
+        uncollapsed: Tensor = self.generator(self.edges(images))
+        return uncollapsed
 
-
-def with_stock_attention(encoder: FrozenEncoder) -> FrozenEncoder:
-    """Return a copy of an encoder `in_precision` with PyTorch's own attention."""
-    twin = copy.deepcopy(encoder)
-    for module in twin.modules():
-        if isinstance(module, LeanAttention):
-            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
-    return twin
+    def _noise(self, drawn: Sampling, delta: Tensor) -> Tensor:
+        """Draw from torch's own generator."""
+        return torch.logit(torch.rand_like(delta), eps=1e-6) if drawn.noise is None else drawn.noise
 
 
 def in_paper_form(model: AdaViPro) -> AdaViPro:
-    """Return the model with its prompt computed as the paper writes it; weights are shared."""
-    prompt = model.prompt
-    twin = AdaViPro(model.encoder, model.class_embeddings, prompt.config)
-    mean, std = prompt.mean_std
-    twin.prompt = PaperForm(
-        model.encoder.preprocess.size,
-        prompt.config,
-        mean=tuple(mean),
-        std=tuple(std),
-        kernel="plain",
-    )
-    twin.prompt.load_state_dict(prompt.state_dict())
+    """Return the model with its prompt computed as the paper writes it."""
+    twin = AdaViPro(model.encoder, model.class_embeddings, model.config)
+    twin.prompt = PaperForm.of(model.prompt)
     return twin.train(model.training).to(model.class_embeddings.device)
 
 

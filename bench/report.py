@@ -17,7 +17,7 @@ from typing import Any
 from measure import ROOT, draw
 
 from adavipro_fast import cli
-from adavipro_fast.checkpoint import write_whole
+from adavipro_fast.files.whole import write_whole
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "evidence.md")
 RESULTS = ROOT / "bench" / "results"

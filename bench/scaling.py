@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from measure import publish
 
-from adavipro_fast import PromptConfig, cli, distributed
-from adavipro_fast.clip import load_encoder
+from adavipro_fast import PromptConfig, cli
 from adavipro_fast.device import torch_device
-from adavipro_fast.prompt import AdaptivePrompt
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.method.clip import load_encoder
+from adavipro_fast.method.prompt import AdaptivePrompt
+from adavipro_fast.training import group as distributed
 
 MESSAGES = 50
 
@@ -57,7 +59,7 @@ def torchrun(processes: int, config: ScalingConfig, program: list[str]) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise cli.VerificationError(f"{' '.join(command)} failed")
+        raise VerificationError(f"{' '.join(command)} failed")
     return done.stdout
 
 

@@ -24,7 +24,7 @@ from measure import draw, interleaved_ms, paired_ratio, publish, ratio_interval,
 from peers import Row
 
 from adavipro_fast import cli
-from adavipro_fast.clip import Precision
+from adavipro_fast.method.config import Precision
 
 SATURATED = 0.95
 QUICK_SIZES = (1, 8)

@@ -33,12 +33,15 @@ from measure import (
     synchronise,
     timed_ms,
 )
-from peers import in_paper_form, with_stock_attention
+from peers import in_paper_form
 
-from adavipro_fast import AdaViPro, cli, load_encoder, train
-from adavipro_fast.clip import FrozenEncoder, Precision
+from adavipro_fast import AdaViPro, cli, load_encoder
 from adavipro_fast.device import full_fp32, torch_device
-from adavipro_fast.prompt import Method, Prompted
+from adavipro_fast.method.config import Method, Precision
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.prompt import Prompted
+from adavipro_fast.training.config import recipe
+from adavipro_fast.training.start import start_run
 
 NAMES = ("vp", "vp_stock_attention", "adavipro_paper_form", "adavipro")
 CLASSES = 100
@@ -83,14 +86,13 @@ class Step:
 
     def __init__(self, name: str, encoder: FrozenEncoder, config: TrainingConfig) -> None:
         self.device = torch_device(config.device)
-        if name == "vp_stock_attention":
-            encoder = with_stock_attention(encoder)
+        encoder = encoder.with_(precision=config.precision, lean=name != "vp_stock_attention")
         side = encoder.preprocess.size
         with torch.no_grad():
             width = encoder(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
         embeddings = F.normalize(torch.randn(CLASSES, width), dim=-1)
         method: Method = "vp" if name.startswith("vp") else "adavipro"
-        prompt = replace(train.recipe("best").prompt, method=method)
+        prompt = replace(recipe("best").prompt, method=method)
         model = AdaViPro(encoder, embeddings, prompt).to(self.device).train()
         self.model = in_paper_form(model) if name == "adavipro_paper_form" else model
         self.optimiser = torch.optim.SGD(self.model.prompt.parameters(), lr=1e-3, momentum=0.9)
@@ -164,7 +166,7 @@ def command(config: TrainingConfig) -> dict[str, Any]:
     if config.quick:
         config = replace(config, rounds=2, to_accuracy=0.0, batch=min(config.batch, 4))
     device = torch_device(config.device)
-    encoder = load_encoder(config.model).in_precision(config.precision).to(device)
+    encoder = load_encoder(config.model).to(device)
     rows = step_rows(encoder, config)
     count = config.batch * (2 if config.quick else 8)
     rows += loader_rows(encoder.preprocess, device, count=count, batch=config.batch)
@@ -237,7 +239,7 @@ def own_peak_mib(config: TrainingConfig) -> float:
     """Run a row's step here and return the peak memory of this process or of its GPU, MiB."""
     assert config.only is not None
     device = torch_device(config.device)
-    encoder = load_encoder(config.model).in_precision(config.precision).to(device)
+    encoder = load_encoder(config.model).to(device)
     step = Step(config.only, encoder, config)
     if config.only == "adavipro_plain":
         step.model.prompt.kernel = "plain"
@@ -275,12 +277,12 @@ def accuracy_row(method: Method, config: TrainingConfig) -> dict[str, Any]:
     """Train the demo until an epoch's validation accuracy reaches what was asked for."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        recipe = train.recipe("best")
-        train.start_run(
+        best = recipe("best")
+        start_run(
             replace(
-                recipe,
-                prompt=replace(recipe.prompt, method=method),
-                optimiser=replace(recipe.optimiser, epochs=DEMO_EPOCHS),
+                best,
+                prompt=replace(best.prompt, method=method),
+                optimiser=replace(best.optimiser, epochs=DEMO_EPOCHS),
                 device=config.device,
                 output=output,
             )

@@ -1,6 +1,6 @@
 """The deployed graph: argmax mask path, prompt and frozen encoder as one module without a choice.
 
-Two forms give the same outputs:
+Two forms of a prompt give the same outputs:
 
     folded   the patch embedding E is linear and patches do not overlap, so
              E(x + dilate(m) ⊙ P) = E(x) + Σ_r m_r T_r with a constant table T_r = E(P on region r)
@@ -11,165 +11,18 @@ the collapsed generator. The mask path stays in fp32 whatever the encoder's prec
 """
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import (
-    AttentionalPooler,
-    LayerScale,
-    ResidualAttentionBlock,
     VisionTransformer,
 )
 from torch import Tensor, nn
 
-from adavipro_fast.functional import LAPLACIAN, SOBEL_X, apply_prompt, region_logit
-from adavipro_fast.prompt import AdaptivePrompt, AdaViPro
-
-
-def folding_obstacle(visual: nn.Module) -> str | None:
-    """Say what keeps an image tower from the folded form."""
-    if not isinstance(visual, VisionTransformer):
-        return f"{type(visual).__name__} has no patch embedding to fold the prompt into"
-    if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
-        return "its pooling attends to tokens, which the folded form does not know"
-    blocks = visual.transformer.resblocks
-    if not all(type(block) is ResidualAttentionBlock for block in blocks):
-        return f"its blocks are {type(blocks[0]).__name__}, which the folded form does not know"
-    return None
-
-
-def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """Normalise in fp32, whatever the dtype that comes in and goes out."""
-    if isinstance(norm, nn.Identity):
-        return x
-    assert isinstance(norm, nn.LayerNorm)
-    wide = F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return wide.to(x.dtype)
-
-
-class Block(nn.Module):
-    """A residual attention block with packed projections.
-
-    Args:
-        block: open_clip's.
-        dtype: of the matrix products.
-        first_only: compute the first token's output alone, all that a class-token tower reads.
-    """
-
-    def __init__(self, block: Any, dtype: torch.dtype, *, first_only: bool) -> None:
-        super().__init__()
-        self.heads, self.first_only = block.attn.num_heads, first_only
-        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
-        self.ls_1, self.ls_2 = block.ls_1, block.ls_2
-        width = block.attn.embed_dim
-        self.qkv = nn.Linear(width, 3 * width, device="meta")
-        # The query's share of the weights carries attention's 1 / √width.
-        scale = torch.ones(3, width, dtype=torch.double)
-        scale[0] = (width / self.heads) ** -0.5
-        weight, bias = block.attn.in_proj_weight.detach(), block.attn.in_proj_bias.detach()
-        self.qkv.weight = nn.Parameter((weight * scale.view(-1, 1)).to(dtype))
-        self.qkv.bias = nn.Parameter((bias * scale.view(-1)).to(dtype))
-        self.out, self.mlp = block.attn.out_proj, block.mlp
-        for part in (self.out, self.mlp):
-            part.to(dtype)
-        if isinstance(self.ls_1, LayerScale):
-            self.ls_1.to(dtype)
-            self.ls_2.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform tokens (B, N, W)."""
-        query, key, value = self.qkv(layer_norm(x, self.ln_1)).chunk(3, -1)
-        if self.first_only:
-            query, x = query[:, :1], x[:, :1]
-        mixed = attention(*(split_heads(part, self.heads) for part in (query, key, value)))
-        x = x + self.ls_1(self.out(mixed.transpose(1, 2).flatten(2)))
-        out: Tensor = x + self.ls_2(self.mlp(layer_norm(x, self.ln_2)))
-        return out
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Split (B, N, W) into heads (B, H, N, W / H)."""
-    split: Tensor = x.unflatten(2, (heads, -1))
-    return split.transpose(1, 2)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend: softmax(q kᵀ) v of (B, H, N, width), the softmax in fp32.
-
-    In half precision it is one node, but for a single query, for which TensorRT has no such kernel.
-    """
-    if query.dtype != torch.float32 and query.shape[2] > 1:
-        return F.scaled_dot_product_attention(query, key, value, scale=1.0)
-    scores = query @ key.transpose(2, 3)
-    return scores.float().softmax(-1).to(value.dtype) @ value
-
-
-class Trunk(nn.Module):
-    """A vision transformer from patch tokens (B, N, W) to the pooled embedding (B, E)."""
-
-    def __init__(self, visual: VisionTransformer, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.class_token = visual.pool_type == "tok"
-        self.pool_first = visual.final_ln_after_pool
-        self.ln_pre, self.ln_post = visual.ln_pre, visual.ln_post
-        positions = visual.positional_embedding.detach().double().clone()
-        positions[0] += visual.class_embedding.detach()
-        self.positions = nn.Parameter(positions.to(dtype))
-        last = len(visual.transformer.resblocks) - 1
-        self.blocks = nn.ModuleList(
-            Block(block, dtype, first_only=self.class_token and number == last)
-            for number, block in enumerate(visual.transformer.resblocks)
-        )
-        # What is left of the embedding's accuracy is not rounded away at its last step.
-        self.proj = nn.Parameter(visual.proj.detach().float())
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Encode patch tokens (B, N, W)."""
-        # An empty row in front, which the class token and its position fill: no dynamic shape.
-        x = layer_norm(F.pad(patches, (0, 0, 1, 0)) + self.positions, self.ln_pre)
-        for block in self.blocks:
-            x = block(x)
-        if self.class_token:
-            return layer_norm(x[:, 0].float(), self.ln_post) @ self.proj
-        x = x[:, 1:].float()
-        pooled = layer_norm(x.mean(1), self.ln_post)
-        if not self.pool_first:
-            pooled = layer_norm(x, self.ln_post).mean(1)
-        return pooled @ self.proj
-
-
-class PatchEmbedding(nn.Module):
-    """Images (B, 3, S, S) to patch tokens (B, N, W).
-
-    Args:
-        visual: the tower.
-        scale: (3,), a of x = a·u + c, folded into the weights.
-        shift: (3,), c.
-        dtype: of the convolution.
-    """
-
-    def __init__(
-        self, visual: VisionTransformer, scale: Tensor, shift: Tensor, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        weight = visual.conv1.weight.detach().double()
-        self.stride = weight.shape[-1]
-        scaled = weight * scale.double().view(3, 1, 1)
-        self.weight = nn.Parameter(scaled.to(dtype))
-        # Of the rounded weights, so that their rounding meets centred pixels, not bytes.
-        offset = (shift / scale).double().view(3, 1, 1)
-        bias = (self.weight.detach().double() * offset).sum((1, 2, 3))
-        if visual.conv1.bias is not None:
-            bias += visual.conv1.bias.detach().double()
-        # In the convolution, where it is added before the sum is rounded.
-        self.bias = nn.Parameter(bias.to(dtype)) if bool(bias.any()) else None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embed images."""
-        images = images.to(self.weight.dtype)
-        tokens = F.conv2d(images, self.weight, self.bias, stride=self.stride)
-        return tokens.flatten(2).transpose(1, 2)
+from adavipro_fast.export.encoder import Head, PatchEmbedding, Trunk, Whole, folding_obstacle
+from adavipro_fast.method.functional import LAPLACIAN, SOBEL_X, apply_prompt, region_logit
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.prompt import AdaptivePrompt
 
 
 class TokenTable(nn.Module):
@@ -224,7 +77,7 @@ class TokenTable(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """The collapsed generator on images x = a·u + c: images (B, 3, S, S) to Δ (B, G, G), fp32.
+    """The collapsed generator on images x = a·u + c: images (B, 3, S, S) to Δ > 0 (B, G, G), fp32.
 
     Linear detectors put a and c into K and a constant map; the others take a's magnitude into K,
     and c matters only where zero padding makes an edge of it.
@@ -251,11 +104,12 @@ class MaskHead(nn.Module):
         if self.generator is not None:
             return
         kernel, bias = (part.detach() for part in prompt.generator.collapsed())
+        # As a convolution takes it: no node shapes it.
         self.kernel = nn.Parameter((kernel * self.scale)[None])
         self.bias = nn.Parameter(bias.view(1))
         self.constant = None
         if linear and bool(shift.any()):
-            side = prompt.template.shape[-1]
+            side = prompt.grid * config.region_size
             shifted = self.edges(shift.view(1, 3, 1, 1).expand(1, 3, side, side))
             self.constant = nn.Parameter(region_logit(shifted, kernel, torch.zeros(())))
 
@@ -277,149 +131,150 @@ class MaskHead(nn.Module):
         if self.centre:
             images = images + self.offset
         if self.generator is not None:
-            delta: Tensor = self.generator(self.edges(images) * self.scale)
-            return delta
-        region = self.kernel.shape[-1] - 2
+            uncollapsed: Tensor = self.generator(self.edges(images) * self.scale)
+            return uncollapsed > 0
         edges = self.edges(images)
+        region = self.kernel.shape[-1] - 2
         delta = F.conv2d(edges, self.kernel, self.bias, stride=region, padding=1).squeeze(1)
-        return delta if self.constant is None else delta + self.constant
+        return (delta if self.constant is None else delta + self.constant) > 0
 
 
-class Deployed(nn.Module):
-    """What is exported: images (B, 3, S, S) to logits (B, K), mask (B, G, G), embedding (B, E).
+class Always(nn.Module):
+    """A mask that is open everywhere: images (B, 3, S, S) to (B, G, G) bool."""
+
+    def __init__(self, grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Decide."""
+        # True, of the batch's size without a node that computes shapes, which would run on the
+        # host and keep a GPU waiting.
+        return images[:, 0, : self.grid, : self.grid].abs() >= 0
+
+
+class Affine(nn.Module):
+    """Pixels u to the encoder's x = a·u + c."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.stack([scale, shift]).view(2, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise images (B, 3, S, S)."""
+        return images * self.values[0] + self.values[1]
+
+
+class Plain(nn.Module):
+    """The encoder and its head: image (B, 3, S, S) to logits (B, K) and embedding (B, E).
 
     Args:
-        model: trained prompt and encoder; stays as it is.
-        folded: the prompt as a token table; else on the pixels.
+        model: trained; its modules are taken over.
+        folded: the tower in the form that a prompt is folded into; else as it is.
         dtype: of the encoder's matrix products.
         uint8: images are RGB pixels 0-255; else normalised floats.
-        baseline: leave the prompt out; outputs are logits and embedding.
     """
 
-    classes: Tensor
+    outputs: tuple[str, ...] = ("logits", "embedding")
 
-    def __init__(
-        self,
-        model: AdaViPro,
-        *,
-        folded: bool = True,
-        dtype: torch.dtype = torch.float32,
-        uint8: bool = False,
-        baseline: bool = False,
-    ) -> None:
+    def __init__(self, model: AdaViPro, *, folded: bool, dtype: torch.dtype, uint8: bool) -> None:
         super().__init__()
-        model = copy.deepcopy(model).cpu().eval()
         visual, prompt = model.encoder.visual, model.prompt
-        obstacle = folding_obstacle(visual)
-        if folded and obstacle:
-            raise ValueError(f"this encoder cannot be folded: {obstacle}; use --graph pixel")
-        self.uint8, self.baseline, self.grid = uint8, baseline, prompt.grid
-        scale = 1 / (255 * prompt.std) if uint8 else torch.ones(3)
-        shift = -prompt.mean / prompt.std if uint8 else torch.zeros(3)
-        self.head = None
-        if prompt.generator is not None and not baseline:
-            self.head = MaskHead(prompt, scale, shift)
-        template = prompt.template().detach()
-        self.template = None
-        self.table = None
-        if folded and not baseline:
-            self.table = TokenTable(visual, template, prompt.grid, dtype)
-        elif not baseline:
-            self.template = nn.Parameter(template)
-        self.affine = None
-        if uint8 and not folded:
-            self.affine = nn.Parameter(torch.stack([scale, shift]).view(2, 3, 1, 1))
-            scale, shift = torch.ones(3), torch.zeros(3)
+        self.uint8 = uint8
+        self.scale = 1 / (255 * prompt.std) if uint8 else torch.ones(3)
+        self.shift = -prompt.mean / prompt.std if uint8 else torch.zeros(3)
+        affine = (self.scale, self.shift) if folded else (torch.ones(3), torch.zeros(3))
+        self.normalise = Affine(self.scale, self.shift) if uint8 and not folded else nn.Identity()
+        self.head = Head(model)
         self.patches: nn.Module = nn.Identity()
-        self.trunk: nn.Module = Whole(visual, dtype) if obstacle else nn.Identity()
-        if obstacle is None:
-            self.patches = PatchEmbedding(visual, scale, shift, dtype)
+        if folding_obstacle(visual):
+            self.trunk: nn.Module = Whole(visual, dtype)
+        else:
+            self.patches = PatchEmbedding(visual, *affine, dtype)
             self.trunk = Trunk(visual, dtype)
-        rows = model.class_embeddings * model.encoder.logit_scale
-        self.register_buffer("classes", rows.t().contiguous())
-
-    def decide(self, pixels: Tensor) -> Tensor:
-        """Decide where the prompt applies: (B, G, G) bool."""
-        if self.head is None:
-            # True, of the batch's size without a node that computes shapes, which would run on
-            # the host and keep a GPU waiting.
-            return pixels[:, 0, : self.grid, : self.grid].abs() >= 0
-        delta: Tensor = self.head(pixels)
-        return delta > 0
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Classify."""
-        pixels = image.float() if self.uint8 else image
-        mask = self.decide(pixels)
-        if self.affine is not None:
-            pixels = pixels * self.affine[0] + self.affine[1]
-        if self.template is not None:
-            pixels = apply_prompt(pixels, self.template, mask.to(pixels.dtype))
-        tokens = self.patches(pixels)
-        if self.table is not None:
-            tokens = self.table(tokens, mask)
-        embedding = self.trunk(tokens).float()
-        embedding = embedding / embedding.norm(dim=-1, keepdim=True)
-        logits = embedding @ self.classes
-        return (logits, embedding) if self.baseline else (logits, mask.int(), embedding)
+        return self.classify(self.patches(self.normalise(image.float())))
+
+    def classify(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Go on from patch tokens, or from pixels where the tower is taken whole."""
+        logits, embedding = self.head(self.trunk(tokens))
+        return logits, embedding
 
 
-class Whole(nn.Module):
-    """Any image tower as it is, in `dtype`, its LayerNorms in fp32."""
+class Pixel(Plain):
+    """The prompt on the pixels; outputs are `Plain`'s and the mask (B, G, G)."""
 
-    def __init__(self, visual: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.visual, self.dtype = visual.to(dtype), dtype
-        for kind, deployed in ((AttentionalPooler, Pooler), (nn.LayerNorm, WideLayerNorm)):
-            for name, module in list(visual.named_modules()):
-                if isinstance(module, kind):
-                    parent, _, attribute = name.rpartition(".")
-                    setattr(visual.get_submodule(parent), attribute, deployed(module))
+    outputs = ("logits", "mask", "embedding")
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode normalised images."""
-        embedding: Tensor = self.visual(images.to(self.dtype))
-        return embedding
+    def __init__(self, model: AdaViPro, *, folded: bool, dtype: torch.dtype, uint8: bool) -> None:
+        super().__init__(model, folded=folded, dtype=dtype, uint8=uint8)
+        prompt = model.prompt
+        assert prompt.template is not None
+        self.decide: nn.Module = Always(prompt.grid)
+        if prompt.generator is not None:
+            self.decide = MaskHead(prompt, self.scale, self.shift)
+        self.prompt_by(model, prompt.template().detach(), dtype)
 
+    def prompt_by(self, model: AdaViPro, template: Tensor, dtype: torch.dtype) -> None:
+        """Keep the template (3, S, S)."""
+        self.template = nn.Parameter(template)
 
-class Pooler(nn.Module):
-    """open_clip's attentional pooling; its queries are constants, shared by all images."""
-
-    def __init__(self, pooler: AttentionalPooler) -> None:
-        super().__init__()
-        attn, self.ln_k = pooler.attn, pooler.ln_k
-        self.out, self.heads = attn.out_proj, attn.num_heads
-        if attn.in_proj_weight is None:
-            weights = [attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight]
-        else:
-            weights = list(attn.in_proj_weight.chunk(3))
-        biases = attn.in_proj_bias.chunk(3)
-        scale = (attn.embed_dim / self.heads) ** -0.5
-        query = F.linear(pooler.ln_q(pooler.query), weights[0], biases[0]) * scale
-        self.query = nn.Parameter(split_heads(query[None], self.heads).detach())
-        self.weights = nn.ParameterList(weight.detach() for weight in weights[1:])
-        self.biases = nn.ParameterList(bias.detach() for bias in biases[1:])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool tokens (B, N, W) into (B, queries, W)."""
-        x = self.ln_k(x)
-        key, value = (
-            split_heads(F.linear(x, weight, bias), self.heads)
-            for weight, bias in zip(self.weights, self.biases, strict=True)
+    def prompted(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Return the tokens of prompted pixels."""
+        normalised = self.normalise(pixels)
+        tokens: Tensor = self.patches(
+            apply_prompt(normalised, self.template, mask.to(normalised.dtype))
         )
-        weights = (self.query @ key.transpose(2, 3)).float().softmax(-1).to(value.dtype)
-        pooled: Tensor = self.out((weights @ value).transpose(1, 2).flatten(2))
-        return pooled
+        return tokens
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Classify."""
+        pixels = image.float()
+        mask = self.decide(pixels)
+        logits, embedding = self.classify(self.prompted(pixels, mask))
+        return logits, mask.int(), embedding
 
 
-class WideLayerNorm(nn.Module):
-    """A LayerNorm of any kind, such as timm's over channels, run in fp32."""
+class Folded(Pixel):
+    """The prompt as a table of token rows."""
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.norm = norm.float()
+    def prompt_by(self, model: AdaViPro, template: Tensor, dtype: torch.dtype) -> None:
+        """Keep what the template (3, S, S) adds to the tokens."""
+        self.table = TokenTable(model.encoder.visual, template, model.prompt.grid, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise."""
-        wide: Tensor = self.norm(x.float())
-        return wide.to(x.dtype)
+    def prompted(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Return the tokens of pixels with the open regions' rows added."""
+        tokens: Tensor = self.table(self.patches(pixels), mask)
+        return tokens
+
+
+def deployed(
+    model: AdaViPro,
+    *,
+    folded: bool = True,
+    dtype: torch.dtype = torch.float32,
+    uint8: bool = False,
+    baseline: bool = False,
+) -> Plain:
+    """Build what is exported.
+
+    Args:
+        model: trained; stays as it is.
+        folded: the prompt as a token table; else on the pixels.
+        dtype: of the encoder's matrix products.
+        uint8: images are RGB pixels 0-255; else normalised floats.
+        baseline: leave the prompt out.
+
+    Raises:
+        ValueError: the encoder cannot be folded.
+    """
+    obstacle = folding_obstacle(model.encoder.visual)
+    if folded and obstacle:
+        raise ValueError(f"this encoder cannot be folded: {obstacle}; use --graph pixel")
+    kind: type[Plain] = Folded if folded else Pixel
+    if baseline or model.prompt.template is None:
+        kind = Plain
+    own = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    return kind(own, folded=folded, dtype=dtype, uint8=uint8)

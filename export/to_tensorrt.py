@@ -4,43 +4,38 @@ One strongly typed path for TensorRT (on the GPU it is built for) and TensorRT-R
 GPU, also on a machine without one). What an engine cannot hold lies in `F.engine.json`.
 """
 
-import hashlib
 import json
 import tempfile
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-import onnx
 import torch
 import tyro
-from tqdm import tqdm
 
 from adavipro_fast import cli
-from adavipro_fast.artifact import describe_onnx, open_prompt
-from adavipro_fast.checkpoint import FORMAT, write_whole
-from adavipro_fast.clip import Precision
-from adavipro_fast.description import Description, file_sha256
-from adavipro_fast.engine import (
+from adavipro_fast.artifact.description import Description
+from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.artifact.tensorrt import (
     EngineArtifact,
     compute_capability,
     runtime_module,
     sidecar_path,
     sidecar_sha256,
 )
+from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import to_onnx
+from adavipro_fast.export.graph import named_when_whole
+from adavipro_fast.export.network import Network, prove_precision
 from adavipro_fast.export.verify import compare, sample_batches
+from adavipro_fast.files.checkpoint import FORMAT
+from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.method.config import Input, Precision
 
 Runtime = Literal["auto", "tensorrt", "tensorrt-rtx"]
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# TensorRT's names of the types.
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "ATTENTION", "ATTENTION_INPUT")
-# The mask path's convolutions, the last projection and the logits stay in fp32.
-WIDE_PRODUCTS = 5
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class TensorRtConfig:
     """of a checkpoint's encoder (default: fp16); an .onnx file has its own"""
     batch: str = "1,16,256"
     """smallest, usual and largest batch: MIN,OPT,MAX"""
-    input: to_onnx.Input = "float32"
+    input: Input = "float32"
     """of a checkpoint: normalised floats, or RGB bytes 0-255"""
     baseline: bool = False
     """of a checkpoint: the frozen encoder without a prompt"""
@@ -67,18 +62,14 @@ class TensorRtConfig:
     """0 builds fastest, 5 searches longest"""
     timing_cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "adavipro_fast")
     """where TensorRT's timings are kept, by version and GPU"""
-    images: Path | None = None
-    """folder of images to verify with (default: procedural ones)"""
-    model: str | None = None
-    """where a checkpoint's encoder now lies (default: as in training)"""
-    pretrained: str | None = None
-    """open_clip tag or path of its weights (default: as in training)"""
+    images: cli.Images = None
+    model: cli.Model = None
+    pretrained: cli.Pretrained = None
 
 
 def main() -> None:
     """Parse, build, print."""
-    config = cli.parse(TensorRtConfig)
-    cli.run(lambda: command(config))
+    cli.main(TensorRtConfig, command, summary)
 
 
 def command(config: TensorRtConfig) -> dict[str, Any]:
@@ -95,13 +86,20 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
     runtime = choose_runtime(config.runtime)
     trt = runtime_module(runtime)
     capabilities = choose_capabilities(trt, runtime, config.compute_capability)
-    with to_onnx.named_when_whole(config.output) as path:
+    with named_when_whole(config.output) as path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             source = onnx_source(config, Path(folder))
             about = describe_onnx(source)
             began = time.perf_counter()
             network = Network(trt, runtime, source)
-            path.write_bytes(network.build(batch, about.preprocess.size, capabilities, config))
+            plan = network.build(
+                batch,
+                about.preprocess.size,
+                capabilities,
+                level=config.builder_level,
+                timings=config.timing_cache,
+            )
+            path.write_bytes(plan)
             seconds = time.perf_counter() - began
             types = network.types()
             prove_precision(types["products"], about.precision)
@@ -119,8 +117,19 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
         sidecar |= verify(path, config, capabilities)
         write_sidecar(path, sidecar)
         size = path.stat().st_size
-    told = {key: value for key, value in sidecar.items() if key != "class_names"}
-    return {**told, "path": str(config.output), "build_seconds": seconds, "bytes": size}
+    rest = {key: value for key, value in sidecar.items() if key != "class_names"}
+    return {**rest, "path": str(config.output), "build_seconds": seconds, "bytes": size}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say what was built for which GPUs, and whether it was run."""
+    checked = "verified on this GPU" if result["verified"] else f"not run: {result['reason']}"
+    return (
+        f"{result['path']}: {result['runtime']} {result['runtime_version']}, "
+        f"{result['precision']}, for compute capability "
+        f"{', '.join(result['compute_capabilities'])}, {result['bytes'] / 1e6:.1f} MB, built in "
+        f"{result['build_seconds']:.0f} s\n{checked}"
+    )
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:
@@ -212,6 +221,7 @@ def describe(about: Description, source: Path) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **asdict(about),
+        "config": about.config.stored(),
         "preprocess": about.preprocess.stored(),
         "onnx_sha256": file_sha256(source),
     }
@@ -223,158 +233,6 @@ def write_sidecar(engine: Path, values: dict[str, Any]) -> None:
     values = json.loads(json.dumps(values))
     text = json.dumps(values | {"sidecar_sha256": sidecar_sha256(values)}, indent=1)
     sidecar_path(engine).write_text(text + "\n")
-
-
-class Network:
-    """A parsed, strongly typed network.
-
-    Raises:
-        ValueError: the parser does not take the graph.
-    """
-
-    def __init__(self, trt: ModuleType, runtime: str, source: Path) -> None:
-        self.trt, self.runtime = trt, runtime
-        self.logger = trt.Logger(trt.Logger.ERROR)
-        self.builder = trt.Builder(self.logger)
-        flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        self.definition = self.builder.create_network(flag)
-        self.parser = trt.OnnxParser(self.definition, self.logger)
-        model = onnx.load(source, load_external_data=False)
-        for node in model.graph.node:
-            # TensorRT's attention keeps its softmax in fp32 and refuses to be told so.
-            kept = [a for a in node.attribute if a.name != "softmax_precision"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-        if not self.parser.parse(model.SerializeToString(), str(source)):
-            errors = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
-            raise ValueError(f"{runtime} cannot import {source}: {'; '.join(errors[:3])}")
-
-    def build(
-        self,
-        batch: tuple[int, int, int],
-        side: int,
-        capabilities: list[str],
-        config: TensorRtConfig,
-    ) -> bytes:
-        """Build the engine.
-
-        Raises:
-            ValueError: the builder gave up.
-        """
-        options = self.options(batch, side, capabilities, config.builder_level)
-        if self.runtime == "tensorrt-rtx":
-            plan = self.builder.build_serialized_network(self.definition, options)
-        else:
-            plan = self._build_with_timings(options, config.timing_cache)
-        if plan is None:
-            raise ValueError(
-                f"{self.runtime} could not build the engine; its messages are above; try another "
-                "--precision or a smaller --batch"
-            )
-        return bytes(plan)
-
-    def options(
-        self, batch: tuple[int, int, int], side: int, capabilities: list[str], level: int
-    ) -> Any:
-        """Return how to build: batch sizes, GPUs, and fp32 that is fp32."""
-        trt = self.trt
-        options = self.builder.create_builder_config()
-        # On by default; it would turn decisions near 0.
-        options.clear_flag(trt.BuilderFlag.TF32)
-        options.builder_optimization_level = level
-        options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        options.progress_monitor = progress(trt)
-        profile = self.builder.create_optimization_profile()
-        profile.set_shape("image", *((size, 3, side, side) for size in batch))
-        options.add_optimization_profile(profile)
-        if self.runtime == "tensorrt-rtx":
-            options.num_compute_capabilities = len(capabilities)
-            for index, capability in enumerate(capabilities):
-                known = trt.ComputeCapability.__members__["SM" + capability.replace(".", "")]
-                options.set_compute_capability(known, index)
-        return options
-
-    def _build_with_timings(self, options: Any, folder: Path) -> Any:
-        """Build with the timings that earlier builds of this version and GPU measured.
-
-        Raises:
-            ValueError: they are damaged or of another version or GPU.
-        """
-        gpu = torch.cuda.get_device_name().replace(" ", "-")
-        path = folder / f"{self.trt.__version__}-{gpu}.timings"
-        cache = options.create_timing_cache(read_timings(path))
-        if cache is None or not options.set_timing_cache(cache, ignore_mismatch=False):
-            raise ValueError(f"{self.runtime} does not take the timings in {path}; remove it")
-        plan = self.builder.build_serialized_network(self.definition, options)
-        write_timings(path, bytes(options.get_timing_cache().serialize()))
-        return plan
-
-    def types(self) -> dict[str, Counter[str]]:
-        """Count the types of tensors, and those of matrix products.
-
-        A strongly typed engine keeps the types of its network.
-        """
-        tensors: Counter[str] = Counter()
-        products: Counter[str] = Counter()
-        for index in range(self.definition.num_layers):
-            layer = self.definition.get_layer(index)
-            kind = layer.get_output(0).dtype.name
-            name = TYPES.get(kind, kind.lower())
-            tensors[name] += 1
-            if layer.type.name in PRODUCTS:
-                products[name] += 1
-        return {"tensors": tensors, "products": products}
-
-
-def write_timings(path: Path, timings: bytes) -> None:
-    """Write TensorRT's timings behind their sha256."""
-    write_whole(path, hashlib.sha256(timings).digest() + timings)
-
-
-def read_timings(path: Path) -> bytes:
-    """Read what `write_timings` wrote; nothing where there is no file.
-
-    Raises:
-        ValueError: damaged.
-    """
-    if not path.is_file():
-        return b""
-    content = path.read_bytes()
-    digest, timings = content[:32], content[32:]
-    if hashlib.sha256(timings).digest() != digest:
-        raise ValueError(f"timing cache {path} is damaged; remove it")
-    return timings
-
-
-def progress(trt: ModuleType) -> Any:
-    """Show a build's phases as progress bars."""
-
-    class Progress(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.bars: dict[str, tqdm[Any]] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.bars[phase_name] = tqdm(desc=phase_name, total=num_steps, leave=False)
-
-        def phase_finish(self, phase_name: str) -> None:
-            self.bars.pop(phase_name).close()
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            self.bars[phase_name].update(step + 1 - self.bars[phase_name].n)
-            return True
-
-    return Progress()
-
-
-def prove_precision(products: Counter[str], precision: str) -> None:
-    """Raise VerificationError unless the matrix products are in `precision`."""
-    wanted = DTYPES[precision]
-    others = sum(products.values()) - products[wanted]
-    if products[wanted] == 0 or (wanted != "float32" and others > WIDE_PRODUCTS):
-        raise cli.VerificationError(
-            f"the engine's matrix products are {dict(products)}; {precision} was asked for"
-        )
 
 
 def verify(path: Path, config: TensorRtConfig, capabilities: list[str]) -> dict[str, Any]:
@@ -390,12 +248,14 @@ def verify(path: Path, config: TensorRtConfig, capabilities: list[str]) -> dict[
     if config.source.suffix == ".onnx" or config.baseline:
         reason = "export/verify.py CHECKPOINT ENGINE compares it with its checkpoint"
         return {"verified": False, "reason": reason}
-    reference = open_prompt(config.source, config.model, config.pretrained)
+    reference = TorchArtifact.open(
+        config.source, model=config.model, pretrained=config.pretrained, device="cpu"
+    )
     candidate = EngineArtifact.open(path)
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)
     if complaint := comparison.complaint(candidate.about.precision):
-        raise cli.VerificationError(f"the engine is not its checkpoint: {complaint}")
+        raise VerificationError(f"the engine is not its checkpoint: {complaint}")
     return {"verified": True, "reason": "", **asdict(comparison)}
 
 

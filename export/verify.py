@@ -14,11 +14,15 @@ import tyro
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from adavipro_fast import cli, world
-from adavipro_fast.artifact import open_artifact, open_prompt
-from adavipro_fast.clip import Preprocess
-from adavipro_fast.images import read_pixels
-from adavipro_fast.prompt import AdaViPro, Prediction
+from adavipro_fast import cli
+from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.data import world
+from adavipro_fast.data.images import read_pixels
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.method.functional import region_logit
+from adavipro_fast.method.model import AdaViPro, Prediction
+from adavipro_fast.method.preprocess import Preprocess
 
 Classify = Callable[[Tensor], Prediction]
 
@@ -87,18 +91,15 @@ def ties(model: AdaViPro, pixels: Tensor) -> Tensor:
     images = prompt.normalised(pixels)
     if prompt.generator is None:
         return torch.zeros(len(pixels), prompt.grid, prompt.grid, dtype=torch.bool)
-    edges = prompt.edges(images)
+    delta = prompt.delta(images)
     if prompt.config.activation != "none":
-        delta = prompt.generator(edges)[:, None]
         size = 1 + delta.abs().amax()
     else:
         kernel, bias = prompt.generator.collapsed()
-        region = prompt.config.region_size
-        delta = F.conv2d(edges, kernel[None], bias.view(1), stride=region, padding=1)
         # Edges are differences of pixels, which round too.
-        size = F.conv2d(edges.abs() + 8, kernel.abs()[None], bias.abs().view(1), region, 1)
+        size = region_logit(prompt.edges(images).abs() + 8, kernel.abs(), bias.abs())
     near: Tensor = delta.abs() <= TIE * size
-    return near[:, 0]
+    return near
 
 
 @torch.no_grad()
@@ -146,20 +147,15 @@ class VerifyConfig:
     """checkpoint.safetensors, run by PyTorch in fp32"""
     artifact: Annotated[Path, tyro.conf.Positional]
     """.onnx or .engine"""
-    images: Path | None = None
-    """folder of images (default: procedural ones)"""
-    model: str | None = None
-    """where the checkpoint's encoder now lies (default: as in training)"""
-    pretrained: str | None = None
-    """open_clip tag or path of its weights (default: as in training)"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    images: cli.Images = None
+    model: cli.Model = None
+    pretrained: cli.Pretrained = None
+    device: cli.Device = "auto"
 
 
 def main() -> None:
     """Parse, compare, print."""
-    config = cli.parse(VerifyConfig)
-    cli.run(lambda: command(config))
+    cli.main(VerifyConfig, command, summary)
 
 
 def command(config: VerifyConfig) -> dict[str, Any]:
@@ -168,13 +164,24 @@ def command(config: VerifyConfig) -> dict[str, Any]:
     Raises:
         VerificationError: they differ by more than rounding.
     """
-    reference = open_prompt(config.checkpoint, config.model, config.pretrained)
+    reference = TorchArtifact.open(
+        config.checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
+    )
     candidate = open_artifact(config.artifact, device=config.device)
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)
     if complaint := comparison.complaint(candidate.about.precision):
-        raise cli.VerificationError(f"{config.artifact} is not its checkpoint: {complaint}")
+        raise VerificationError(f"{config.artifact} is not its checkpoint: {complaint}")
     return {"backend": candidate.backend, "provider": candidate.provider, **vars(comparison)}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say how far the two are apart."""
+    return (
+        f"the same: embeddings within {result['max_abs_error']:.1e}, worst cosine "
+        f"{result['min_cosine']:.6f}, top-1 of {result['top1_agreement']:.1f} % of the images, "
+        f"masks but for {result['mask_ties']} ties"
+    )
 
 
 if __name__ == "__main__":

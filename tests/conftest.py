@@ -8,12 +8,12 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from adavipro_fast import world
-from adavipro_fast.clip import FrozenEncoder, TextTower, load_clip
-from adavipro_fast.data import DataConfig
-from adavipro_fast.prompt import PromptConfig
-from adavipro_fast.train import TrainConfig
-from adavipro_fast.training import OptimiserConfig
+from adavipro_fast.data import world
+from adavipro_fast.data.sets import DataConfig
+from adavipro_fast.method.clip import TextTower, load_clip
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.training.config import OptimiserConfig, TrainConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -14,8 +14,8 @@ import emulate
 import ptx
 import pytest
 
-from adavipro_fast import prompt
 from adavipro_fast.kernels import adaptive_prompt as kernels
+from adavipro_fast.method import prompt
 
 PROGRAM = ptx.Program
 # A block's shared memory has two names.

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -8,14 +9,14 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from adavipro_fast import cli, evaluate
-from adavipro_fast.artifact import open_artifact
-from adavipro_fast.baselines import STRENGTHS, all_features
-from adavipro_fast.clip import DEMO_MODEL, load_encoder
-from adavipro_fast.data import load_dataset
+from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.data.sets import load_dataset, load_test
 from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.export.to_onnx import command as to_onnx
-from adavipro_fast.train import start_run
+from adavipro_fast.method.clip import DEMO_MODEL, load_encoder
+from adavipro_fast.training.probe import STRENGTHS, all_features
+from adavipro_fast.training.start import start_run
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,6 @@ def test_zero_shot_is_open_clips_own_computation(run, folder):
                 right.append(int(logits.argmax()) == label)
     assert result["test_top1"] == result["zero_shot_top1"] == pytest.approx(100 * np.mean(right))
     assert result["trainable_params"] == 0
-    assert result["checkpoint"] is None
 
 
 def test_the_linear_probe_is_scikit_learns_optimum_on_the_features_before_projection(run):
@@ -76,13 +76,19 @@ def test_full_finetuning_trains_every_weight_of_the_tower(run):
     assert (config.output / "metrics.jsonl").read_text().count("\n") == 2
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "full_finetune"])
-def test_evaluate_reads_the_artefact_and_the_exporters_refuse_it(run, method, tmp_path):
+@pytest.mark.parametrize("method", ["zero_shot", "linear_probe", "full_finetune"])
+def test_evaluate_and_the_exporters_read_the_file(run, method, tmp_path):
     config, result = run(method)
-    told = evaluate.command(EvaluateConfig(result["checkpoint"], data=config.data, device="cpu"))
-    assert told["top1"] == result["test_top1"]
-    with pytest.raises(ValueError, match="holds no prompt; name a checkpoint"):
-        to_onnx(OnnxConfig(result["checkpoint"], tmp_path / "x.onnx"))
+    path = Path(result["checkpoint"])
+    read = evaluate.command(EvaluateConfig(path, data=config.data, device="cpu"))
+    assert read["top1"] == result["test_top1"]
+    exported = to_onnx(OnnxConfig(path, tmp_path / "x.onnx", input="uint8"))
+    assert exported["baseline"]
+    assert exported["verified"]
+    _, test = load_test(config.data, open_artifact(tmp_path / "x.onnx").about.preprocess)
+    pixels, _ = test.batch(torch.arange(len(test)), CPU)
+    ours, theirs = (open_artifact(p, device="cpu")(pixels) for p in (path, tmp_path / "x.onnx"))
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_artefact_of_another_encoder_is_refused(run, capsys):

@@ -9,8 +9,8 @@ import report
 import torch
 from peers import Row, hugging_face, in_paper_form
 
-from adavipro_fast import artifact
-from adavipro_fast.clip import load_encoder
+from adavipro_fast.artifact import onnx as artifact
+from adavipro_fast.method.clip import load_encoder
 
 CPU = torch.device("cpu")
 

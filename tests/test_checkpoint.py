@@ -7,14 +7,9 @@ import torch
 from safetensors import safe_open
 
 from adavipro_fast import AdaViPro, PromptConfig
-from adavipro_fast.checkpoint import (
-    checkpoint_of,
-    load_checkpoint,
-    read_safetensors,
-    safetensors_bytes,
-    write_whole,
-)
-from adavipro_fast.clip import FrozenEncoder
+from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
+from adavipro_fast.files.whole import read_safetensors, safetensors_bytes, write_whole
+from adavipro_fast.method.encoder import FrozenEncoder
 
 
 @pytest.fixture

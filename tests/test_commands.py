@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adavipro_fast import cli, evaluate, predict, train
-from adavipro_fast.data import DataConfig
+from adavipro_fast.data.sets import DataConfig
+from adavipro_fast.errors import NonFiniteLossError
 from adavipro_fast.evaluate import EvaluateConfig
+from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.predict import PredictConfig
-from adavipro_fast.prompt import PromptConfig
-from adavipro_fast.train import recipe, resume_run, start_run
-from adavipro_fast.training import NonFiniteLossError, OptimiserConfig, lr_factor
+from adavipro_fast.training.config import OptimiserConfig, lr_factor, recipe
+from adavipro_fast.training.start import resume_run, start_run
 
 KEYS = {
     "method", "zero_shot_top1", "val_top1", "test_top1", "last_test_top1", "trainable_params",
@@ -149,11 +150,15 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
 def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(
     small, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("adavipro_fast.training.lr_factor", lambda *_: 1e32)
+    monkeypatch.setattr("adavipro_fast.training.trainer.lr_factor", lambda *_: 1e32)
     with pytest.raises(NonFiniteLossError, match="try a lower --lr-prompt than 1e"):
         start_run(small(tmp_path, lr_prompt=1e6, epochs=9))
     saved = load_file(tmp_path / "last.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
+
+
+def with_margin(config, margin):
+    return replace(config, prompt=replace(config.prompt, margin=margin))
 
 
 def test_a_run_that_helps_no_one_gives_the_untrained_prompt_back(small, tmp_path, capsys):
@@ -166,7 +171,7 @@ def test_a_run_that_helps_no_one_gives_the_untrained_prompt_back(small, tmp_path
 
 
 def test_zero_shot_is_of_whole_images_whatever_the_margin(trained, small, tmp_path, capsys):
-    config = replace(small(tmp_path, epochs=1, lr_prompt=0.0), margin=56)
+    config = with_margin(small(tmp_path, epochs=1, lr_prompt=0.0), 56)
     config = replace(config, prompt=replace(config.prompt, prompt_init="zero"))
     result = start_run(config)
     assert result["zero_shot_top1"] == trained[1]["zero_shot_top1"]
@@ -174,7 +179,7 @@ def test_zero_shot_is_of_whole_images_whatever_the_margin(trained, small, tmp_pa
     assert result["test_top1"] != result["zero_shot_top1"]
     assert "the untrained prompt of the shrunk images" in capsys.readouterr().err
     with pytest.raises(ValueError, match="zero_shot has no prompt to leave a --margin for"):
-        start_run(replace(small(tmp_path / "other", method="zero_shot"), margin=56))
+        with_margin(small(tmp_path / "other", method="zero_shot"), 56)
 
 
 def test_evaluate_gives_training_s_test_figure(trained, folder, cache):
@@ -203,7 +208,7 @@ def test_predict_names_classes_and_draws_the_mask(trained, folder, tmp_path):
 
 
 def test_class_names_with_markup_and_control_characters_are_drawn_as_text(encoder):
-    from adavipro_fast.pictures import overlay
+    from adavipro_fast.training.pictures import overlay
 
     images = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     overlay(images, torch.ones(1, 7, 7), ["$x^{\n\x1b[31m<b>"], PromptConfig())
@@ -372,21 +377,21 @@ def test_the_papers_settings_are_one_flag_away():
 def test_a_wider_frame_learns_more_slowly(size, rate, monkeypatch):
     flags = ["train", "--prompt-size", str(size)]
     monkeypatch.setattr(sys, "argv", flags)
-    config = train._parse(flags[1:])
+    config = train.parse()
     assert config == recipe("best", size)
     assert config.optimiser.lr_prompt == rate
     monkeypatch.setattr(sys, "argv", [*flags, "--lr-prompt", "3"])
-    assert train._parse(sys.argv[1:]).optimiser.lr_prompt == 3
+    assert train.parse().optimiser.lr_prompt == 3
     for again in (["--prompt_size", "90"], ["--prompt-size=90"], ["--prompt_size=90"]):
         monkeypatch.setattr(sys, "argv", [*flags, *again])
-        assert train._parse(sys.argv[1:]) == recipe("best", 90)
+        assert train.parse() == recipe("best", 90)
 
 
 def test_without_flags_it_is_the_demo_under_the_default_recipe(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train"])
     configs = []
     monkeypatch.setattr(train, "start_run", lambda config: configs.append(config) or {})
-    train.main()
+    train.command()
     assert configs == [recipe("best")]
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from adavipro_fast import cache, images
-from adavipro_fast.clip import Preprocess
-from adavipro_fast.data import COOP, DataConfig, load_dataset, load_test, read_split
+from adavipro_fast import cache
+from adavipro_fast.data import images
+from adavipro_fast.data.coop import COOP, read_split
+from adavipro_fast.data.sets import DataConfig, load_dataset, load_test
+from adavipro_fast.method.preprocess import Preprocess
 
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
 CPU = torch.device("cpu")
@@ -70,7 +72,7 @@ def test_a_margin_holds_the_mean_colour_around_the_shrunken_image(folder, tmp_pa
 
 
 def demo_model():
-    from adavipro_fast.clip import DEMO_MODEL
+    from adavipro_fast.method.clip import DEMO_MODEL
 
     return DEMO_MODEL
 
@@ -101,8 +103,8 @@ def test_an_interrupted_cache_is_made_again(folder, tmp_path):
 def test_two_processes_may_fill_the_cache_at_once(folder, tmp_path):
     program = (
         "import sys; from pathlib import Path\n"
-        "from adavipro_fast.clip import Preprocess\n"
-        "from adavipro_fast.data import DataConfig, load_dataset\n"
+        "from adavipro_fast.method.preprocess import Preprocess\n"
+        "from adavipro_fast.data.sets import DataConfig, load_dataset\n"
         "preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, 'bicubic', 'shortest')\n"
         "config = DataConfig(sys.argv[1], cache_dir=Path(sys.argv[2]))\n"
         "print(int(load_dataset(config, preprocess).train.images.long().sum()))\n"
@@ -225,8 +227,8 @@ def test_a_full_disk_is_told_before_images_are_decoded(folder, tmp_path):
     program = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from adavipro_fast.clip import Preprocess\n"
-        "from adavipro_fast.data import DataConfig, load_dataset\n"
+        "from adavipro_fast.method.preprocess import Preprocess\n"
+        "from adavipro_fast.data.sets import DataConfig, load_dataset\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "preprocess = Preprocess(32, (0.5,) * 3, (0.5,) * 3, 'bicubic', 'shortest')\n"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from adavipro_fast.checkpoint import read_safetensors
+from adavipro_fast.files.whole import read_safetensors
 
 
 def torchrun(processes, tmp_path, *arguments, more=(), **options):

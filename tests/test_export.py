@@ -19,17 +19,24 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from safetensors.torch import save_file
 
-from adavipro_fast import engine, evaluate, train
-from adavipro_fast.artifact import describe_onnx, open_artifact
-from adavipro_fast.checkpoint import checkpoint_of
-from adavipro_fast.cli import VerificationError
-from adavipro_fast.clip import FrozenEncoder, Preprocess, load_clip
-from adavipro_fast.data import DataConfig
-from adavipro_fast.export import fold, to_onnx, to_tensorrt, verify
+from adavipro_fast import evaluate, train
+from adavipro_fast.artifact import tensorrt as engine
+from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.data.sets import DataConfig
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.export import encoder as encoder_of
+from adavipro_fast.export import fold, network, to_onnx, to_tensorrt, verify
+from adavipro_fast.export import graph as onnx_graph
 from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.export.to_tensorrt import TensorRtConfig
-from adavipro_fast.functional import normalise
-from adavipro_fast.prompt import AdaViPro, PromptConfig
+from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.clip import load_clip
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.functional import normalise
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.preprocess import Preprocess
 
 SHARED = Path(__file__).parents[2] / "shared"
 KEYS = {
@@ -83,7 +90,7 @@ def test_the_deployed_module_is_the_model(case, folded, uint8):
     image = pixels if uint8 else normalise(pixels, model.prompt.mean, model.prompt.std)
     with torch.inference_mode():
         expected = model(pixels)
-        got = fold.Deployed(model, folded=folded, uint8=uint8)(image)
+        got = fold.deployed(model, folded=folded, uint8=uint8)(image)
     assert torch.equal(got[1], expected.mask.int())
     assert got[1].dtype == torch.int32
     torch.testing.assert_close(got[2], expected.embedding, rtol=0, atol=2e-6)
@@ -93,9 +100,9 @@ def test_the_deployed_module_is_the_model(case, folded, uint8):
 
 
 def test_a_tower_that_is_no_plain_vit_is_not_folded():
-    assert "attends" in fold.folding_obstacle(tower(attentional_pool=True).visual)
+    assert "attends" in encoder_of.folding_obstacle(tower(attentional_pool=True).visual)
     with pytest.raises(ValueError, match="cannot be folded: .* use --graph pixel"):
-        fold.Deployed(prompted(tower(attentional_pool=True), region_size=14, prompt_size=3))
+        fold.deployed(prompted(tower(attentional_pool=True), region_size=14, prompt_size=3))
 
 
 @pytest.fixture(scope="session")
@@ -209,7 +216,8 @@ def test_a_reader_that_knows_only_the_contract_gets_the_same_predictions(
 
 @pytest.mark.parametrize("margin", [0, 25])
 def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder, cache, margin):
-    trained = train.start_run(replace(small(tmp_path / "run", epochs=1), margin=margin))
+    trained = small(tmp_path / "run", epochs=1)
+    trained = train.start_run(replace(trained, prompt=replace(trained.prompt, margin=margin)))
     path = tmp_path / "run" / "checkpoint.safetensors"
     to_onnx.command(OnnxConfig(path, tmp_path / "model.onnx"))
     to_onnx.command(OnnxConfig(path, tmp_path / "baseline.onnx", baseline=True))
@@ -245,7 +253,7 @@ def test_a_resnet_is_exported_on_the_pixels(tmp_path):
     identity = {"model": "RN50"}
     with pytest.MonkeyPatch.context() as patch:
         # The weights are random: the same encoder cannot be loaded again.
-        patch.setattr("adavipro_fast.artifact.load_encoder", lambda *_: encoder)
+        patch.setattr("adavipro_fast.artifact.torch.load_encoder", lambda *_: encoder)
         result = to_onnx.command(
             OnnxConfig(path, tmp_path / "f.onnx", precision="fp16", **identity)
         )
@@ -322,7 +330,7 @@ def test_what_torch_cannot_export_is_told_in_one_line(checkpoint, tmp_path, monk
     def forward(self, x):
         raise AssertionError("no such luck\nat all")
 
-    monkeypatch.setattr(fold.Trunk, "forward", forward)
+    monkeypatch.setattr(encoder_of.Trunk, "forward", forward)
     with pytest.raises(ValueError, match="torch.onnx cannot export this encoder: .*no such luck"):
         to_onnx.command(OnnxConfig(checkpoint, tmp_path / "f.onnx"))
     assert list(tmp_path.iterdir()) == []
@@ -332,14 +340,14 @@ def test_a_graph_that_computes_something_else_is_red_and_leaves_no_file(
     checkpoint, tmp_path, monkeypatch
 ):
     head = fold.MaskHead.forward
-    monkeypatch.setattr(fold.MaskHead, "forward", lambda self, x: -head(self, x))
+    monkeypatch.setattr(fold.MaskHead, "forward", lambda self, x: ~head(self, x))
     with pytest.raises(VerificationError, match="masks agree on"):
         to_onnx.command(OnnxConfig(checkpoint, tmp_path / "model.onnx"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_beyond_one_file_lie_beside_it(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(to_onnx, "ONE_FILE_BYTES", 1000)
+    monkeypatch.setattr(onnx_graph, "ONE_FILE_BYTES", 1000)
     path = tmp_path / "model.onnx"
     result = to_onnx.command(OnnxConfig(checkpoint, path))
     data = tmp_path / "model.onnx.data"
@@ -480,9 +488,9 @@ def test_an_engine_costs_hardly_more_than_its_baseline(built):
 
 def test_a_fake_fp16_engine_is_an_error(exported):
     trt = pytest.importorskip("tensorrt_rtx")
-    network = to_tensorrt.Network(trt, "tensorrt-rtx", exported()[0])
+    parsed = network.Network(trt, "tensorrt-rtx", exported()[0])
     with pytest.raises(VerificationError, match="fp16 was asked for"):
-        to_tensorrt.prove_precision(network.types()["products"], "fp16")
+        network.prove_precision(parsed.types()["products"], "fp16")
 
 
 def test_an_engine_is_refused_where_it_cannot_run(built):
@@ -566,7 +574,7 @@ def test_every_name_of_tensorrts_api_exists_in_its_newest_bindings():
         pytest.skip("tensorrt-cu13-bindings is not installed")
     library = next(f for f in files if f.name.startswith("tensorrt.") and f.suffix == ".so")
     names = set(re.findall(rb"[A-Za-z_][A-Za-z0-9_]+", library.locate().read_bytes()))
-    sources = "".join(Path(module.__file__).read_text() for module in (engine, to_tensorrt))
+    sources = "".join(Path(module.__file__).read_text() for module in (engine, network))
     owners = "trt|self.builder|self.definition|self.parser|options|profile|layer|runtime|context"
     used = set(re.findall(rf"\b(?:{owners}|self.engine)\.([a-zA-Z_]\w+)", sources))
     used |= set(re.findall(r"\btrt\.\w+\.(\w+)", sources))

@@ -5,14 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import pytest
 
-from adavipro_fast import train, world
-from adavipro_fast.folder import held, make_folder
+from adavipro_fast import train
+from adavipro_fast.data import world
+from adavipro_fast.training import group as distributed
+from adavipro_fast.training.config import recipe
+from adavipro_fast.training.run_folder import held, make_folder
 
 # Kills training processes at random moments, half of them inside a save, and resumes each time.
 # It forks from a process that has imported everything, so that an attempt takes a second.
@@ -20,7 +24,8 @@ KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from adavipro_fast import checkpoint, train
+from adavipro_fast import train
+from adavipro_fast.files import whole
 
 torch.set_num_threads(1)
 arguments, output, kills = sys.argv[3:], Path(sys.argv[1]), int(sys.argv[2])
@@ -42,7 +47,7 @@ def attempt(folder, *, save=None, after=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         if save is not None:
-            checkpoint.os.fsync = deadly
+            whole.os.fsync = deadly
         sys.argv = ["train", *(resume if (folder / "last.safetensors").exists() else begin)]
         try:
             train.main()
@@ -65,7 +70,7 @@ def attempt(folder, *, save=None, after=None):
 began = time.perf_counter()
 assert not attempt(output / "whole")
 seconds = time.perf_counter() - began
-whole = (output / "whole" / "checkpoint.safetensors").read_bytes()
+uninterrupted = (output / "whole" / "checkpoint.safetensors").read_bytes()
 told = {"kills": 0, "inside_saves": 0, "runs": 0, "equal": 0}
 while told["kills"] < kills:
     folder = output / f"killed-{told['runs']}"
@@ -80,7 +85,7 @@ while told["kills"] < kills:
             break
         told["kills"] += 1
         told["inside_saves"] += inside
-    told["equal"] += (folder / "checkpoint.safetensors").read_bytes() == whole
+    told["equal"] += (folder / "checkpoint.safetensors").read_bytes() == uninterrupted
 print(json.dumps(told))
 """
 
@@ -130,7 +135,7 @@ def finished(small, tmp_path, folder):
     """Return a finished short run on a data folder of its own."""
     data = shutil.copytree(folder, tmp_path / "data")
     config = small(tmp_path / "run", epochs=1)
-    config = train.replace(config, data=train.replace(config.data, data=str(data)))
+    config = replace(config, data=replace(config.data, data=str(data)))
     train.start_run(config)
     return tmp_path / "run", data
 
@@ -216,7 +221,7 @@ def test_a_folder_that_a_run_holds_is_refused_and_its_leftovers_go(small, tmp_pa
         assert sorted(p.name for p in output.iterdir()) == [".lock", "kept"]
     config = small(tmp_path / "bad" / "run")
     with pytest.raises(ValueError, match="does not divide"):
-        train.start_run(train.replace(config, prompt=train.replace(config.prompt, region_size=48)))
+        train.start_run(replace(config, prompt=replace(config.prompt, region_size=48)))
     assert not (tmp_path / "bad").exists()
 
 
@@ -226,7 +231,7 @@ def test_what_a_run_did_not_make_stays(small, tmp_path):
     (output.parent / "other.partial").write_bytes(b"")
     config = small(output)
     with pytest.raises(ValueError, match="does not divide"):
-        train.start_run(train.replace(config, prompt=train.replace(config.prompt, region_size=48)))
+        train.start_run(replace(config, prompt=replace(config.prompt, region_size=48)))
     assert list(output.iterdir()) == []
     (output / "download.partial").write_bytes(b"")
     (output / "last.safetensors.0123abcd.partial").write_bytes(b"")
@@ -243,12 +248,12 @@ def test_a_folder_of_runs_that_cannot_be_made_is_told(tmp_path, monkeypatch):
 
 def test_a_restart_goes_on_in_its_own_folder_alone(finished, small, monkeypatch):
     run, data = finished
-    monkeypatch.setattr(train.distributed, "restarts", lambda: 1)
+    monkeypatch.setattr(distributed, "restarts", lambda: 1)
     config = small(run, epochs=1)
-    own = train.replace(config, data=train.replace(config.data, data=str(data)))
+    own = replace(config, data=replace(config.data, data=str(data)))
     assert train.start_run(own)["epochs"] == 1
     with pytest.raises(ValueError, match="already holds a run"):
-        train.start_run(train.replace(own, margin=3))
+        train.start_run(replace(own, prompt=replace(own.prompt, margin=3)))
 
 
 def test_an_output_below_a_file_is_told(small, tmp_path):
@@ -304,11 +309,11 @@ def test_20000_steps_at_constant_memory(tmp_path):
 @pytest.mark.timeout(1800)
 def test_every_precision_reaches_the_same_accuracy(tmp_path):
     def top1(precision, seed):
-        recipe = train.recipe("best")
-        config = train.replace(
-            recipe,
-            data=train.replace(recipe.data, cache_dir=tmp_path / "cache"),
-            optimiser=train.replace(recipe.optimiser, epochs=10, precision=precision, seed=seed),
+        best = recipe("best")
+        config = replace(
+            best,
+            data=replace(best.data, cache_dir=tmp_path / "cache"),
+            optimiser=replace(best.optimiser, epochs=10, precision=precision, seed=seed),
             device="cpu",
             output=tmp_path / f"{precision}-{seed}",
         )

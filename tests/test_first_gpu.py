@@ -19,16 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adavipro_fast import artifact, engine
-from adavipro_fast.checkpoint import checkpoint_of
-from adavipro_fast.clip import FrozenEncoder, Preprocess
-from adavipro_fast.data import Dataset, Split
-from adavipro_fast.description import Description, NotRunnableError
+from adavipro_fast.artifact import onnx as artifact
+from adavipro_fast.artifact import tensorrt as engine
+from adavipro_fast.artifact.description import Description, NotRunnableError
+from adavipro_fast.data.sets import Dataset
+from adavipro_fast.data.split import Split
 from adavipro_fast.device import PRODUCTS, full_fp32, torch_device
-from adavipro_fast.export import to_onnx, to_tensorrt
+from adavipro_fast.export import to_onnx
 from adavipro_fast.export.to_onnx import OnnxConfig
-from adavipro_fast.prompt import AdaViPro, PromptConfig
-from adavipro_fast.training import OptimiserConfig, Trainer
+from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.training.config import OptimiserConfig
+from adavipro_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -288,7 +293,7 @@ def rtx():
 def test_engines_are_built_without_tf32(checkpoint, tmp_path):
     trt, path = rtx(), tmp_path / "f.onnx"
     to_onnx.command(OnnxConfig(checkpoint["adavipro"], path, precision="fp16"))
-    network = to_tensorrt.Network(trt, "tensorrt-rtx", path)
+    network = Network(trt, "tensorrt-rtx", path)
     fresh = network.builder.create_builder_config()
     assert fresh.get_flag(trt.BuilderFlag.TF32), "off by default: the line that clears it can go"
     options = network.options((1, 2, 4), 224, ["8.6"], 3)
@@ -471,7 +476,7 @@ class TimingOptions:
 
 def test_timings_are_kept_whole_and_refused_where_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU 1")
-    network = to_tensorrt.Network.__new__(to_tensorrt.Network)
+    network = Network.__new__(Network)
     network.trt, network.runtime, network.definition = SimpleNamespace(__version__="11"), "t", None
     network.builder = SimpleNamespace(build_serialized_network=lambda *_: b"plan")
     for known in (b"", b"+", b"++"):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from adavipro_fast.functional import (
+from adavipro_fast.method.functional import (
     adaptive_prompt,
     apply_prompt,
     check_region,

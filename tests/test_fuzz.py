@@ -16,22 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-from adavipro_fast.artifact import SEAL_KEY, UNSEALED, describe_onnx, seal
-from adavipro_fast.baseline import BASELINE_FORMAT, load_baseline
-from adavipro_fast.cache import opened
-from adavipro_fast.checkpoint import (
-    checkpoint_of,
-    load_checkpoint,
-    parse,
-    read_safetensors,
-    safetensors_bytes,
-)
-from adavipro_fast.clip import Preprocess, load_encoder
-from adavipro_fast.data import read_split
-from adavipro_fast.engine import read_sidecar, sidecar_sha256
-from adavipro_fast.images import FORMATS, decode_image
-from adavipro_fast.prompt import AdaViPro, PromptConfig
-from adavipro_fast.training import Progress, read_state
+from adavipro_fast.artifact.onnx import SEAL_KEY, UNSEALED, describe_onnx, seal
+from adavipro_fast.artifact.tensorrt import read_sidecar, sidecar_sha256
+from adavipro_fast.data.cache import opened
+from adavipro_fast.data.coop import read_split
+from adavipro_fast.data.images import FORMATS, decode_image
+from adavipro_fast.files.checked import read
+from adavipro_fast.files.checkpoint import BASELINE_FORMAT, checkpoint_of, load_checkpoint
+from adavipro_fast.files.whole import safetensors_bytes
+from adavipro_fast.method.clip import load_encoder
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.training.state import Progress, read_state
 
 # Pillow and NumPy remark on what they find odd before they refuse it.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -148,7 +145,7 @@ def small_clip():
 
 
 def read_head(path):
-    return load_baseline(path, *read_safetensors(path), small_clip())
+    return load_checkpoint(path).model(small_clip())
 
 
 def onnx_seeds(parts, folder, tmp):
@@ -289,8 +286,8 @@ def fuzz(name, parts, folder, tmp, count, seed):
 def test_cases_found_before_stay_found():
     values = asdict(Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest"))
     with pytest.raises(ValueError, match="mean holds a number too large"):
-        parse(Preprocess, values | {"mean": [10**400, 0.5, 0.5]})
-    colours = parse(Preprocess, values | {"mean": [1e306, -1e306, 0.5], "margin": 8}).pixels()
+        read(Preprocess, values | {"mean": [10**400, 0.5, 0.5]})
+    colours = read(Preprocess, values | {"mean": [1e306, -1e306, 0.5], "margin": 8}).pixels()
     assert colours(Image.new("RGB", (9, 9)))[:, 0, 0].tolist() == [255, 0, 128]
 
 

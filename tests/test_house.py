@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WINGS = {"adavipro_fast": ROOT / "adavipro_fast", "adavipro_fast.kernels": ROOT / "kernels"}
-WINGS["adavipro_fast.export"] = ROOT / "export"
-COMMANDS = {f"adavipro_fast.{name}" for name in ("train", "evaluate", "predict", "demo")}
+WINGS = {"adavipro_fast": ROOT / "adavipro_fast"}
+WINGS |= {f"adavipro_fast.{path.parent.name}": path.parent for path in ROOT.glob("*/*/__init__.py")}
+WINGS |= {f"adavipro_fast.{name}": ROOT / name for name in ("kernels", "export")}
+COMMANDS = {f"adavipro_fast.{name}" for name in ("train", "evaluate", "predict", "cache", "demo")}
 
 
 def test_opening_a_file_loads_neither_trainer_nor_scikit_learn_nor_tensorboard():
@@ -18,7 +19,7 @@ def test_opening_a_file_loads_neither_trainer_nor_scikit_learn_nor_tensorboard()
     )
     loaded = set(done.stdout.split())
     unwanted = {"sklearn", "tensorboard", "matplotlib", "onnx", "onnxruntime", "tensorrt"}
-    unwanted |= COMMANDS | {f"adavipro_fast.{n}" for n in ("training", "baselines", "data", "cli")}
+    unwanted |= {f"adavipro_fast.{name}" for name in ("training", "data.sets", "cli")} | COMMANDS
     assert not loaded & unwanted
 
 

@@ -17,10 +17,11 @@ from scipy import stats
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adavipro_fast import functional
-from adavipro_fast.clip import Preprocess
 from adavipro_fast.device import full_fp32
-from adavipro_fast.prompt import AdaptivePrompt, PromptConfig, frame
+from adavipro_fast.method import functional
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.method.prompt import AdaptivePrompt, frame
 
 pytest.importorskip("triton")
 from adavipro_fast.kernels import adaptive_prompt as kernels

@@ -6,7 +6,8 @@ import paper
 import pytest
 import torch
 
-from adavipro_fast import train
+from adavipro_fast.training import start
+from adavipro_fast.training.config import recipe
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(sweep, monkeypatch
     # The third was killed in mid-run.
     cell = paper.cells_of(paper.LINES[1], sweep)[2]
     flags = dict(cell.flags)
-    config = train.recipe("best")
+    config = recipe("best")
     config = replace(
         config,
         model="demo",
@@ -69,8 +70,8 @@ def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(sweep, monkeypatch
         output=sweep.cells / cell.key,
         device="auto",
     )
-    trainer = train._prepare(config)
-    trainer.save()
+    run = start._prepare(config)
+    run.trainer.save()
     again = stop_at(monkeypatch, 99)
     told = paper.command(sweep)
     assert len(again) == 1
@@ -99,7 +100,7 @@ def test_a_cell_of_other_defaults_is_another_cell(sweep, monkeypatch):
     cell = paper.cells_of(paper.LINES[1], sweep)[0]
     kept = cell.key
     assert paper.cells_of(paper.LINES[1], replace(sweep, epochs=(3,)))[0].key != kept
-    changed = train.recipe("best", prompt_size=112)
+    changed = recipe("best", prompt_size=112)
     monkeypatch.setattr(paper, "recipe", lambda *_: changed)
     assert cell.key != kept
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from adavipro_fast.clip import DEMO_MODEL
-from adavipro_fast.data import DataConfig
+from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.evaluate import EvaluateConfig, command
-from adavipro_fast.prompt import PromptConfig
-from adavipro_fast.train import TrainConfig, start_run
-from adavipro_fast.training import OptimiserConfig
+from adavipro_fast.method.clip import DEMO_MODEL
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.training.config import OptimiserConfig, TrainConfig
+from adavipro_fast.training.start import start_run
 
 
 @pytest.mark.parametrize("edge", ["laplacian", "laplacian-magnitude"])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adavipro_fast.clip import Preprocess
+from adavipro_fast.method.preprocess import Preprocess
 
 # What torchvision calls an image, without formats that start other programs or hold scripts.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")

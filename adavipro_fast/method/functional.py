@@ -23,10 +23,9 @@ from torch import Tensor
 Edge = Literal["laplacian", "laplacian-magnitude", "sobel", "none"]
 EdgePadding = Literal["zero", "replicate"]
 Mode = Literal["soft", "hard", "argmax"]
-
+Activation = Literal["none", "relu"]
 LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 SOBEL_X = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
-
 # Uniform draws are kept this far from 0 and 1, which bounds the logistic noise to ±16.6.
 UNIFORM_MARGIN = 2.0**-24
 
@@ -92,6 +91,34 @@ def _smooth(differences: Tensor, axis: int) -> Tensor:
     count = differences.shape[axis] - 2
     first, middle, last = (differences.narrow(axis, start, count) for start in range(3))
     return first + 2 * middle + last
+
+
+def uncollapsed_logit(
+    edges: Tensor,
+    convergence_weight: Tensor,
+    convergence_bias: Tensor,
+    policy_weight: Tensor,
+    policy_bias: Tensor,
+    activation: Activation = "none",
+) -> Tensor:
+    """Compute Δ as the paper writes it: F_p(F_c(e))[apply] - F_p(F_c(e))[discard].
+
+    Args:
+        edges: (B, 3, S, S).
+        convergence_weight: (D, 3, 3, 3), W_c.
+        convergence_bias: (D,), b_c.
+        policy_weight: (2, D, R, R), W_p; index 0 discards, 1 applies.
+        policy_bias: (2,), b_p.
+        activation: between the two.
+
+    Returns:
+        (B, G, G). Costs 27·D·S² + 2·D·S² multiply-adds an image and D maps of the image's size.
+    """
+    converged = F.conv2d(edges, convergence_weight, convergence_bias, padding=1)
+    if activation == "relu":
+        converged = F.relu(converged)
+    logits = F.conv2d(converged, policy_weight, policy_bias, stride=policy_weight.shape[-1])
+    return logits[:, 1] - logits[:, 0]
 
 
 def collapse(

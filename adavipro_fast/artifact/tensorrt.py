@@ -8,22 +8,36 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from adavipro_fast.description import Description, NotRunnableError, file_sha256
+from adavipro_fast.artifact.description import Description, NotRunnableError
 from adavipro_fast.device import torch_device
-from adavipro_fast.prompt import Prediction
+from adavipro_fast.files.checked import read
+from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.method.model import Prediction
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LARGEST_SIDECAR = 64 * 2**20
-SIDECAR_TYPES = {
-    **dict.fromkeys(("runtime", "runtime_version", "engine_sha256"), str),
-    **dict.fromkeys(("compute_capabilities", "batch"), list),
-}
 INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt-rtx": "pip install tensorrt-rtx-cu13"}
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a sidecar says of how its engine was built."""
+
+    runtime: Literal["tensorrt", "tensorrt-rtx"]
+    runtime_version: str
+    compute_capabilities: tuple[str, ...]
+    batch: tuple[int, ...]
+    """smallest, usual and largest"""
+    engine_sha256: str
+
+    def __post_init__(self) -> None:
+        if len(self.batch) != 3 or not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
+            raise ValueError(f"batch is {list(self.batch)}")
 
 
 def runtime_module(runtime: str) -> ModuleType:
@@ -79,15 +93,7 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
         if sidecar_sha256(values) != values["sidecar_sha256"]:
             raise ValueError("its content is not what was written")
-        for name, kind in SIDECAR_TYPES.items():
-            if type(values[name]) is not kind:
-                raise ValueError(f"{name} is {values[name]!r}")
-        smallest, usual, largest = values["batch"]
-        if not 1 <= smallest <= usual <= largest:
-            raise ValueError(f"batch is {values['batch']}")
-        if values["runtime"] not in MODULES:
-            raise ValueError(f"runtime is {values['runtime']!r}")
-        expected = values["engine_sha256"]
+        expected = read(Built, values).engine_sha256
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"sidecar {path} is damaged: {error}; build the engine again") from error
     if file_sha256(engine) != expected:

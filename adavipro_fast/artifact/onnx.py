@@ -1,9 +1,4 @@
-"""One runner for what training and the exporters write: images in, predictions out.
-
-artifact = open_artifact("runs/demo-adavipro-1/checkpoint.safetensors")
-logits, mask, embedding = artifact(pixels)            # (B, 3, S, S) uint8 RGB
-print(artifact.about.class_names[logits[0].argmax()])
-"""
+"""Run exported graphs with ONNX Runtime; a file that is not what was exported is refused."""
 
 import hashlib
 import json
@@ -13,47 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adavipro_fast.baseline import is_baseline, load_baseline
-from adavipro_fast.checkpoint import (
-    EncoderIdentity,
-    checked_checkpoint,
-    parse,
-    read_safetensors,
-)
-from adavipro_fast.clip import Precision, load_encoder
-from adavipro_fast.description import Artifact, Description, NotRunnableError, file_sha256
-from adavipro_fast.device import full_fp32, torch_device
-from adavipro_fast.prompt import AdaViPro, Prediction
+from adavipro_fast.artifact.description import Description, NotRunnableError
+from adavipro_fast.device import torch_device
+from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.method.model import Prediction
 
 # An .onnx file carries its own sha256, computed with zeros in the place of the digest.
 SEAL_KEY, UNSEALED = "content_sha256", "0" * 64
 # How protobuf stores the entry: key, then a string of 64 bytes.
 SEAL = SEAL_KEY.encode() + b"\x12\x40"
-
-
-@dataclass(frozen=True)
-class TorchArtifact:
-    """A model run by PyTorch."""
-
-    model: nn.Module
-    about: Description
-    provider: str
-    backend: str = "torch"
-
-    @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels."""
-        with full_fp32():
-            return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
-
-
-@dataclass(frozen=True)
-class PromptArtifact(TorchArtifact):
-    """A checkpoint run by PyTorch."""
-
-    model: AdaViPro
 
 
 @dataclass(frozen=True)
@@ -195,84 +160,3 @@ def tensors_of(message: Any) -> Iterator[Any]:
                 yield part
             else:
                 yield from tensors_of(part)
-
-
-def open_artifact(
-    path: str | Path,
-    *,
-    model: str | None = None,
-    pretrained: str | None = None,
-    precision: Precision = "fp32",
-    device: str = "auto",
-) -> Artifact:
-    """Open a trained prompt for inference.
-
-    Args:
-        path: `checkpoint.safetensors`, `.onnx`, `.engine`, or a baseline's file.
-        model: where a checkpoint's encoder now lies; its hash must match.
-        pretrained: open_clip tag or path of the encoder's weights.
-        precision: of a checkpoint's encoder.
-        device: auto, cpu, cuda, ...
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not one of ours, damaged, of another encoder, or not runnable here.
-    """
-    path = Path(path)
-    if path.suffix == ".onnx":
-        return OnnxArtifact.open(path, device)
-    if path.suffix == ".engine":
-        from adavipro_fast.engine import EngineArtifact
-
-        return EngineArtifact.open(path, device)
-    place = torch_device(device)
-    tensors, metadata = read_safetensors(path)
-    if is_baseline(metadata):
-        return _open_baseline(path, tensors, metadata, model, pretrained, place)
-    checkpoint = checked_checkpoint(path, tensors, metadata)
-    encoder = load_encoder(
-        model or checkpoint.encoder.name,
-        checkpoint.encoder.pretrained if pretrained is None else pretrained,
-    )
-    prompted = checkpoint.model(encoder)
-    prompted.run_in(encoder.in_precision(precision))
-    about = Description(
-        checkpoint.class_names, checkpoint.preprocess, checkpoint.config, precision, "uint8", False
-    )
-    return PromptArtifact(prompted.to(place), about, provider=str(place))
-
-
-def open_prompt(path: Path, model: str | None, pretrained: str | None) -> PromptArtifact:
-    """Open a checkpoint on the CPU in fp32, as the exporters need it.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds no prompt, or as for `open_artifact`.
-    """
-    opened = open_artifact(path, model=model, pretrained=pretrained, device="cpu")
-    if not isinstance(opened, PromptArtifact):
-        raise ValueError(
-            f"{path} holds no prompt; name a checkpoint.safetensors of --method adavipro or vp"
-        )
-    return opened
-
-
-def _open_baseline(
-    path: Path,
-    tensors: dict[str, Tensor],
-    metadata: dict[str, Any],
-    model: str | None,
-    pretrained: str | None,
-    place: torch.device,
-) -> TorchArtifact:
-    """Open what a method without a prompt wrote; it runs in fp32."""
-    try:
-        identity: EncoderIdentity = parse(EncoderIdentity, metadata["encoder"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
-    encoder = load_encoder(
-        model or identity.name, identity.pretrained if pretrained is None else pretrained
-    )
-    baseline, class_names, config = load_baseline(path, tensors, metadata, encoder)
-    about = Description(class_names, encoder.preprocess, config, "fp32", "uint8", True)
-    return TorchArtifact(baseline.to(place), about, provider=str(place))

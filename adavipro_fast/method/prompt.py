@@ -1,20 +1,17 @@
-"""AdaViPro's modules: the prompt template, the mask generator, and the prompted frozen encoder."""
+"""The prompt template and the mask generator, together in front of an encoder."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adavipro_fast.clip import DTYPES, LARGEST_SIDE, FrozenEncoder
 from adavipro_fast.device import full_fp32
-from adavipro_fast.functional import (
-    Edge,
-    EdgePadding,
+from adavipro_fast.method.config import PROMPTED, Kernel, PromptConfig
+from adavipro_fast.method.functional import (
     Mode,
-    adaptive_prompt,
     apply_prompt,
     check_region,
     collapse,
@@ -22,43 +19,9 @@ from adavipro_fast.functional import (
     edge_map,
     logistic_noise,
     normalise,
+    region_logit,
+    uncollapsed_logit,
 )
-
-Method = Literal["adavipro", "vp", "zero_shot", "linear_probe", "full_finetune"]
-PROMPTED = ("adavipro", "vp")
-Kernel = Literal["auto", "fused", "plain"]
-
-
-@dataclass(frozen=True)
-class PromptConfig:
-    """What the prompt is made of; travels in the checkpoint."""
-
-    method: Method = "adavipro"
-    """adavipro decides per region where the prompt applies; vp applies it everywhere; the others
-    have no prompt: zero_shot, linear_probe, full_finetune"""
-    prompt_size: int = 30
-    """width of each side of the frame, pixels"""
-    region_size: int = 32
-    """side of the square decision unit, pixels; divides the image side"""
-    embed_dim: int = 64
-    """channels between convergence and policy module"""
-    edge: Edge = "laplacian"
-    """edge detector in front of the mask generator"""
-    edge_padding: EdgePadding = "zero"
-    """what the edge detector sees outside the image"""
-    activation: Literal["none", "relu"] = "none"
-    """between convergence and policy module; relu gives up the collapsed fast path"""
-    gumbel: Literal["hard", "soft"] = "hard"
-    """training masks: hard is straight-through, soft is relaxed"""
-    prompt_init: Literal["normal", "zero"] = "normal"
-    """first values of the template: N(0, 1) or 0"""
-    generator_init: Literal["random", "avoid-edges"] = "random"
-    """first values of the mask generator: torch's default, or open where edges are weak"""
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_size", "region_size", "embed_dim"):
-            if not 1 <= getattr(self, name) <= LARGEST_SIDE:
-                raise ValueError(f"{name} is {getattr(self, name)}; 1 to {LARGEST_SIDE} works")
 
 
 def frame(image_size: int, prompt_size: int) -> Tensor:
@@ -114,21 +77,20 @@ class MaskGenerator(nn.Module):
         self.convergence = nn.Conv2d(3, width, 3, padding=1)
         self.policy = nn.Conv2d(width, 2, region, stride=region)
 
-    def collapsed(self) -> tuple[Tensor, Tensor]:
-        """Return K (3, R + 2, R + 2) and b () of the linear generator."""
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return W_c, b_c, W_p and b_p."""
         convergence, policy = self.convergence, self.policy
         assert convergence.bias is not None
         assert policy.bias is not None
-        return collapse(convergence.weight, convergence.bias, policy.weight, policy.bias)
+        return convergence.weight, convergence.bias, policy.weight, policy.bias
+
+    def collapsed(self) -> tuple[Tensor, Tensor]:
+        """Return K (3, R + 2, R + 2) and b () of the linear generator."""
+        return collapse(*self.weights())
 
     def forward(self, edges: Tensor) -> Tensor:
         """Compute Δ (B, G, G) of edge maps (B, 3, S, S) as the paper writes it, uncollapsed."""
-        converged = self.convergence(edges)
-        if self.activation == "relu":
-            converged = F.relu(converged)
-        logits = self.policy(converged)
-        delta: Tensor = logits[:, 1] - logits[:, 0]
-        return delta
+        return uncollapsed_logit(edges, *self.weights(), self.activation)
 
     @torch.no_grad()
     def avoid_edges(self, energy: Tensor) -> None:
@@ -163,6 +125,20 @@ class Prompted(NamedTuple):
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a training batch's masks are drawn; evaluation mode takes argmax masks."""
+
+    tau: float = 1.0
+    """temperature, > 0"""
+    noise: Tensor | None = None
+    """(B, G, G) logistic noise; none draws it from the seed"""
+    seed: int = 0
+    """64-bit key of the noise; give every step its own"""
+    first: int = 0
+    """number of the first image within its step, where a step has several parts"""
+
+
 def fused_obstacle(config: PromptConfig) -> str | None:
     """Say what keeps the fused kernel from running a configuration on any device."""
     if config.method != "adavipro":
@@ -190,6 +166,8 @@ def triton_interprets() -> bool:
 class AdaptivePrompt(nn.Module):
     """Template and mask generator together: images in, prompted images out.
 
+    Method adavipro decides per region, vp prompts everywhere, the others nowhere.
+
     Args:
         image_size: S, a multiple of the region size.
         config: what the prompt is made of.
@@ -197,7 +175,6 @@ class AdaptivePrompt(nn.Module):
         std: per channel, to normalise uint8 images.
         kernel: fused is the Triton kernel, plain is PyTorch; auto takes the fused one on CUDA
             devices wherever it can run.
-        dtype: of the images that the fused kernel writes.
 
     Raises:
         ValueError: region or prompt size does not fit the image.
@@ -214,16 +191,13 @@ class AdaptivePrompt(nn.Module):
         mean: tuple[float, ...] = (0.0, 0.0, 0.0),
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
         kernel: Kernel = "auto",
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if config.method not in PROMPTED:
-            raise ValueError(f"method {config.method} has no prompt; use {' or '.join(PROMPTED)}")
         check_region(image_size, config.region_size)
-        self.kernel, self.dtype = kernel, dtype
-        self.config = config
+        self.config, self.kernel = config, kernel
         self.grid = image_size // config.region_size
-        self.template = PromptTemplate(image_size, config)
+        prompted = config.method in PROMPTED
+        self.template = PromptTemplate(image_size, config) if prompted else None
         self.generator = MaskGenerator(config) if config.method == "adavipro" else None
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -240,6 +214,15 @@ class AdaptivePrompt(nn.Module):
         """Detect the edges of normalised images (B, 3, S, S)."""
         return edge_map(images.detach(), self.config.edge, self.config.edge_padding)
 
+    def delta(self, images: Tensor) -> Tensor:
+        """Compute Δ (B, G, G) of normalised images (B, 3, S, S), collapsed where that is exact."""
+        assert self.generator is not None
+        edges = self.edges(images)
+        if self.config.activation != "none":
+            uncollapsed: Tensor = self.generator(edges)
+            return uncollapsed
+        return region_logit(edges, *self.generator.collapsed())
+
     @torch.no_grad()
     def initialise(self, images: Tensor) -> None:
         """Set the generator's first values where they depend on data (`generator_init`).
@@ -255,28 +238,21 @@ class AdaptivePrompt(nn.Module):
         self.generator.avoid_edges(energy[:, inside].flatten())
 
     def forward(
-        self,
-        images: Tensor,
-        *,
-        tau: float = 1.0,
-        noise: Tensor | None = None,
-        seed: int = 0,
-        first: int = 0,
+        self, images: Tensor, *, dtype: torch.dtype = torch.float32, **sampling: Any
     ) -> Prompted:
         """Prompt a batch: sampled masks in training mode, argmax masks in evaluation mode.
 
         Args:
             images: (B, 3, S, S), uint8 RGB or normalised float.
-            tau: temperature of the sampled masks, > 0.
-            noise: (B, G, G) logistic noise; none draws it from `seed`.
-            seed: 64-bit key of the noise; give every step its own.
-            first: number of the first image within its step, where a step has several parts.
+            dtype: of the images that the fused kernel writes.
+            sampling: fields of `Sampling`.
         """
+        drawn = Sampling(**sampling)
         # The mask path runs in fp32 whatever the encoder's precision: a near-tie flips a region.
         with torch.autocast(images.device.type, enabled=False), full_fp32():
             if self.path(images.device) == "fused":
-                return self._fused(images, tau, noise, seed, first)
-            return self._plain(self.normalised(images).float(), tau, noise, seed, first)
+                return self._fused(images, drawn, dtype)
+            return self._plain(self.normalised(images).float(), drawn)
 
     def path(self, device: torch.device) -> Literal["fused", "plain"]:
         """Say which implementation runs on a device.
@@ -292,17 +268,18 @@ class AdaptivePrompt(nn.Module):
         wanted = self.kernel == "fused" or (self.kernel == "auto" and device.type == "cuda")
         return "fused" if wanted and obstacle is None else "plain"
 
-    def _mode(self) -> Mode:
+    @property
+    def mode(self) -> Mode:
+        """How regions are decided now."""
         return self.config.gumbel if self.training else "argmax"
 
-    def _fused(
-        self, images: Tensor, tau: float, noise: Tensor | None, seed: int, first: int
-    ) -> Prompted:
+    def _fused(self, images: Tensor, drawn: Sampling, dtype: torch.dtype) -> Prompted:
         from adavipro_fast.kernels.adaptive_prompt import adaptive_prompt as fused
 
         if images.requires_grad:
             raise ValueError("the fused kernel gives images no gradient; use kernel='plain'")
         assert self.generator is not None
+        assert self.template is not None
         kernel, bias = self.generator.collapsed()
         return Prompted(
             *fused(
@@ -310,122 +287,35 @@ class AdaptivePrompt(nn.Module):
                 self.template(),
                 kernel,
                 bias,
-                noise,
-                mode=self._mode(),
+                drawn.noise,
+                mode=self.mode,
                 edge=self.config.edge,
                 replicate=self.config.edge_padding == "replicate",
-                tau=tau,
-                seed=seed,
-                offset=first * self.grid**2,
+                tau=drawn.tau,
+                seed=drawn.seed,
+                offset=drawn.first * self.grid**2,
                 mean=self.mean_std[0],
                 std=self.mean_std[1],
-                dtype=self.dtype,
+                dtype=dtype,
             )
         )
 
-    def _plain(
-        self, images: Tensor, tau: float, noise: Tensor | None, seed: int, first: int
-    ) -> Prompted:
+    def _plain(self, images: Tensor, drawn: Sampling) -> Prompted:
         shape = (images.shape[0], self.grid, self.grid)
+        if self.template is None:
+            never = images.new_zeros(shape)
+            return Prompted(images, never, never)
         template = self.template()
         if self.generator is None:
             always = images.new_ones(shape)
             return Prompted(images + template, always, always)
-        if self.training and noise is None:
-            noise = logistic_noise(seed, first * self.grid**2, shape, images.device)
-        mode = self._mode()
-        if self.config.activation != "none":
-            delta = self.generator(self.edges(images))
-            mask = decide(delta, mode, tau=tau, noise=noise)
-            return Prompted(apply_prompt(images, template, mask), delta, mask)
-        kernel, bias = self.generator.collapsed()
-        return Prompted(
-            *adaptive_prompt(
-                images,
-                template,
-                kernel,
-                bias,
-                mode=mode,
-                tau=tau,
-                noise=noise,
-                edge=self.config.edge,
-                edge_padding=self.config.edge_padding,
-            )
-        )
+        delta = self.delta(images)
+        noise = self._noise(drawn, delta) if self.training else None
+        mask = decide(delta, self.mode, tau=drawn.tau, noise=noise)
+        return Prompted(apply_prompt(images, template, mask), delta, mask)
 
-
-class Prediction(NamedTuple):
-    """logits (B, K), mask (B, G, G) and unit embedding (B, E), all fp32."""
-
-    logits: Tensor
-    mask: Tensor
-    embedding: Tensor
-
-
-class AdaViPro(nn.Module):
-    """A frozen encoder with an adaptive prompt in front and class embeddings behind it.
-
-    Only the prompt's parameters are trainable; the encoder stays frozen and in evaluation mode.
-
-    Args:
-        encoder: frozen CLIP image tower, from `load_encoder`.
-        class_embeddings: (K, E), unit rows.
-        config: what the prompt is made of.
-        kernel: see `AdaptivePrompt`.
-    """
-
-    class_embeddings: Tensor
-
-    def __init__(
-        self,
-        encoder: FrozenEncoder,
-        class_embeddings: Tensor,
-        config: PromptConfig | None = None,
-        *,
-        kernel: Kernel = "auto",
-    ) -> None:
-        super().__init__()
-        preprocess = encoder.preprocess
-        self.encoder = encoder
-        self.prompt = AdaptivePrompt(
-            preprocess.size,
-            config or PromptConfig(),
-            mean=preprocess.mean,
-            std=preprocess.std,
-            kernel=kernel,
-            dtype=DTYPES[encoder.precision],
-        )
-        self.register_buffer("class_embeddings", class_embeddings.float(), persistent=False)
-
-    def run_in(self, encoder: FrozenEncoder) -> None:
-        """Take another copy of the encoder, such as one `in_precision`."""
-        self.encoder = encoder
-        self.prompt.dtype = DTYPES[encoder.precision]
-
-    def forward(
-        self,
-        images: Tensor,
-        *,
-        tau: float = 1.0,
-        noise: Tensor | None = None,
-        seed: int = 0,
-        first: int = 0,
-    ) -> Prediction:
-        """Classify a batch (paper eq. 2); the arguments are `AdaptivePrompt.forward`'s."""
-        prompted = self.prompt(images, tau=tau, noise=noise, seed=seed, first=first)
-        return self.classify(prompted.images, prompted.mask)
-
-    def classify(self, images: Tensor, mask: Tensor) -> Prediction:
-        """Classify normalised images (B, 3, S, S) as they are, prompted or not.
-
-        Raises:
-            ValueError: embeddings of images and classes differ in width.
-        """
-        embedding = self.encoder(images)
-        if embedding.shape[1] != self.class_embeddings.shape[1]:
-            raise ValueError(
-                f"class embeddings have {self.class_embeddings.shape[1]} numbers each, the "
-                f"encoder's have {embedding.shape[1]}"
-            )
-        logits = self.encoder.logit_scale * embedding @ self.class_embeddings.t()
-        return Prediction(logits, mask, embedding)
+    def _noise(self, drawn: Sampling, delta: Tensor) -> Tensor:
+        if drawn.noise is not None:
+            return drawn.noise
+        first = drawn.first * self.grid**2
+        return logistic_noise(drawn.seed, first, tuple(delta.shape), delta.device)

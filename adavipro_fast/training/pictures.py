@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from adavipro_fast.checkpoint import write_whole
-from adavipro_fast.functional import dilate
-from adavipro_fast.prompt import AdaViPro, PromptConfig, frame
+from adavipro_fast.files.whole import write_whole
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.functional import dilate
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.prompt import frame
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,18 +1,19 @@
 """What every file that can be run says about itself, and what every runner offers."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from adavipro_fast.checkpoint import FORMAT, parse
-from adavipro_fast.clip import Precision, Preprocess
-from adavipro_fast.functional import check_region, normalise
-from adavipro_fast.prompt import Prediction, PromptConfig, frame
+from adavipro_fast.files.checked import read
+from adavipro_fast.files.checkpoint import FORMAT, read_settings
+from adavipro_fast.method.config import Input, Precision, PromptConfig
+from adavipro_fast.method.functional import normalise
+from adavipro_fast.method.model import Prediction
+from adavipro_fast.method.preprocess import Preprocess
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Description:
     """what the prompt is made of"""
     precision: Precision
     """of the encoder"""
-    input: str
+    input: Input
     """float32 (normalised) or uint8 (RGB 0-255)"""
     baseline: bool
     """the encoder alone, without a prompt"""
@@ -45,22 +46,10 @@ class Description:
                 f"{FORMAT!r} is needed); export a checkpoint with export/to_onnx.py"
             )
         try:
-            if values["precision"] not in ("fp32", "fp16", "bf16"):
-                raise ValueError(f"precision is {values['precision']!r}")
-            if values["input"] not in ("float32", "uint8"):
-                raise ValueError(f"input is {values['input']!r}")
-            about = cls(
-                tuple(str(name) for name in values["class_names"]),
-                parse(Preprocess, values["preprocess"]),
-                parse(PromptConfig, values["config"]),
-                values["precision"],
-                values["input"],
-                bool(values["baseline"]),
-            )
-            check_region(about.preprocess.size, about.config.region_size)
-            frame(about.preprocess.size, about.config.prompt_size)
-            return about
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            about: Description = read(cls, values)
+            config, _ = read_settings(values)
+            return replace(about, config=config)
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path} has metadata that cannot be used: {error}") from error
 
     def check_shapes(self, shapes: dict[str, Sequence[Any]], path: Path) -> None:
@@ -123,9 +112,3 @@ class Artifact(Protocol):
 
 class NotRunnableError(ValueError):
     """This machine cannot run a file that is otherwise in order."""
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,41 @@
+"""Open any file that can classify images."""
+
+from pathlib import Path
+
+from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.method.config import Precision
+
+
+def open_artifact(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    precision: Precision = "fp32",
+    device: str = "auto",
+) -> Artifact:
+    """Open a trained prompt for inference.
+
+    Args:
+        path: `checkpoint.safetensors`, `.onnx`, `.engine`, or a baseline's file.
+        model: where a checkpoint's encoder now lies; its hash must match.
+        pretrained: open_clip tag or path of the encoder's weights.
+        precision: of a checkpoint's encoder.
+        device: auto, cpu, cuda, ...
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not one of ours, damaged, of another encoder, or not runnable here.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return OnnxArtifact.open(path, device)
+    if path.suffix == ".engine":
+        from adavipro_fast.artifact.tensorrt import EngineArtifact
+
+        return EngineArtifact.open(path, device)
+    return TorchArtifact.open(
+        path, model=model, pretrained=pretrained, precision=precision, device=device
+    )

@@ -1,0 +1,36 @@
+"""Images of one split before they are decoded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from adavipro_fast.data.images import decode_image
+from adavipro_fast.method.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of one split before decoding, with labels."""
+
+    labels: tuple[int, ...]
+    read: Callable[[int], bytes]
+    """encoded bytes of image i, or raw RGB bytes where `shape` is set"""
+    name: Callable[[int], str]
+    """what to call image i in a message"""
+    shape: tuple[int, int, int] | None = None
+    """(height, width, 3) of raw images"""
+
+    def open(self, index: int, preprocess: Preprocess) -> Image.Image:
+        """Decode image i."""
+        content = self.read(index)
+        if self.shape is not None:
+            return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.shape))
+        return decode_image(content, self.name(index), preprocess)
+
+
+def file_source(paths: list[Path], labels: list[int]) -> Source:
+    """Take image files with their labels as the images of a split."""
+    return Source(tuple(labels), read=lambda i: paths[i].read_bytes(), name=lambda i: str(paths[i]))

@@ -1,0 +1,14 @@
+"""What can go wrong beside a bad request, and how text is made fit for a terminal."""
+
+
+class VerificationError(Exception):
+    """A result was checked and found wrong."""
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would take as a command: names come from folders and files."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the last good state is on the disk."""

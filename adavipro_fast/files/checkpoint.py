@@ -1,0 +1,223 @@
+"""Read and write what training keeps: `checkpoint.safetensors`, and the files of the baselines.
+
+`head.safetensors` holds a linear probe, `encoder.safetensors` a fine-tuned image tower.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.files.checked import read
+from adavipro_fast.files.whole import read_safetensors, safetensors_bytes, write_whole
+from adavipro_fast.method.config import PROMPTED, Kernel, PromptConfig
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.functional import check_region
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.method.prompt import frame
+
+FORMAT, BASELINE_FORMAT = "adavipro-fast/1", "adavipro-fast-baseline/1"
+FILES = {"linear_probe": "head.safetensors", "full_finetune": "encoder.safetensors"}
+TOWER = "visual."
+# What head.safetensors calls a probe's tensors.
+PROBE = {"head.weight": "class_embeddings", "head.bias": "class_bias"}
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """Which frozen encoder a checkpoint belongs to."""
+
+    name: str
+    pretrained: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was trained, without its encoder.
+
+    Tensors: `prompt` (3, S, S) and the generator's weights; `class_embeddings` (K, E);
+    `class_bias` (K,) of a linear head; `logit_scale` (); a fine-tuned tower's under `visual.`.
+    """
+
+    tensors: dict[str, Tensor]
+    config: PromptConfig
+    class_names: tuple[str, ...]
+    encoder: EncoderIdentity
+    preprocess: Preprocess
+
+    @property
+    def file_name(self) -> str:
+        """What training calls the file."""
+        return FILES.get(self.config.method, "checkpoint.safetensors")
+
+    def save(self, path: Path) -> None:
+        """Write the file when it is whole."""
+        baseline = self.config.method in FILES
+        metadata = {
+            "format": BASELINE_FORMAT if baseline else FORMAT,
+            "config": self.config.stored(),
+            "class_names": self.class_names,
+            "encoder": asdict(self.encoder),
+            "preprocess": self.preprocess.stored(),
+        }
+        tensors = self.tensors
+        if self.config.method == "linear_probe":
+            tensors = {name: tensors[ours] for name, ours in PROBE.items()}
+        write_whole(path, safetensors_bytes(tensors, metadata))
+
+    def model(self, encoder: FrozenEncoder, kernel: Kernel = "auto") -> AdaViPro:
+        """Put the prompt in front of its encoder, in evaluation mode.
+
+        Raises:
+            ValueError: the encoder's weights or images are not those of the prompt's training.
+        """
+        if encoder.sha256 != self.encoder.sha256:
+            raise ValueError(
+                f"the encoder {encoder.name!r} ({encoder.sha256[:12]}) is not the one this "
+                f"checkpoint was trained on, {self.encoder.name!r} ({self.encoder.sha256[:12]}); "
+                "name that one with --model and --pretrained"
+            )
+        encoder = encoder.with_(preprocess=replace(self.preprocess, margin=0))
+        if self.config.method == "full_finetune":
+            encoder = encoder.thawed()
+        scale, projection = self.tensors.get("logit_scale"), encoder.projection
+        if projection is not None:
+            width = projection.shape[0 if self.config.head_input == "features" else 1]
+            if self.tensors["class_embeddings"].shape[1] != width:
+                got = tuple(self.tensors["class_embeddings"].shape)
+                raise ValueError(f"the head has shape {got}, the encoder gives {width} numbers")
+        model = AdaViPro(
+            encoder,
+            self.tensors["class_embeddings"],
+            self.config,
+            class_bias=self.tensors.get("class_bias"),
+            logit_scale=None if scale is None else scale.item(),
+            kernel=kernel,
+        )
+        load_trained(model, self.tensors)
+        model.encoder.requires_grad_(False)
+        return model.eval()
+
+
+def trained_tensors(model: AdaViPro) -> dict[str, Tensor]:
+    """Copy the trained tensors of a model, named as in the checkpoint."""
+    tensors = {}
+    if model.prompt.template is not None:
+        tensors["prompt"] = model.prompt.template()
+    if model.prompt.generator is not None:
+        tensors |= model.prompt.generator.state_dict()
+    if model.config.method == "full_finetune":
+        tower = model.encoder.visual.state_dict()
+        tensors |= {TOWER + name: value for name, value in tower.items()}
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+
+def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model the trained tensors that `trained_tensors` named."""
+    if model.prompt.template is not None:
+        model.prompt.template.load(tensors["prompt"])
+    if model.prompt.generator is not None:
+        names = model.prompt.generator.state_dict()
+        model.prompt.generator.load_state_dict({name: tensors[name] for name in names})
+    if model.config.method == "full_finetune":
+        tower = {k.removeprefix(TOWER): v for k, v in tensors.items() if k.startswith(TOWER)}
+        try:
+            model.encoder.visual.load_state_dict(tower)
+        except RuntimeError as error:
+            raise ValueError(f"not the weights of this image tower: {error}") from error
+
+
+def checkpoint_of(model: AdaViPro, class_names: tuple[str, ...]) -> Checkpoint:
+    """Take a model's trained prompt as a checkpoint."""
+    encoder = model.encoder
+    tensors = trained_tensors(model)
+    tensors["class_embeddings"] = model.class_embeddings.detach().cpu().clone()
+    if model.class_bias is not None:
+        tensors["class_bias"] = model.class_bias.detach().cpu().clone()
+    tensors["logit_scale"] = torch.tensor(model.logit_scale)
+    identity = EncoderIdentity(encoder.name, encoder.pretrained, encoder.sha256)
+    return Checkpoint(tensors, model.config, class_names, identity, model.preprocess)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and check a checkpoint.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: cut short, not ours, a tensor missing or of the wrong shape, or not finite.
+    """
+    return checked_checkpoint(path, *read_safetensors(path))
+
+
+def checked_checkpoint(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> Checkpoint:
+    """Check what `read_safetensors` gave; errors are `load_checkpoint`'s."""
+    if metadata.get("format") not in (FORMAT, BASELINE_FORMAT):
+        raise ValueError(f"{path} has format {metadata.get('format')!r}; {FORMAT!r} is needed")
+    try:
+        config, preprocess = read_settings(metadata)
+        if config.method == "linear_probe":
+            tensors = {PROBE.get(name, name): value for name, value in tensors.items()}
+            config = replace(config, head="linear", head_input="features")
+        checkpoint = Checkpoint(
+            tensors,
+            config,
+            tuple(str(name) for name in metadata["class_names"]),
+            read(EncoderIdentity, metadata["encoder"]),
+            preprocess,
+        )
+        _check_shapes(checkpoint)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a checkpoint that can be used: {error}") from error
+    return checkpoint
+
+
+def read_settings(metadata: Mapping[str, Any]) -> tuple[PromptConfig, Preprocess]:
+    """Read the settings of a prompt and of its images from a file's metadata.
+
+    Raises:
+        KeyError: one of the two is missing.
+        ValueError: one of the two cannot be used, or they do not go together.
+    """
+    preprocess: Preprocess = read(Preprocess, metadata["preprocess"])
+    config: PromptConfig = read(PromptConfig, metadata["config"])
+    config = replace(config, margin=preprocess.margin)
+    check_region(preprocess.size, config.region_size)
+    if config.method in PROMPTED:
+        frame(preprocess.size, config.prompt_size)
+    return config, preprocess
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    side, config = checkpoint.preprocess.size, checkpoint.config
+    width, region, classes = config.embed_dim, config.region_size, len(checkpoint.class_names)
+    expected: dict[str, tuple[int | None, ...]] = {"class_embeddings": (classes, None)}
+    if config.method != "linear_probe":
+        expected["logit_scale"] = ()
+    if config.head == "linear":
+        expected["class_bias"] = (classes,)
+    if config.method in PROMPTED:
+        expected["prompt"] = (3, side, side)
+    if config.method == "adavipro":
+        expected |= {
+            "convergence.weight": (width, 3, 3, 3),
+            "convergence.bias": (width,),
+            "policy.weight": (2, width, region, region),
+            "policy.bias": (2,),
+        }
+    for name, shape in expected.items():
+        if name not in checkpoint.tensors:
+            raise ValueError(f"tensor {name!r} is missing")
+        got = tuple(checkpoint.tensors[name].shape)
+        if len(got) != len(shape) or any(
+            w not in (None, g) for w, g in zip(shape, got, strict=True)
+        ):
+            raise ValueError(f"tensor {name!r} has shape {got}; {shape} is needed")
+        if checkpoint.tensors[name].dtype != torch.float32:
+            raise ValueError(f"tensor {name!r} is {checkpoint.tensors[name].dtype}; fp32 is needed")

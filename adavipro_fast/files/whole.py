@@ -1,0 +1,72 @@
+"""Files that appear only when they are whole, and the two formats that we read."""
+
+import hashlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under its final name only when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, and never a file or link that is there already.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """Serialise tensors and JSON metadata, the same bytes for the same content.
+
+    safetensors itself writes metadata in a random order.
+    """
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, texts)
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and JSON metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole safetensors file, metadata not JSON, or values not finite.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # Not only SafetensorError: types that torch lacks, nesting without end, ...
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file of ours: {error}; make it again"
+        ) from error
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.float().isfinite().all()):
+            raise ValueError(f"{path}: tensor {name!r} holds NaN or infinity; train it again")
+    return tensors, metadata
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""What is computed: the prompt, the mask generator, and the frozen encoder behind them."""

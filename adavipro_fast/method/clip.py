@@ -1,0 +1,110 @@
+"""Load a CLIP with open_clip: its image tower, frozen, and its text tower."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.preprocess import Preprocess
+
+DEFAULT_TEMPLATE = "This is a photo of a {}"
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise ValueError where a template has no `{}` for the class name."""
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}} for the class name; add it")
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """The text side of a CLIP, needed once to embed the class names."""
+
+    model: Any
+    tokenizer: Any
+
+    @torch.no_grad()
+    def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embed each class as the mean over templates of its text embeddings.
+
+        Args:
+            class_names: K raw names; `_` and `-` become spaces and capitals lower case.
+            templates: texts with `{}` in the class name's place.
+
+        Returns:
+            (K, E) fp32 unit rows.
+
+        """
+        rows = []
+        for name in class_names:
+            readable = name.replace("_", " ").replace("-", " ").lower()
+            tokens = self.tokenizer([t.replace("{}", readable) for t in templates])
+            rows.append(self.model.encode_text(tokens, normalize=True).float().mean(0))
+        return F.normalize(torch.stack(rows), dim=-1)
+
+
+def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTower]:
+    """Load a CLIP with open_clip, on the CPU in fp32.
+
+    Args:
+        model: open_clip name, `local-dir:PATH`, or `demo`.
+        pretrained: open_clip tag or path of the weights; empty is random for a built-in name.
+
+    Raises:
+        ValueError: open_clip does not know the model, cannot load it, or its images are not
+            square.
+    """
+    source = f"local-dir:{DEMO_MODEL}" if model == "demo" else model
+    known = open_clip.list_models()
+    if ":" not in source and source not in known:
+        raise ValueError(
+            f"model {model!r} is unknown to open_clip; use demo, local-dir:PATH or one of "
+            f"{', '.join(known[:3])} ... ({len(known)} names: open_clip.list_models())"
+        )
+    try:
+        # Where the weights were trained with QuickGELU, open_clip only warns of another one.
+        quick = open_clip.get_pretrained_cfg(source, pretrained).get("quick_gelu", False)
+        clip = open_clip.create_model(source, pretrained=pretrained or None, force_quick_gelu=quick)
+        tokenizer = open_clip.get_tokenizer(source)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0][:300]
+        raise ValueError(
+            f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}"
+        ) from error
+    if getattr(clip.visual, "output_tokens", False):
+        # CoCa's tower also returns tokens, for its captions.
+        clip.visual.output_tokens = False
+    settings = open_clip.get_model_preprocess_cfg(clip)
+    height, width = (
+        settings["size"] if isinstance(settings["size"], tuple) else (settings["size"],) * 2
+    )
+    if height != width:
+        raise ValueError(f"model {model!r} takes {height}x{width} images; square ones are needed")
+    preprocess = Preprocess(
+        size=height,
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        interpolation=settings["interpolation"],
+        resize_mode=settings["resize_mode"],
+    )
+    encoder = FrozenEncoder(
+        clip.visual,
+        preprocess,
+        name=model,
+        pretrained=pretrained,
+        logit_scale=min(clip.logit_scale.exp().item(), 100.0),
+    )
+    return encoder, TextTower(clip.eval(), tokenizer)
+
+
+def load_encoder(model: str, pretrained: str = "") -> FrozenEncoder:
+    """Load the frozen image tower alone; arguments and errors are `load_clip`'s."""
+    return load_clip(model, pretrained)[0]

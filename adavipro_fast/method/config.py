@@ -1,0 +1,65 @@
+"""What a prompt is made of: the settings that travel in the checkpoint."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from adavipro_fast.method.functional import Activation, Edge, EdgePadding
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Input = Literal["float32", "uint8"]
+LARGEST_SIDE = 4096
+Method = Literal["adavipro", "vp", "zero_shot", "linear_probe", "full_finetune"]
+PROMPTED = ("adavipro", "vp")
+Kernel = Literal["auto", "fused", "plain"]
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What the prompt is made of; travels in the checkpoint."""
+
+    method: Method = "adavipro"
+    """adavipro decides per region where the prompt applies; vp applies it everywhere; the others
+    have no prompt: zero_shot, linear_probe, full_finetune"""
+    prompt_size: int = 30
+    """width of each side of the frame, pixels"""
+    region_size: int = 32
+    """side of the square decision unit, pixels; divides the image side"""
+    embed_dim: int = 64
+    """channels between convergence and policy module"""
+    edge: Edge = "laplacian"
+    """edge detector in front of the mask generator"""
+    edge_padding: EdgePadding = "zero"
+    """what the edge detector sees outside the image"""
+    activation: Activation = "none"
+    """between convergence and policy module; relu gives up the collapsed fast path"""
+    gumbel: Literal["hard", "soft"] = "hard"
+    """training masks: hard is straight-through, soft is relaxed"""
+    prompt_init: Literal["normal", "zero"] = "normal"
+    """first values of the template: N(0, 1) or 0"""
+    generator_init: Literal["random", "avoid-edges"] = "random"
+    """first values of the mask generator: torch's default, or open where edges are weak"""
+    head: Annotated[Literal["text", "linear"], tyro.conf.Suppress] = "text"
+    """class embeddings from their names, or learned, with a bias"""
+    head_input: Annotated[Literal["embedding", "features"], tyro.conf.Suppress] = "embedding"
+    """what a linear head reads: unit embeddings, or the features before the projection"""
+    margin: int = 0
+    """shrink images by this many pixels on each side; the prompt has the margin for itself"""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_size", "region_size", "embed_dim"):
+            if not 1 <= getattr(self, name) <= LARGEST_SIDE:
+                raise ValueError(f"{name} is {getattr(self, name)}; 1 to {LARGEST_SIDE} works")
+        if self.margin and self.method not in PROMPTED:
+            raise ValueError(f"{self.method} has no prompt to leave a --margin for")
+
+    def stored(self) -> dict[str, Any]:
+        """Return what files keep; they keep the margin with the preprocessing."""
+        values = asdict(self)
+        del values["margin"]
+        if self.head == "text":
+            del values["head"], values["head_input"]
+        return values

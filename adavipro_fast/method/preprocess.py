@@ -1,0 +1,81 @@
+"""How an image becomes the encoder's input."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import open_clip
+import open_clip.transform
+from PIL import Image, ImageOps
+
+from adavipro_fast.method.config import LARGEST_SIDE
+
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+RESIZE_MODES = ("shortest", "longest", "squash")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the encoder's input; travels in the checkpoint."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize_mode: str
+    margin: int = 0
+    """pixels on each side that keep the mean colour, the image shrunk to what is left"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= LARGEST_SIDE:
+            raise ValueError(f"image side {self.size} is out of range; 1 to {LARGEST_SIDE} works")
+        if not 0 <= self.margin < self.size / 2:
+            raise ValueError(
+                f"margin {self.margin} leaves no image of side {self.size}; "
+                f"use 0 to {(self.size - 1) // 2}"
+            )
+        if not (len(self.mean) == len(self.std) == 3):
+            raise ValueError("mean and std need three channels")
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} or std {self.std} cannot normalise an image")
+        if self.interpolation not in INTERPOLATIONS or self.resize_mode not in RESIZE_MODES:
+            raise ValueError(
+                f"interpolation {self.interpolation!r} with resize mode {self.resize_mode!r} is "
+                f"unknown; use {', '.join(INTERPOLATIONS)} and {', '.join(RESIZE_MODES)}"
+            )
+
+    def stored(self) -> dict[str, Any]:
+        """Return what files keep: open_clip's settings, and the margin where there is one."""
+        values = asdict(self)
+        if not self.margin:
+            del values["margin"]
+        return values
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return the size that an image has once it is resized and not yet cropped."""
+        side = self.size - 2 * self.margin
+        if self.resize_mode == "squash":
+            return side, side
+        by = min(width, height) if self.resize_mode == "shortest" else max(width, height)
+        return side * width // by, side * height // by
+
+    def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
+        """Return open_clip's preprocessing, then the margin: image to (3, S, S) uint8 pixels."""
+        inner = replace(self, size=self.size - 2 * self.margin, margin=0)
+        config = open_clip.transform.PreprocessCfg(**inner.stored())
+        whole = open_clip.transform.image_transform_v2(config, is_train=False)
+        # The last two steps are ToTensor and Normalize, which run later and on the device.
+        resize, last = whole.transforms[:-2], [type(t).__name__ for t in whole.transforms[-2:]]
+        assert last[0].endswith("ToTensor"), last
+        assert last[1] == "Normalize", last
+        colour = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in self.mean)
+
+        def apply(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+            for step in resize:
+                image = step(image)
+            image = ImageOps.expand(image, self.margin, colour)
+            return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+
+        return apply

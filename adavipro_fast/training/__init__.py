@@ -1,0 +1,1 @@
+"""One run: how it is configured, started, trained, kept and drawn."""

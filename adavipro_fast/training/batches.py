@@ -1,0 +1,40 @@
+"""The batches of an epoch: an order that depends on seed and epoch alone, gathered ahead."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adavipro_fast.data.split import Split
+from adavipro_fast.training.group import Group
+
+
+def shuffled(count: int, *, seed: int, epoch: int) -> Tensor:
+    """Return the epoch's order of `count` images."""
+    # Not torch's generator: it takes no more than 32 bits of a seed.
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
+
+
+def gathered(
+    split: Split, order: Tensor, size: int, *, device: torch.device, group: Group
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield an order's batches, gathered one step ahead.
+
+    Images and labels are this process's share of the batch, the number is the whole batch's.
+    """
+    chunks = order.split(size)
+    if not len(order):
+        return
+    with ThreadPoolExecutor(1) as pool:
+
+        def gather(chunk: Tensor) -> Future[tuple[Tensor, Tensor]]:
+            return pool.submit(split.batch, chunk[group.share(len(chunk))], device)
+
+        ahead = gather(chunks[0])
+        for number, chunk in enumerate(chunks):
+            images, labels = ahead.result()
+            if number + 1 < len(chunks):
+                ahead = gather(chunks[number + 1])
+            yield images, labels, len(chunk)

@@ -1,0 +1,163 @@
+"""How a run is configured: optimiser, schedule, recipes."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from adavipro_fast.cli import Device
+from adavipro_fast.data.sets import DataConfig
+from adavipro_fast.files.checked import read
+from adavipro_fast.method.config import Kernel, Precision, PromptConfig
+
+# VP warms up for 1000 steps; shorter runs give it a tenth of their steps.
+WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1
+# Of rates, temperatures and counts: more is a slip of the keyboard.
+LARGEST = 1e9
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """How the prompt is optimised."""
+
+    epochs: int = 50
+    """passes over the training images"""
+    batch_size: int = 64
+    """images per step"""
+    lr_prompt: float = 40.0
+    """peak learning rate of the template"""
+    lr_generator: float = 1.0
+    """peak learning rate of the mask generator"""
+    generator_optimiser: Literal["sgd", "adam"] = "sgd"
+    """adam makes steps of one size whatever the scale of edges and template"""
+    generator_start: float = 0.0
+    """share of the steps for which the mask generator waits while the template learns"""
+    lr_encoder: float = 1e-5
+    """peak learning rate of full_finetune (AdamW)"""
+    clip_prompt: float = 0.0
+    """longest gradient of the template, as a Euclidean norm; 0 leaves gradients as they are"""
+    tau: float = 5.0
+    """first temperature of the mask sampling"""
+    tau_decay: float = 0.98
+    """factor on the temperature, per epoch"""
+    tau_min: float = 0.5
+    """floor of the temperature"""
+    precision: Precision = "bf16"
+    """of the encoder; prompt, masks and noise are fp32"""
+    seed: int = 0
+    """of everything random"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "tau", "tau_decay", "tau_min"):
+            if not 0 < getattr(self, name) < LARGEST:
+                limits = f"a number above 0 is needed, below {LARGEST:g}"
+                raise ValueError(f"{name} is {getattr(self, name)}; {limits}")
+        for name in ("lr_prompt", "lr_generator", "lr_encoder", "clip_prompt"):
+            if not 0 <= getattr(self, name) < LARGEST:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 to {LARGEST:g}")
+        if self.tau_decay > 1:
+            raise ValueError(f"tau_decay is {self.tau_decay}; use a number up to 1")
+        if not 0 <= self.generator_start <= 1:
+            raise ValueError(f"generator_start is {self.generator_start}; use 0 to 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}; use 0 to {2**31 - 1}")
+
+    def temperature(self, epoch: int) -> float:
+        """Return τ of an epoch, counted from 0: tau · tau_decay^epoch, at least tau_min."""
+        return max(self.tau * self.tau_decay**epoch, self.tau_min)
+
+
+def lr_factor(step: int, total: int) -> float:
+    """Scale the learning rate: linear warm-up, then half a cosine down to 0."""
+    warm_up = min(WARM_UP_STEPS, round(WARM_UP_SHARE * total))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train an adaptive visual prompt for a frozen CLIP encoder; no arguments: the demo."""
+
+    recipe: Literal["paper", "best"] = "best"
+    """sets the defaults of the flags below; explicit flags win"""
+    model: str = "demo"
+    """open_clip model name, local-dir:PATH, or demo"""
+    pretrained: str = ""
+    """open_clip tag or path of the weights"""
+    template: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """text with {} for the name; several make an ensemble (default: This is a photo of a {})"""
+    class_embeddings: Path | None = None
+    """safetensors file with class_embeddings (K, E) instead of the text tower"""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    device: Device = "auto"
+    kernel: Kernel = "auto"
+    """fused (Triton) or plain (PyTorch); auto: fused on CUDA devices where it can run"""
+    output: Path | None = None
+    """folder of the run (default: a new one under runs/)"""
+    resume: Path | None = None
+    """folder of a run to go on with, under its own settings"""
+    accept_change: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """with --resume: a flag, data, encoder or embeddings that may differ; repeatable"""
+
+
+def recipe(name: str, prompt_size: int = PromptConfig.prompt_size) -> TrainConfig:
+    """Return a recipe's defaults; `best`'s template rate falls as the frame covers the object."""
+    if name == "paper":
+        return TrainConfig(recipe="paper", optimiser=OptimiserConfig(batch_size=256))
+    return TrainConfig(
+        prompt=PromptConfig(
+            prompt_size=prompt_size,
+            edge="laplacian-magnitude",
+            edge_padding="replicate",
+            prompt_init="zero",
+            generator_init="avoid-edges",
+        ),
+        optimiser=OptimiserConfig(
+            batch_size=32,
+            lr_prompt=round(40 * min(1.0, 30 / prompt_size) ** 1.5, 1),
+            clip_prompt=0.05,
+            lr_generator=1e-5,
+            generator_optimiser="adam",
+            generator_start=0.3,
+        ),
+    )
+
+
+def stored(config: TrainConfig) -> dict[str, Any]:
+    """Return a configuration as JSON, the settings in a run's state."""
+    return dict(json.loads(json.dumps(asdict(config), default=str)))
+
+
+def read_stored(settings: dict[str, Any], path: Path) -> TrainConfig:
+    """Rebuild a configuration from what `stored` returned.
+
+    Raises:
+        ValueError: settings are missing or of the wrong kind.
+    """
+    if "margin" in settings and isinstance(settings.get("prompt"), dict):
+        # States of before margins were the prompt's.
+        settings = settings | {"prompt": settings["prompt"] | {"margin": settings["margin"]}}
+    try:
+        config: TrainConfig = read(TrainConfig, settings)
+    except ValueError as error:
+        raise ValueError(f"{path} has settings that cannot be used: {error}") from error
+    return replace(config, accept_change=())
+
+
+def difference(before: TrainConfig, now: TrainConfig) -> dict[str, str]:
+    """Tell flags that differ: name to a line that says how."""
+    old, new = (_flat(asdict(config)) for config in (before, now))
+    return {k: f"--{k} {new[k]} instead of {v}" for k, v in old.items() if new[k] != v}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name.replace("_", "-"): value}
+    return flat

@@ -1,0 +1,145 @@
+"""Train to the end, test once, draw, and keep the result with the run's state."""
+
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.data.metrics import mask_figures
+from adavipro_fast.data.sets import load_test
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
+from adavipro_fast.method.config import PROMPTED, PromptConfig
+from adavipro_fast.method.encoder import FrozenEncoder, fingerprint
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.training import group as distributed
+from adavipro_fast.training import pictures
+from adavipro_fast.training.config import TrainConfig
+from adavipro_fast.training.log import say
+from adavipro_fast.training.state import UNTRAINED
+from adavipro_fast.training.trainer import Trainer
+
+PICTURED = 8
+SAME_MASK = 0.01
+
+
+def finish(
+    trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor, config: TrainConfig
+) -> dict[str, Any]:
+    """Train to the end and return the figures of the best and of the last model.
+
+    Args:
+        trainer: at its beginning, or where a run stopped.
+        frozen: the encoder in fp32, on the trainer's device; models are tested on it.
+        embeddings: (K, E) of the class names.
+        config: of the run.
+
+    Raises:
+        KeyboardInterrupt: the process was told to stop; the step reached is saved.
+        VerificationError: the frozen encoder changed.
+    """
+    zero_shot_top1 = _zero_shot(trainer, frozen, embeddings, config)
+    say(f"zero-shot top-1: {zero_shot_top1:.1f} % (test)")
+    began = time.perf_counter()
+    with _told_to_stop(trainer):
+        trainer.run()
+    if not trainer.parts:
+        trainer.progress.seconds = time.perf_counter() - began
+    if fingerprint(frozen.visual) != frozen.sha256 or any(
+        p.requires_grad for p in frozen.parameters()
+    ):
+        raise VerificationError("the frozen encoder changed during training")
+    trainer.progress.result = _result(trainer, frozen, zero_shot_top1, config)
+    trainer.save()
+    trainer.group.wait()
+    distributed.leave()
+    return trainer.progress.result
+
+
+@contextmanager
+def _told_to_stop(trainer: Trainer) -> Iterator[None]:
+    """Let signals end the run after the step under way."""
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(stop, lambda *_: trainer.stop()) for stop in stops]
+    try:
+        yield
+    finally:
+        for stop, handler in zip(stops, before, strict=True):
+            signal.signal(stop, handler)
+
+
+def _zero_shot(
+    trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor, config: TrainConfig
+) -> float:
+    """Test the encoder on whole images, whatever margin the prompt has."""
+    settings = PromptConfig(method="zero_shot", region_size=config.prompt.region_size)
+    model = AdaViPro(frozen, embeddings, settings).to(trainer.device)
+    test = trainer.dataset.test
+    if config.prompt.margin:
+        _, test = load_test(config.data, model.preprocess)
+    return trainer.evaluate(model, test).top1
+
+
+def _result(
+    trainer: Trainer, frozen: FrozenEncoder, zero_shot_top1: float, config: TrainConfig
+) -> dict[str, Any]:
+    """Test the best and the last model in fp32, draw the pictures, collect the figures."""
+    progress, test = trainer.progress, trainer.dataset.test
+    kept = checkpoint_of(trainer.model, trainer.dataset.class_names)
+    model = kept.model(frozen, config.kernel).to(trainer.device)
+    last = best = trainer.evaluate(model, test)
+    path = trainer.output / kept.file_name
+    # The leading process may still be writing it.
+    trainer.group.wait()
+    if progress.best_epoch < progress.epoch - 1:
+        model = load_checkpoint(path).model(frozen, config.kernel).to(trainer.device)
+        best = trainer.evaluate(model, test)
+    figures = mask_figures(best.masks, trainer.inside)
+    prompted = config.prompt.method in PROMPTED
+    if trainer.group.leads and prompted:
+        _draw(trainer, model, zero_shot_top1)
+    if prompted and progress.best_epoch == UNTRAINED:
+        shrunk = " of the shrunk images" if config.prompt.margin else ""
+        say(
+            f"warning: no epoch was better than the untrained prompt{shrunk} "
+            f"({progress.best_val:.1f} % on validation) by more than a standard error; "
+            "the untrained one is kept"
+        )
+    if model.prompt.generator is not None and figures.adaptivity < SAME_MASK:
+        say(
+            f"warning: the mask does not adapt: adaptivity {figures.adaptivity:.3f}, "
+            f"{figures.density:.2f} of the regions open in every image"
+        )
+    speeds = [row["images_per_s"] for row in progress.rows]
+    return {
+        "method": config.prompt.method,
+        "zero_shot_top1": zero_shot_top1,
+        "val_top1": progress.best_val,
+        "test_top1": best.top1,
+        "last_test_top1": last.top1,
+        "trainable_params": trainer.model.trainable_params,
+        "mask_density": figures.density,
+        "mask_adaptivity": figures.adaptivity,
+        "mask_placement": figures.placement,
+        "epochs": trainer.epochs,
+        "images_per_s": statistics.median(
+            speeds or [len(trainer.dataset.val) / max(progress.seconds, 1e-9)]
+        ),
+        "seconds": progress.seconds,
+        "checkpoint": str(path),
+    }
+
+
+def _draw(trainer: Trainer, model: AdaViPro, zero_shot_top1: float) -> None:
+    val, names = trainer.dataset.val, trainer.dataset.class_names
+    spread = torch.linspace(0, len(val) - 1, min(PICTURED, len(val))).long()
+    images, labels = val.batch(spread, trainer.device)
+    grid = pictures.mask_grid(model, images, [names[label] for label in labels.tolist()])
+    pictures.save(grid, trainer.output / "masks.png")
+    curves = pictures.curves(trainer.progress.rows, zero_shot_top1)
+    pictures.save(curves, trainer.output / "curves.png")

@@ -1,0 +1,205 @@
+"""Start a run, or go on with one."""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.data.sets import Dataset, load_dataset
+from adavipro_fast.device import slow_precision
+from adavipro_fast.files.checkpoint import FILES
+from adavipro_fast.files.whole import read_safetensors
+from adavipro_fast.method.clip import DEFAULT_TEMPLATE, TextTower, check_templates, load_clip
+from adavipro_fast.method.config import PROMPTED
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.training import group as distributed
+from adavipro_fast.training.config import TrainConfig, difference, read_stored, stored
+from adavipro_fast.training.finish import finish
+from adavipro_fast.training.log import say
+from adavipro_fast.training.probe import fit_head
+from adavipro_fast.training.run_folder import held, make_folder
+from adavipro_fast.training.state import read_state
+from adavipro_fast.training.trainer import Trainer
+
+CALIBRATION_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trainer, and what it starts from."""
+
+    trainer: Trainer
+    frozen: FrozenEncoder
+    """in fp32"""
+    embeddings: Tensor
+    """(K, E) of the class names"""
+    config: TrainConfig
+
+
+def start_run(config: TrainConfig) -> dict[str, Any]:
+    """Train from the beginning and return the result; torchrun's restarts go on.
+
+    Raises:
+        ValueError: a setting is wrong, or the output folder already holds a run.
+    """
+    group, device = distributed.join(config.device)
+    with ExitStack() as stack:
+        folder = config.output or group.kept_folder()
+        made: list[Path] = []
+        if group.leads:
+            if folder is None:
+                name = f"{Path(config.data.data).name}-{config.prompt.method}"
+                folder, made = make_folder(name)
+                group.keep_folder(folder)
+            stack.enter_context(held(folder, made))
+        config = replace(config, output=group.agreed(folder or Path(), device))
+        return _begin(config)
+
+
+def _begin(config: TrainConfig) -> dict[str, Any]:
+    """Train in a folder that this run holds."""
+    output, method = config.output, config.prompt.method
+    assert output is not None
+    state_path = output / "last.safetensors"
+    if state_path.exists():
+        before = read_stored(read_state(state_path)[1].settings, state_path)
+        if distributed.restarts() and not difference(replace(before, output=output), config):
+            return _go_on(config)
+        raise ValueError(
+            f"{output} already holds a run; go on with --resume {output} or choose another --output"
+        )
+    if method not in PROMPTED:
+        if distributed.launched():
+            raise ValueError(f"{method} runs in one process; start it without torchrun")
+        for name in FILES.values():
+            if (output / name).exists():
+                raise ValueError(f"{output} already holds {name}; choose another --output")
+    return _finish(_prepare(config))
+
+
+def resume_run(
+    folder: Path, ask: Callable[[TrainConfig], TrainConfig] = lambda before: before
+) -> dict[str, Any]:
+    """Go on with an interrupted run; a finished one returns its result again.
+
+    Args:
+        folder: of the run.
+        ask: what is asked for now, given the run's configuration; must be the same.
+
+    Raises:
+        ValueError: flags differ from the run's, or its state cannot be read.
+        FileNotFoundError: the folder holds no run.
+    """
+    path = folder / "last.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no last.safetensors; start with --output {folder}")
+    _, state = read_state(path)
+    before = read_stored(state.settings, path)
+    parsed = ask(before)
+    accepted = parsed.accept_change
+    asked = replace(parsed, resume=None, output=before.output, accept_change=())
+    changed = difference(before, asked)
+    refused = {k: v for k, v in changed.items() if k not in {a.lstrip("-") for a in accepted}}
+    if refused:
+        raise ValueError(
+            f"--resume keeps a run's settings; asked otherwise: {', '.join(refused.values())}; "
+            f"to change one, add --accept-change {next(iter(refused))}"
+        )
+    if state.progress.result and not changed and not accepted:
+        return state.progress.result
+    with held(folder) if distributed.leading() else nullcontext():
+        return _go_on(replace(asked, output=folder), accepted)
+
+
+def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Take up the state in the output folder and train on."""
+    run = _prepare(config)
+    run.trainer.restore(accepted)
+    say(f"going on in {config.output} at epoch {run.trainer.progress.epoch + 1}")
+    return _finish(run)
+
+
+def _finish(run: Run) -> dict[str, Any]:
+    return finish(run.trainer, run.frozen, run.embeddings, run.config)
+
+
+def _prepare(config: TrainConfig) -> Run:
+    """Load encoder and data, build the model and its trainer."""
+    group, device = distributed.join(config.device)
+    check_templates(config.template)
+    frozen, text = load_clip(config.model, config.pretrained)
+    torch.manual_seed(config.optimiser.seed)
+    # Wrong sizes are told before images are decoded.
+    bare = AdaViPro(frozen, torch.zeros(1, 1), config.prompt, kernel=config.kernel)
+    path = bare.prompt.path(device)
+    dataset = load_dataset(config.data, bare.preprocess, seed=config.optimiser.seed)
+    embeddings = _class_embeddings(config, text, dataset.class_names)
+    model = _model(config, frozen, dataset, embeddings, device)
+    assert config.output is not None
+    trainer = Trainer(
+        model,
+        replace(dataset, train=dataset.train.resident(device)),
+        config.optimiser,
+        output=config.output,
+        settings=stored(config),
+        identity={
+            "data": dataset.sha256,
+            "encoder": frozen.sha256,
+            "embeddings": hashlib.sha256(embeddings.numpy().tobytes()).hexdigest(),
+        },
+        group=group,
+    )
+    say(f"encoder {config.model} on {device}, {frozen.preprocess.size} px, frozen")
+    if complaint := slow_precision(config.optimiser.precision, device):
+        say(f"warning: {complaint}")
+    counts = (len(split) for split in (dataset.train, dataset.val, dataset.test))
+    say("data: {} train, {} val, {} test images".format(*counts))
+    say(f"{model.trainable_params} trainable parameters; output {config.output}")
+    if config.prompt.method in PROMPTED:
+        say(f"prompt by the {path} path (--kernel {config.kernel})")
+    return Run(trainer, frozen.to(device), embeddings, config)
+
+
+def _model(
+    config: TrainConfig,
+    frozen: FrozenEncoder,
+    dataset: Dataset,
+    embeddings: Tensor,
+    device: torch.device,
+) -> AdaViPro:
+    """Build what the method trains."""
+    prompt, rows, bias = config.prompt, embeddings, None
+    encoder = frozen.to(device)
+    torch.manual_seed(config.optimiser.seed)
+    if prompt.method == "full_finetune":
+        encoder = frozen.thawed(config.optimiser.precision)
+    elif prompt.method == "linear_probe":
+        prompt = replace(prompt, head="linear", head_input="features")
+        rows, bias = fit_head(frozen, dataset, device)
+    elif prompt.method in PROMPTED:
+        encoder = frozen.with_(precision=config.optimiser.precision)
+    model = AdaViPro(encoder, rows, prompt, class_bias=bias, kernel=config.kernel).to(device)
+    sample = torch.linspace(0, len(dataset.train) - 1, min(CALIBRATION_IMAGES, len(dataset.train)))
+    model.prompt.initialise(dataset.train.batch(sample.long(), device)[0])
+    return model
+
+
+def _class_embeddings(
+    config: TrainConfig, text: TextTower, class_names: tuple[str, ...]
+) -> torch.Tensor:
+    if config.class_embeddings is None:
+        return text.class_embeddings(class_names, config.template or (DEFAULT_TEMPLATE,))
+    tensors, _ = read_safetensors(config.class_embeddings)
+    rows = tensors.get("class_embeddings")
+    if rows is None or rows.ndim != 2 or len(rows) != len(class_names):
+        raise ValueError(
+            f"{config.class_embeddings} needs a tensor class_embeddings with {len(class_names)} "
+            f"rows, in the order {', '.join(class_names[:3])} ..."
+        )
+    return torch.nn.functional.normalize(rows.float(), dim=-1)

@@ -1,0 +1,286 @@
+"""The training loop: best on validation kept, resumable at any step."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from adavipro_fast.data.metrics import Evaluation, evaluate, mask_figures
+from adavipro_fast.data.sets import Dataset
+from adavipro_fast.data.split import Split
+from adavipro_fast.device import full_fp32
+from adavipro_fast.errors import NonFiniteLossError
+from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.prompt import frame_regions
+from adavipro_fast.training import state
+from adavipro_fast.training.batches import gathered, shuffled
+from adavipro_fast.training.config import OptimiserConfig, lr_factor
+from adavipro_fast.training.group import Group
+from adavipro_fast.training.log import Log, logged
+from adavipro_fast.training.parts import parts_of
+from adavipro_fast.training.state import UNTRAINED, Progress, State
+
+SAVE_EVERY_S = 300.0
+EVAL_BATCH = 64
+
+
+class Trainer:
+    """Trains what learns of a model and keeps its state in a folder.
+
+    Args:
+        model: prompt, encoder and head, on their device.
+        dataset: decoded images.
+        config: how to optimise.
+        output: folder of checkpoint, state and metrics.
+        settings: resolved configuration of the whole run, kept beside the state.
+        identity: hashes of what the run depends on; `restore` refuses a state with others.
+        group: the processes that train together.
+    """
+
+    def __init__(
+        self,
+        model: AdaViPro,
+        dataset: Dataset,
+        config: OptimiserConfig,
+        *,
+        output: Path,
+        settings: dict[str, Any],
+        identity: dict[str, str] | None = None,
+        group: Group | None = None,
+    ) -> None:
+        self.model, self.dataset, self.config = model, dataset, config
+        self.output, self.settings = output, settings
+        self.identity, self.group = identity or {}, group or Group()
+        self.device = model.prompt.mean.device
+        self.parts = parts_of(model, config)
+        self.epochs = config.epochs if self.parts else 0
+        self.steps = math.ceil(len(dataset.train) / config.batch_size)
+        self.progress = Progress()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.inside = frame_regions(model.preprocess.size, model.config)
+        # Not as an index on the device: that would wait for it, to know how many it marks.
+        self.weights = (self.inside / self.inside.sum()).to(self.device)
+        self.asked_to_stop = self.stopping = False
+
+    def stop(self) -> None:
+        """Ask the run, all its processes, to save and end after the step under way."""
+        self.asked_to_stop = True
+
+    def run(self) -> None:
+        """Train to the last epoch.
+
+        Raises:
+            KeyboardInterrupt: `stop` was called; the step reached is saved.
+            NonFiniteLossError: the last saved state is good, and nothing was saved since.
+        """
+        self.model.prompt.train()
+        if self.progress.best_val < 0:
+            self._keep_untrained()
+            # From here on there is something to go on from.
+            self.save()
+        # Backward passes too.
+        with (
+            logged(self.output, self.epochs, self.progress, leads=self.group.leads) as log,
+            full_fp32(),
+        ):
+            while self.progress.epoch < self.epochs:
+                self._epoch(log)
+
+    def _epoch(self, log: Log) -> None:
+        progress, size = self.progress, self.config.batch_size
+        tau = self.config.temperature(progress.epoch)
+        train = self.dataset.train
+        order = shuffled(len(train), seed=self.config.seed, epoch=progress.epoch)
+        left = order[progress.step * size :]
+        batches = gathered(train, left, size, device=self.device, group=self.group)
+        done, waited = 0, 0.0
+        began = started = counted = time.perf_counter()
+        with log.bar(progress, self.steps) as bar:
+            for images, labels, count in batches:
+                waited += time.perf_counter() - started
+                loss, correct, density = self._step(images, labels, count, tau)
+                done += count
+                progress.loss_sum += loss * count
+                progress.correct += correct
+                progress.step += 1
+                rate = done / (time.perf_counter() - began)
+                bar.update()
+                bar.set_postfix_str(
+                    f"loss {loss:.3f} top-1 {100 * correct / count:.1f} τ {tau:.2f} "
+                    f"open {density:.2f} {rate:.0f} images/s"
+                )
+                if self.stopping or time.perf_counter() - counted > SAVE_EVERY_S:
+                    counted = self._count_seconds(counted)
+                    self.save()
+                if self.stopping:
+                    raise KeyboardInterrupt(f"stopped; go on with --resume {self.output}")
+                started = time.perf_counter()
+        seconds = max(time.perf_counter() - began, 1e-9)
+        speed = {
+            "seconds": seconds,
+            "images_per_s": done / seconds,
+            "data_wait_share": waited / seconds,
+        }
+        self._finish_epoch({"tau": tau}, speed)
+        self._count_seconds(counted)
+        log.epoch(progress)
+        self.save()
+
+    def _count_seconds(self, since: float) -> float:
+        """Add the time since then to the run's; return now."""
+        now = time.perf_counter()
+        self.progress.seconds += now - since
+        return now
+
+    def _step(
+        self, images: Tensor, labels: Tensor, count: int, tau: float
+    ) -> tuple[float, int, float]:
+        """Train on a batch; return its loss, how many were right, and the share of open regions."""
+        step = self.progress.epoch * self.steps + self.progress.step
+        self._set_rates(step)
+        parameters = list(chain.from_iterable(part.parameters.values() for part in self.parts))
+        for part in self.parts:
+            part.optimiser.zero_grad()
+        figures = torch.zeros(4, device=self.device)
+        figures[3] = self.asked_to_stop
+        if len(labels):
+            first, noise_key = self.group.share(count).start, self.config.seed << 32 | step
+            prediction = self.model(images, tau=tau, seed=noise_key, first=first)
+            loss = F.cross_entropy(prediction.logits, labels, reduction="sum") / count
+            figures[0] = loss.detach()
+            figures[1] = (prediction.logits.argmax(1) == labels).sum()
+            figures[2] = (prediction.mask.detach() * self.weights).sum() / count
+            self.scaler.scale(loss).backward()
+        else:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        # One message and one transfer, so that a GPU waits once.
+        figures = self.group.sum_gradients(parameters, figures)
+        value, correct, density, stop = figures.tolist()
+        self.stopping = stop > 0
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the loss is {value} in epoch {self.progress.epoch + 1}, step "
+                f"{self.progress.step + 1}; the last good state is in {self.output}; "
+                f"try a lower {self.parts[0].flag} than {self.parts[0].rate:g}"
+            )
+        for part in self.parts:
+            if part.clip:
+                self.scaler.unscale_(part.optimiser)
+                clip_grad_norm_(part.parameters.values(), part.clip)
+            self.scaler.step(part.optimiser)
+        self.scaler.update()
+        return value, int(correct), density
+
+    def _set_rates(self, step: int) -> None:
+        total = self.epochs * self.steps
+        for part in self.parts:
+            rate = 0.0 if step < part.start * total else part.rate
+            part.optimiser.param_groups[0]["lr"] = rate * lr_factor(step, total)
+
+    def _finish_epoch(self, schedule: dict[str, float], speed: dict[str, float]) -> None:
+        """Validate, keep the model where it is the best so far, and begin the next epoch."""
+        progress, trained = self.progress, len(self.dataset.train)
+        val = self.evaluate(self.model, self.dataset.val)
+        figures = mask_figures(val.masks, self.inside)
+        progress.rows.append(
+            {
+                "epoch": progress.epoch + 1,
+                "loss": progress.loss_sum / trained,
+                "train_top1": 100 * progress.correct / trained,
+                "val_top1": val.top1,
+                **schedule,
+                "mask_density": figures.density,
+                "mask_adaptivity": figures.adaptivity,
+                "mask_placement": figures.placement,
+                **speed,
+            }
+        )
+        # Among equals the later epoch has trained for longer.
+        if val.top1 >= progress.best_val and val.top1 > progress.least_val:
+            self._keep(val.top1, progress.epoch)
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum, progress.correct = 0.0, 0
+
+    def _keep_untrained(self) -> None:
+        """Take the untrained model as a candidate: a prompt that starts from zero does no harm.
+
+        A trained one takes its place only if it is better by a standard error of the validation
+        accuracy, for less is luck (Breiman et al., 1984). Fine-tuning is a yardstick: its best
+        epoch is kept whatever it is.
+        """
+        if self.model.config.method == "full_finetune":
+            self.progress.best_val, self.progress.least_val = 0.0, -1.0
+            return
+        val = self.evaluate(self.model, self.dataset.val)
+        share, count = val.top1 / 100, len(val.labels)
+        self.progress.least_val = val.top1 + 100 * math.sqrt(share * (1 - share) / count)
+        self._keep(val.top1, epoch=UNTRAINED)
+
+    def _keep(self, val_top1: float, epoch: int) -> None:
+        """Write the best model so far."""
+        self.progress.best_val, self.progress.best_epoch = val_top1, epoch
+        if self.group.leads:
+            checkpoint = checkpoint_of(self.model, self.dataset.class_names)
+            checkpoint.save(self.output / checkpoint.file_name)
+
+    def evaluate(self, model: AdaViPro, split: Split) -> Evaluation:
+        """Evaluate a model with argmax masks, each process its share of the batches.
+
+        The batches are those of a single process, so that the predictions are, too.
+        """
+        training = model.prompt.training
+        model.prompt.eval()
+        try:
+            return self._evaluate(lambda x: model(x)[:2], split)
+        finally:
+            model.prompt.train(training)
+
+    def _evaluate(
+        self, predict: Callable[[Tensor], tuple[Tensor, Tensor]], split: Split
+    ) -> Evaluation:
+        group, grid = self.group, len(self.inside)
+        batches = split.batches(EVAL_BATCH, self.device, part=group.rank, of=group.size)
+        mine = torch.arange(len(split)).split(EVAL_BATCH)[group.rank :: group.size]
+        predicted = torch.zeros(len(split), dtype=torch.int64)
+        masks = torch.zeros(len(split), grid, grid, dtype=torch.uint8)
+        if mine:
+            share = evaluate(predict, batches)
+            predicted[torch.cat(mine)], masks[torch.cat(mine)] = share.predicted, share.masks
+        # On the device, where the group's messages travel.
+        predicted, masks = (group.sum(t.to(self.device)).cpu() for t in (predicted, masks))
+        return Evaluation(predicted, split.labels[split.rows], masks)
+
+    def save(self) -> None:
+        """Write `last.safetensors`: all that `restore` needs."""
+        if not self.group.leads:
+            return
+        self.progress.scaler = self.scaler.state_dict()
+        now = State(self.settings, self.identity, self.progress)
+        state.write_state(self.output / "last.safetensors", now, self.model, self.parts)
+
+    def restore(self, accepted: Sequence[str] = ()) -> None:
+        """Take up the state of `last.safetensors`.
+
+        Args:
+            accepted: parts of the identity that may differ.
+
+        Raises:
+            ValueError: data or encoder are not those that the run began with.
+        """
+        path = self.output / "last.safetensors"
+        tensors, before = state.read_state(path)
+        state.check_identity(before.identity, self.identity, accepted)
+        state.restore(path, tensors, self.model, self.parts)
+        self.progress = before.progress
+        self.progress.result = {}
+        if self.progress.scaler:
+            self.scaler.load_state_dict(self.progress.scaler)

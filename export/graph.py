@@ -1,0 +1,144 @@
+"""Write a module as one ONNX file, and check what was written."""
+
+import json
+import logging
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto
+
+from adavipro_fast.artifact.onnx import SEAL_KEY, UNSEALED, seal
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.export.fold import Plain
+from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.method.config import Precision
+
+ELEMENTS = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+}
+# protobuf ends at 2 GiB; weights of larger encoders go into a second file.
+ONE_FILE_BYTES = 1_900_000_000
+
+
+@contextmanager
+def named_when_whole(output: Path) -> Iterator[Path]:
+    """Yield where to write; what lies beside it moves to the output's folder without an error."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+        path = Path(folder) / output.name
+        yield path
+        # The file that was asked for comes last.
+        for file in sorted(path.parent.iterdir(), key=lambda file: file == path):
+            file.replace(output.parent / file.name)
+
+
+def write(module: Plain, path: Path, *, side: int, opset: int, metadata: dict[str, Any]) -> int:
+    """Export a module as ONNX, stripped of the exporter's notes; return its number of nodes."""
+    weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+    apart = weights > ONE_FILE_BYTES
+    # Without gradients attention is one node.
+    with torch.no_grad(), quiet(), exporter_errors():
+        program = torch.onnx.export(
+            module,
+            (torch.zeros(2, 3, side, side, dtype=torch.uint8 if module.uint8 else torch.float32),),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["image"],
+            output_names=list(module.outputs),
+            dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=65536)}},
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=apart)
+    model = onnx.load(path, load_external_data=False)
+    clean(model)
+    if apart:
+        data = path.with_name(path.name + ".data")
+        metadata = metadata | {"data_sha256": file_sha256(data)}
+    properties = {key: json.dumps(value) for key, value in metadata.items()}
+    onnx.helper.set_model_props(model, properties | {SEAL_KEY: UNSEALED})
+    path.write_bytes(seal(model.SerializeToString()))
+    onnx.checker.check_model(path, full_check=not apart)
+    return len(model.graph.node)
+
+
+@contextmanager
+def exporter_errors() -> Iterator[None]:
+    """Tell what torch.onnx cannot export in one line.
+
+    Raises:
+        ValueError: it gave up.
+    """
+    try:
+        yield
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"torch.onnx cannot export this encoder: {type(reason).__name__}: {reason}"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's remarks about its own passes out of the output."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def clean(model: onnx.ModelProto) -> None:
+    """Drop stack traces and notes, which hold paths of this machine; softmax in fp32."""
+    graph = model.graph
+    graph.name, model.producer_name = "adavipro_fast", "adavipro_fast"
+    del model.metadata_props[:], graph.metadata_props[:]
+    for item in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
+        item.doc_string = ""
+        del item.metadata_props[:]
+    for node in graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(
+                onnx.helper.make_attribute("softmax_precision", TensorProto.FLOAT)
+            )
+
+
+def check_dtypes(path: Path, precision: Precision) -> None:
+    """Check that matrix products are in `precision`, and that what must be safe is in fp32.
+
+    Raises:
+        VerificationError: they are not.
+    """
+    model = onnx.load(path, load_external_data=False)
+    model = onnx.shape_inference.infer_shapes(model)
+    graph = model.graph
+    kinds = {
+        v.name: v.type.tensor_type.elem_type
+        for v in [*graph.value_info, *graph.input, *graph.output]
+    }
+    kinds |= {t.name: t.data_type for t in graph.initializer}
+    safe = {"LayerNormalization", "Softmax", "ReduceL2"}
+    found: Counter[int] = Counter()
+    for node in graph.node:
+        kind = kinds.get(node.input[0])
+        wide = node.op_type in safe or any(n.startswith(("decide.", "head.")) for n in node.input)
+        if wide and kind != TensorProto.FLOAT:
+            raise VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
+        if not wide and node.op_type in ("MatMul", "Gemm", "Conv", "Attention"):
+            found[kind or 0] += 1
+    if set(found) != {ELEMENTS[precision]}:
+        names = {TensorProto.DataType.Name(k): n for k, n in found.items()}
+        raise VerificationError(f"matrix products are {names}; {precision} was asked for")

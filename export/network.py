@@ -1,0 +1,175 @@
+"""A strongly typed TensorRT network: parsed, built, its types counted."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import torch
+from tqdm import tqdm
+
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.files.whole import write_whole
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# TensorRT's names of the types.
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "ATTENTION", "ATTENTION_INPUT")
+# The mask path's convolutions, the last projection and the logits stay in fp32.
+WIDE_PRODUCTS = 5
+
+
+class Network:
+    """A parsed, strongly typed network.
+
+    Raises:
+        ValueError: the parser does not take the graph.
+    """
+
+    def __init__(self, trt: ModuleType, runtime: str, source: Path) -> None:
+        self.trt, self.runtime = trt, runtime
+        self.logger = trt.Logger(trt.Logger.ERROR)
+        self.builder = trt.Builder(self.logger)
+        flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self.definition = self.builder.create_network(flag)
+        self.parser = trt.OnnxParser(self.definition, self.logger)
+        model = onnx.load(source, load_external_data=False)
+        for node in model.graph.node:
+            # TensorRT's attention keeps its softmax in fp32 and refuses to be told so.
+            kept = [a for a in node.attribute if a.name != "softmax_precision"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        if not self.parser.parse(model.SerializeToString(), str(source)):
+            errors = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
+            raise ValueError(f"{runtime} cannot import {source}: {'; '.join(errors[:3])}")
+
+    def build(
+        self,
+        batch: tuple[int, int, int],
+        side: int,
+        capabilities: list[str],
+        *,
+        level: int,
+        timings: Path,
+    ) -> bytes:
+        """Build the engine.
+
+        Raises:
+            ValueError: the builder gave up.
+        """
+        options = self.options(batch, side, capabilities, level)
+        if self.runtime == "tensorrt-rtx":
+            plan = self.builder.build_serialized_network(self.definition, options)
+        else:
+            plan = self._build_with_timings(options, timings)
+        if plan is None:
+            raise ValueError(
+                f"{self.runtime} could not build the engine; its messages are above; try another "
+                "--precision or a smaller --batch"
+            )
+        return bytes(plan)
+
+    def options(
+        self, batch: tuple[int, int, int], side: int, capabilities: list[str], level: int
+    ) -> Any:
+        """Return how to build: batch sizes, GPUs, and fp32 that is fp32."""
+        trt = self.trt
+        options = self.builder.create_builder_config()
+        # On by default; it would turn decisions near 0.
+        options.clear_flag(trt.BuilderFlag.TF32)
+        options.builder_optimization_level = level
+        options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        options.progress_monitor = progress(trt)
+        profile = self.builder.create_optimization_profile()
+        profile.set_shape("image", *((size, 3, side, side) for size in batch))
+        options.add_optimization_profile(profile)
+        if self.runtime == "tensorrt-rtx":
+            options.num_compute_capabilities = len(capabilities)
+            for index, capability in enumerate(capabilities):
+                known = trt.ComputeCapability.__members__["SM" + capability.replace(".", "")]
+                options.set_compute_capability(known, index)
+        return options
+
+    def _build_with_timings(self, options: Any, folder: Path) -> Any:
+        """Build with the timings that earlier builds of this version and GPU measured.
+
+        Raises:
+            ValueError: they are damaged or of another version or GPU.
+        """
+        gpu = torch.cuda.get_device_name().replace(" ", "-")
+        path = folder / f"{self.trt.__version__}-{gpu}.timings"
+        cache = options.create_timing_cache(read_timings(path))
+        if cache is None or not options.set_timing_cache(cache, ignore_mismatch=False):
+            raise ValueError(f"{self.runtime} does not take the timings in {path}; remove it")
+        plan = self.builder.build_serialized_network(self.definition, options)
+        write_timings(path, bytes(options.get_timing_cache().serialize()))
+        return plan
+
+    def types(self) -> dict[str, Counter[str]]:
+        """Count the types of tensors, and those of matrix products.
+
+        A strongly typed engine keeps the types of its network.
+        """
+        tensors: Counter[str] = Counter()
+        products: Counter[str] = Counter()
+        for index in range(self.definition.num_layers):
+            layer = self.definition.get_layer(index)
+            kind = layer.get_output(0).dtype.name
+            name = TYPES.get(kind, kind.lower())
+            tensors[name] += 1
+            if layer.type.name in PRODUCTS:
+                products[name] += 1
+        return {"tensors": tensors, "products": products}
+
+
+def write_timings(path: Path, timings: bytes) -> None:
+    """Write TensorRT's timings behind their sha256."""
+    write_whole(path, hashlib.sha256(timings).digest() + timings)
+
+
+def read_timings(path: Path) -> bytes:
+    """Read what `write_timings` wrote; nothing where there is no file.
+
+    Raises:
+        ValueError: damaged.
+    """
+    if not path.is_file():
+        return b""
+    content = path.read_bytes()
+    digest, timings = content[:32], content[32:]
+    if hashlib.sha256(timings).digest() != digest:
+        raise ValueError(f"timing cache {path} is damaged; remove it")
+    return timings
+
+
+def progress(trt: ModuleType) -> Any:
+    """Show a build's phases as progress bars."""
+
+    class Progress(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.bars: dict[str, tqdm[Any]] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.bars[phase_name] = tqdm(desc=phase_name, total=num_steps, leave=False)
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.bars.pop(phase_name).close()
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.bars[phase_name].update(step + 1 - self.bars[phase_name].n)
+            return True
+
+    return Progress()
+
+
+def prove_precision(products: Counter[str], precision: str) -> None:
+    """Raise VerificationError unless the matrix products are in `precision`."""
+    wanted = DTYPES[precision]
+    others = sum(products.values()) - products[wanted]
+    if products[wanted] == 0 or (wanted != "float32" and others > WIDE_PRODUCTS):
+        raise VerificationError(
+            f"the engine's matrix products are {dict(products)}; {precision} was asked for"
+        )
