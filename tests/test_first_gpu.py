@@ -26,6 +26,7 @@ from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import PRODUCTS, full_fp32, torch_device
 from adavipro_fast.export import to_onnx
+from adavipro_fast.export.network import Network
 from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import PromptConfig
