@@ -33,6 +33,13 @@ Pretrained = Annotated[
     str | None,
     tyro.conf.arg(help="open_clip tag or path of its weights (default: as in training)"),
 ]
+Reject = Annotated[
+    float | None,
+    tyro.conf.arg(
+        help="share of known images that may be answered `unknown`, such as 0.05: those of the "
+        "least confidence, by validation (default: every image is given a class)"
+    ),
+]
 Images = Annotated[
     Path | None, tyro.conf.arg(help="folder of images to verify with (default: procedural ones)")
 ]

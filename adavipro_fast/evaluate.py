@@ -12,10 +12,17 @@ from tqdm import tqdm
 from adavipro_fast import cli
 from adavipro_fast.artifact.description import Artifact
 from adavipro_fast.artifact.open import open_artifact
-from adavipro_fast.data.metrics import Evaluation, evaluate, mask_figures
+from adavipro_fast.data.metrics import (
+    Evaluation,
+    evaluate,
+    expected_calibration_error,
+    mask_figures,
+    negative_log_likelihood,
+)
 from adavipro_fast.data.sets import DataConfig, load_test
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import slow_precision, torch_device
+from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.config import Precision
 from adavipro_fast.method.prompt import frame_regions
 
@@ -36,6 +43,7 @@ class EvaluateConfig:
     device: cli.Device = "auto"
     batch_size: int = 64
     """images at once"""
+    reject: cli.Reject = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -64,6 +72,8 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
             f"{config.data.data} has {', '.join(class_names[:5])} ...; "
             "name the data set it was trained on with --data"
         )
+    calibration = artifact.about.calibration
+    least = None if config.reject is None else calibration.threshold(config.reject)
     began = time.perf_counter()
     evaluation = evaluate_artifact(artifact, test, config.batch_size)
     seconds = time.perf_counter() - began
@@ -76,10 +86,28 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         "backend": artifact.backend,
         "provider": artifact.provider,
         "images_per_s": len(test) / seconds,
+        **probability_figures(evaluation, calibration, least),
         "mask_density": figures.density,
         "mask_adaptivity": figures.adaptivity,
         "mask_placement": figures.placement,
     }
+
+
+def probability_figures(
+    evaluation: Evaluation, calibration: Calibration, least: float | None
+) -> dict[str, float]:
+    """Say how far probabilities can be trusted, before and after calibration."""
+    labels, figures = evaluation.labels, {"temperature": calibration.temperature}
+    for ending, scale in (("", calibration), ("_uncalibrated", Calibration())):
+        probabilities = scale.probabilities(evaluation.logits)
+        figures["nll" + ending] = negative_log_likelihood(probabilities, labels)
+        figures["ece" + ending] = expected_calibration_error(probabilities, labels)
+    if least is not None:
+        kept = calibration.probabilities(evaluation.logits).amax(1) >= least
+        right = (evaluation.predicted == labels)[kept].double()
+        figures["rejected"] = 1 - kept.double().mean().item()
+        figures["kept_top1"] = 100 * right.mean().item() if len(right) else 0.0
+    return figures
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from adavipro_fast.method.config import Precision
 from adavipro_fast.training import pictures
 
 SHOWN_CLASSES = 5
+UNKNOWN = "unknown"
 BATCH = 64
 
 
@@ -29,6 +30,7 @@ class PredictConfig:
     """image files"""
     picture: Path | None = None
     """save a picture of the images with the mask laid over them"""
+    reject: cli.Reject = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
@@ -53,15 +55,16 @@ def command(config: PredictConfig) -> dict[str, Any]:
         device=config.device,
     )
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
-    predictions, drawn = [], []
+    calibration, predictions, drawn = artifact.about.calibration, [], []
+    least = 0.0 if config.reject is None else calibration.threshold(config.reject)
     for start in range(0, len(config.images), BATCH):
         paths = config.images[start : start + BATCH]
         pixels = read_pixels(paths, artifact.about.preprocess)
         prediction = artifact(pixels)
         predictions += [
-            described(path, row, mask, artifact.about.class_names)
+            described(path, row, mask, artifact.about.class_names, least)
             for path, row, mask in zip(
-                paths, prediction.logits.softmax(1), prediction.mask, strict=True
+                paths, calibration.probabilities(prediction.logits), prediction.mask, strict=True
             )
         ]
         if config.picture is not None:
@@ -77,16 +80,23 @@ def command(config: PredictConfig) -> dict[str, Any]:
 
 
 def described(
-    path: Path, probabilities: Tensor, mask: Tensor, class_names: tuple[str, ...]
+    path: Path, probabilities: Tensor, mask: Tensor, class_names: tuple[str, ...], least: float
 ) -> dict[str, Any]:
-    """Describe one prediction, its likeliest classes first, and print the first."""
+    """Describe one prediction, its likeliest classes first, and print the answer.
+
+    Below a confidence of `least` the answer is `unknown`.
+    """
     top = probabilities.topk(min(SHOWN_CLASSES, len(probabilities)))
     classes = [
         {"name": class_names[index], "probability": value}
         for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
     ]
-    print(f"{str(path)!r}: {classes[0]['name']!r} ({classes[0]['probability']:.1%})")
-    return {"path": str(path), "classes": classes, "mask": mask.int().tolist()}
+    nearest = classes[0]
+    known = nearest["probability"] >= least
+    told = repr(nearest["name"]) if known else f"unknown, nearest {nearest['name']!r}"
+    print(f"{str(path)!r}: {told} ({nearest['probability']:.1%})")
+    answer = nearest["name"] if known else UNKNOWN
+    return {"path": str(path), "answer": answer, "classes": classes, "mask": mask.int().tolist()}
 
 
 if __name__ == "__main__":

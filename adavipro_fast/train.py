@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adavipro_fast import cli
-from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.config import HeadKind, PromptConfig
 from adavipro_fast.training.config import TrainConfig, recipe
 from adavipro_fast.training.group import leading
 from adavipro_fast.training.start import resume_run, start_run
@@ -20,6 +20,7 @@ class First:
 
     recipe: Literal["paper", "best"] = "best"
     prompt_size: int = PromptConfig.prompt_size
+    head: HeadKind = "text"
     resume: Path | None = None
 
 
@@ -39,7 +40,7 @@ def command() -> dict[str, Any]:
 def parse() -> TrainConfig:
     """Parse the command line of a new run."""
     first = cli.parse_some(First)
-    return cli.parse(TrainConfig, recipe(first.recipe, first.prompt_size))
+    return cli.parse(TrainConfig, recipe(first.recipe, first.prompt_size, first.head))
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
 from adavipro_fast.export.verify import Comparison, Unprompted, compare, sample_batches
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
 from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.method.calibration import UNCALIBRATED
 from adavipro_fast.method.config import DTYPES, PROMPTED, Input, Precision
 from adavipro_fast.method.model import AdaViPro
 
@@ -138,6 +139,8 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
         "preprocess": preprocess.stored(),
         "config": checkpoint.config.stored(),
         "encoder": asdict(checkpoint.encoder),
+        # The prompt's, whose logits a baseline does not have.
+        "calibration": asdict(UNCALIBRATED if config.baseline else checkpoint.calibration),
         "checkpoint_sha256": file_sha256(config.checkpoint),
         "graph": graph,
         "precision": config.precision,

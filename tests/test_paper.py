@@ -70,7 +70,7 @@ def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(sweep, monkeypatch
         output=sweep.cells / cell.key,
         device="auto",
     )
-    run = start._prepare(config)
+    run = start.build(config, start.load(config))
     run.trainer.save()
     again = stop_at(monkeypatch, 99)
     told = paper.command(sweep)

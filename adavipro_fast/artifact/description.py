@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.checkpoint import FORMAT, read_settings
+from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.config import Input, Precision, PromptConfig
 from adavipro_fast.method.functional import normalise
 from adavipro_fast.method.model import Prediction
@@ -32,6 +33,8 @@ class Description:
     """float32 (normalised) or uint8 (RGB 0-255)"""
     baseline: bool
     """the encoder alone, without a prompt"""
+    calibration: Calibration = UNCALIBRATED
+    """from logits to probabilities"""
 
     @classmethod
     def of(cls, values: dict[str, Any], path: Path) -> "Description":

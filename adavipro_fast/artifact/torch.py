@@ -49,6 +49,7 @@ class TorchArtifact:
             precision,
             "uint8",
             checkpoint.config.method not in PROMPTED,
+            checkpoint.calibration,
         )
         return cls(prompted.to(place), about, provider=str(place))
 

@@ -38,11 +38,16 @@ def mask_figures(masks: Tensor, inside: Tensor) -> MaskFigures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions for a labelled set: predicted (N,), labels (N,), masks (N, G, G)."""
+    """Predictions for a labelled set: logits (N, K), labels (N,), masks (N, G, G)."""
 
-    predicted: Tensor
+    logits: Tensor
     labels: Tensor
     masks: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """The likeliest classes (N,)."""
+        return self.logits.argmax(1)
 
     @property
     def top1(self) -> float:
@@ -55,6 +60,27 @@ class Evaluation:
             name: 100 * (self.predicted[self.labels == i] == i).double().mean().item()
             for i, name in enumerate(class_names)
         }
+
+
+def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
+    """Return the mean of -log p of the right class, given (N, K) and (N,)."""
+    right = probabilities.double().gather(1, labels[:, None])
+    return -right.clamp_min(1e-45).log().mean().item()
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Return the mean distance of confidence and accuracy, 0-1 (Naeini et al., 2015).
+
+    Args:
+        probabilities: (N, K).
+        labels: (N,).
+        bins: of equal width, over the confidence of the likeliest class.
+    """
+    confidence, predicted = probabilities.double().max(1)
+    right = (predicted == labels).double()
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.double).index_add(0, place, confidence - right)
+    return gaps.abs().sum().item() / len(labels)
 
 
 @torch.no_grad()
@@ -70,6 +96,6 @@ def evaluate(
     rows = []
     for images, labels in batches:
         logits, mask = predict(images)
-        rows.append((logits.argmax(1).cpu(), labels.cpu(), mask.to(torch.uint8).cpu()))
-    predicted, labels, masks = (torch.cat(column) for column in zip(*rows, strict=True))
-    return Evaluation(predicted, labels, masks)
+        rows.append((logits.float().cpu(), labels.cpu(), mask.to(torch.uint8).cpu()))
+    logits, labels, masks = (torch.cat(column) for column in zip(*rows, strict=True))
+    return Evaluation(logits, labels, masks)

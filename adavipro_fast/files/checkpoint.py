@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.whole import read_safetensors, safetensors_bytes, write_whole
+from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.config import PROMPTED, Kernel, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.functional import check_region
@@ -49,6 +50,7 @@ class Checkpoint:
     class_names: tuple[str, ...]
     encoder: EncoderIdentity
     preprocess: Preprocess
+    calibration: Calibration = UNCALIBRATED
 
     @property
     def file_name(self) -> str:
@@ -64,6 +66,7 @@ class Checkpoint:
             "class_names": self.class_names,
             "encoder": asdict(self.encoder),
             "preprocess": self.preprocess.stored(),
+            "calibration": asdict(self.calibration),
         }
         tensors = self.tensors
         if self.config.method == "linear_probe":
@@ -111,6 +114,9 @@ def trained_tensors(model: AdaViPro) -> dict[str, Tensor]:
         tensors["prompt"] = model.prompt.template()
     if model.prompt.generator is not None:
         tensors |= model.prompt.generator.state_dict()
+    if model.config.head == "linear":
+        assert model.class_bias is not None
+        tensors |= {"class_embeddings": model.class_embeddings, "class_bias": model.class_bias}
     if model.config.method == "full_finetune":
         tower = model.encoder.visual.state_dict()
         tensors |= {TOWER + name: value for name, value in tower.items()}
@@ -124,6 +130,9 @@ def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
     if model.prompt.generator is not None:
         names = model.prompt.generator.state_dict()
         model.prompt.generator.load_state_dict({name: tensors[name] for name in names})
+    if isinstance(model.class_embeddings, nn.Parameter) and model.class_bias is not None:
+        model.class_embeddings.data.copy_(tensors["class_embeddings"])
+        model.class_bias.data.copy_(tensors["class_bias"])
     if model.config.method == "full_finetune":
         tower = {k.removeprefix(TOWER): v for k, v in tensors.items() if k.startswith(TOWER)}
         try:
@@ -137,8 +146,6 @@ def checkpoint_of(model: AdaViPro, class_names: tuple[str, ...]) -> Checkpoint:
     encoder = model.encoder
     tensors = trained_tensors(model)
     tensors["class_embeddings"] = model.class_embeddings.detach().cpu().clone()
-    if model.class_bias is not None:
-        tensors["class_bias"] = model.class_bias.detach().cpu().clone()
     tensors["logit_scale"] = torch.tensor(model.logit_scale)
     identity = EncoderIdentity(encoder.name, encoder.pretrained, encoder.sha256)
     return Checkpoint(tensors, model.config, class_names, identity, model.preprocess)
@@ -164,13 +171,14 @@ def checked_checkpoint(
         config, preprocess = read_settings(metadata)
         if config.method == "linear_probe":
             tensors = {PROBE.get(name, name): value for name, value in tensors.items()}
-            config = replace(config, head="linear", head_input="features")
+            config = replace(config, head="linear", head_input=config.head_input or "features")
         checkpoint = Checkpoint(
             tensors,
             config,
             tuple(str(name) for name in metadata["class_names"]),
             read(EncoderIdentity, metadata["encoder"]),
             preprocess,
+            read(Calibration, metadata.get("calibration", {})),
         )
         _check_shapes(checkpoint)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -1,15 +1,16 @@
 """What a prompt is made of: the settings that travel in the checkpoint."""
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 
 from adavipro_fast.method.functional import Activation, Edge, EdgePadding
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HeadKind = Literal["text", "linear"]
+HeadInput = Literal["embedding", "features"]
 Input = Literal["float32", "uint8"]
 LARGEST_SIDE = 4096
 Method = Literal["adavipro", "vp", "zero_shot", "linear_probe", "full_finetune"]
@@ -42,10 +43,11 @@ class PromptConfig:
     """first values of the template: N(0, 1) or 0"""
     generator_init: Literal["random", "avoid-edges"] = "random"
     """first values of the mask generator: torch's default, or open where edges are weak"""
-    head: Annotated[Literal["text", "linear"], tyro.conf.Suppress] = "text"
-    """class embeddings from their names, or learned, with a bias"""
-    head_input: Annotated[Literal["embedding", "features"], tyro.conf.Suppress] = "embedding"
-    """what a linear head reads: unit embeddings, or the features before the projection"""
+    head: HeadKind = "text"
+    """what scores the classes: embeddings of their names, or a learned linear layer"""
+    head_input: HeadInput | None = None
+    """what a linear head reads: unit embeddings, or the features before the projection (default:
+    what validation says)"""
     margin: int = 0
     """shrink images by this many pixels on each side; the prompt has the margin for itself"""
 
@@ -55,11 +57,13 @@ class PromptConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; 1 to {LARGEST_SIDE} works")
         if self.margin and self.method not in PROMPTED:
             raise ValueError(f"{self.method} has no prompt to leave a --margin for")
+        if self.method == "zero_shot" and self.head == "linear":
+            raise ValueError("zero_shot learns no head; use --method linear_probe for one alone")
 
     def stored(self) -> dict[str, Any]:
         """Return what files keep; they keep the margin with the preprocessing."""
         values = asdict(self)
         del values["margin"]
         if self.head == "text":
-            del values["head"], values["head_input"]
+            del values["head_input"]
         return values

@@ -11,7 +11,7 @@ import tyro
 from adavipro_fast.cli import Device
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.files.checked import read
-from adavipro_fast.method.config import Kernel, Precision, PromptConfig
+from adavipro_fast.method.config import HeadKind, Kernel, Precision, PromptConfig
 
 # VP warms up for 1000 steps; shorter runs give it a tenth of their steps.
 WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1
@@ -35,6 +35,10 @@ class OptimiserConfig:
     """adam makes steps of one size whatever the scale of edges and template"""
     generator_start: float = 0.0
     """share of the steps for which the mask generator waits while the template learns"""
+    lr_head: float = 3e-3
+    """peak learning rate of a linear head (AdamW), in units of the head's mean size at its start"""
+    decay_head: float = 0.0
+    """weight decay of a linear head"""
     lr_encoder: float = 1e-5
     """peak learning rate of full_finetune (AdamW)"""
     clip_prompt: float = 0.0
@@ -55,7 +59,14 @@ class OptimiserConfig:
             if not 0 < getattr(self, name) < LARGEST:
                 limits = f"a number above 0 is needed, below {LARGEST:g}"
                 raise ValueError(f"{name} is {getattr(self, name)}; {limits}")
-        for name in ("lr_prompt", "lr_generator", "lr_encoder", "clip_prompt"):
+        for name in (
+            "lr_prompt",
+            "lr_generator",
+            "lr_head",
+            "decay_head",
+            "lr_encoder",
+            "clip_prompt",
+        ):
             if not 0 <= getattr(self, name) < LARGEST:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 to {LARGEST:g}")
         if self.tau_decay > 1:
@@ -92,6 +103,8 @@ class TrainConfig:
     """text with {} for the name; several make an ensemble (default: This is a photo of a {})"""
     class_embeddings: Path | None = None
     """safetensors file with class_embeddings (K, E) instead of the text tower"""
+    head_from: Path | None = None
+    """head.safetensors of a linear probe that a linear head starts from (default: fitted here)"""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -106,8 +119,14 @@ class TrainConfig:
     """with --resume: a flag, data, encoder or embeddings that may differ; repeatable"""
 
 
-def recipe(name: str, prompt_size: int = PromptConfig.prompt_size) -> TrainConfig:
-    """Return a recipe's defaults; `best`'s template rate falls as the frame covers the object."""
+def recipe(
+    name: str, prompt_size: int = PromptConfig.prompt_size, head: HeadKind = "text"
+) -> TrainConfig:
+    """Return a recipe's defaults.
+
+    `best`'s template rate falls as the frame covers the object, and where the head learns too: it
+    starts from a probe that a rough template would only spoil.
+    """
     if name == "paper":
         return TrainConfig(recipe="paper", optimiser=OptimiserConfig(batch_size=256))
     return TrainConfig(
@@ -120,7 +139,7 @@ def recipe(name: str, prompt_size: int = PromptConfig.prompt_size) -> TrainConfi
         ),
         optimiser=OptimiserConfig(
             batch_size=32,
-            lr_prompt=round(40 * min(1.0, 30 / prompt_size) ** 1.5, 1),
+            lr_prompt=round((4 if head == "linear" else 40) * min(1.0, 30 / prompt_size) ** 1.5, 1),
             clip_prompt=0.05,
             lr_generator=1e-5,
             generator_optimiser="adam",

@@ -5,6 +5,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from adavipro_fast.method.encoder import FrozenEncoder, fingerprint
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.training import group as distributed
 from adavipro_fast.training import pictures
+from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import TrainConfig
 from adavipro_fast.training.log import say
 from adavipro_fast.training.state import UNTRAINED
@@ -46,7 +49,7 @@ def finish(
     zero_shot_top1 = _zero_shot(trainer, frozen, embeddings, config)
     say(f"zero-shot top-1: {zero_shot_top1:.1f} % (test)")
     began = time.perf_counter()
-    with _told_to_stop(trainer):
+    with told_to_stop(trainer):
         trainer.run()
     if not trainer.parts:
         trainer.progress.seconds = time.perf_counter() - began
@@ -62,7 +65,7 @@ def finish(
 
 
 @contextmanager
-def _told_to_stop(trainer: Trainer) -> Iterator[None]:
+def told_to_stop(trainer: Trainer) -> Iterator[None]:
     """Let signals end the run after the step under way."""
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(stop, lambda *_: trainer.stop()) for stop in stops]
@@ -99,6 +102,7 @@ def _result(
     if progress.best_epoch < progress.epoch - 1:
         model = load_checkpoint(path).model(frozen, config.kernel).to(trainer.device)
         best = trainer.evaluate(model, test)
+    _calibrate(trainer, model, path)
     figures = mask_figures(best.masks, trainer.inside)
     prompted = config.prompt.method in PROMPTED
     if trainer.group.leads and prompted:
@@ -133,6 +137,14 @@ def _result(
         "seconds": progress.seconds,
         "checkpoint": str(path),
     }
+
+
+def _calibrate(trainer: Trainer, model: AdaViPro, path: Path) -> None:
+    """Fit the probabilities of the best model on validation images, and keep them with it."""
+    val = trainer.evaluate(model, trainer.dataset.val)
+    if trainer.group.leads:
+        fitted = calibrate(val.logits, val.labels)
+        replace(load_checkpoint(path), calibration=fitted).save(path)
 
 
 def _draw(trainer: Trainer, model: AdaViPro, zero_shot_top1: float) -> None:

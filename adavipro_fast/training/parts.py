@@ -10,6 +10,7 @@ from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.training.config import OptimiserConfig
 
 MOMENTUM = 0.9
+FITTED = ("zero_shot", "linear_probe")
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class Part:
 
 
 def parts_of(model: AdaViPro, config: OptimiserConfig) -> list[Part]:
-    """List what of a model learns: template, mask generator, or the weights of the image tower."""
-    return list(_parts(model, config))
+    """List what of a model learns: template, mask generator, linear head, the tower's weights.
+
+    Zero-shot has nothing to learn, and a linear probe is fitted before.
+    """
+    return [] if model.config.method in FITTED else list(_parts(model, config))
 
 
 def _parts(model: AdaViPro, config: OptimiserConfig) -> Iterator[Part]:
@@ -44,6 +48,14 @@ def _parts(model: AdaViPro, config: OptimiserConfig) -> Iterator[Part]:
         yield Part(
             "--lr-generator", config.lr_generator, named, optimiser, start=config.generator_start
         )
+    if model.config.head == "linear":
+        rows, bias = model.class_embeddings, model.class_bias
+        assert isinstance(rows, nn.Parameter)
+        assert isinstance(bias, nn.Parameter)
+        size = rows.detach().square().mean().sqrt().item()
+        named = {"class_embeddings": rows, "class_bias": bias}
+        adam_w = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=config.decay_head)
+        yield Part("--lr-head", config.lr_head * size, named, adam_w)
     if model.config.method == "full_finetune":
         named = {k: p for k, p in model.encoder.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=0.0)

@@ -110,3 +110,27 @@ def curves(rows: Sequence[dict[str, float]], zero_shot_top1: float) -> Figure:
         axis.set_xlabel("epoch")
         axis.legend(fontsize=7)
     return figure
+
+
+def comparison(rows: Sequence[dict[str, Any]], winner: str) -> Figure:
+    """Draw the validation and test top-1 of candidates with their standard errors."""
+    figure = Figure(figsize=(7, 0.8 + 0.35 * len(rows)))
+    axis = figure.subplots()
+    places = range(len(rows))
+    for split, marker, colour in (("val", "o", "#0072B2"), ("test", "s", "#D55E00")):
+        known = [(i, row) for i, row in enumerate(rows) if row[f"{split}_top1"] is not None]
+        axis.errorbar(
+            [row[f"{split}_top1"] for _, row in known],
+            [i + (0.12 if split == "test" else -0.12) for i, _ in known],
+            xerr=[row[f"{split}_se"] for _, row in known],
+            fmt=marker,
+            color=colour,
+            label={"val": "validation", "test": "test"}[split],
+        )
+    names = [row["name"] + (" (winner)" if row["name"] == winner else "") for row in rows]
+    axis.set_yticks(list(places), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("top-1, %, with its standard error")
+    axis.grid(axis="x", linewidth=0.4)
+    axis.legend(fontsize=7)
+    return figure

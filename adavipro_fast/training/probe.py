@@ -1,7 +1,10 @@
-"""A linear probe: logistic regression on frozen features, its penalty chosen on validation."""
+"""Where a linear head starts: a probe on frozen features, or the text embeddings.
 
-import sys
-from typing import Any
+A probe is logistic regression (scikit-learn) whose penalty is chosen on validation.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,53 +14,101 @@ from tqdm import tqdm
 
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
+from adavipro_fast.method.config import HeadInput
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.functional import normalise
+from adavipro_fast.training.log import say
 
-# Inverse strengths of the L2 penalty that are tried on validation; VP's 0.316 is among them.
-STRENGTHS = tuple(10 ** (power / 2) for power in range(-6, 7))
+# Inverse strengths of the L2 penalty that are tried on validation; VP's 0.316 is among them. Unit
+# embeddings are some ten times shorter than features and take weaker penalties.
+STRENGTHS: dict[HeadInput, tuple[float, ...]] = {
+    "features": tuple(10 ** (power / 2) for power in range(-6, 7)),
+    "embedding": tuple(10 ** (power / 2) for power in range(-2, 11)),
+}
 HEAD_STEPS = 2000
 BATCH = 64
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head: rows (K, E or F) and bias (K,)."""
+
+    rows: Tensor
+    bias: Tensor
+    head_input: HeadInput
+
+
+class Frozen(NamedTuple):
+    """What the frozen encoder makes of a split: embedding (N, E), features (N, F), labels (N,)."""
+
+    embedding: Array
+    features: Array
+    labels: Array
 
 
 @torch.no_grad()
-def all_features(
-    encoder: FrozenEncoder, split: Split, device: torch.device
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the features (N, F) and labels (N,) of a split."""
+def frozen_features(encoder: FrozenEncoder, split: Split, device: torch.device) -> Frozen:
+    """Run the encoder over a split."""
     encoder = encoder.to(device)
     mean, std = (
         torch.tensor(v, device=device) for v in (encoder.preprocess.mean, encoder.preprocess.std)
     )
-    rows, labels = [], []
+    parts = []
     batches = split.batches(BATCH, device)
-    for images, targets in tqdm(batches, "features", -(-len(split) // BATCH), leave=False):
-        rows.append(encoder.embed(normalise(images, mean, std))[1].cpu())
-        labels.append(targets.cpu())
-    return torch.cat(rows).double().numpy(), torch.cat(labels).numpy()
+    for images, labels in tqdm(batches, "features", -(-len(split) // BATCH), leave=False):
+        embedding, features = encoder.embed(normalise(images, mean, std))
+        parts.append((embedding.cpu().double(), features.cpu().double(), labels.cpu()))
+    return Frozen(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 
 def fit_head(
-    encoder: FrozenEncoder, dataset: Dataset, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Fit logistic regression; its penalty is chosen on validation.
+    encoder: FrozenEncoder,
+    dataset: Dataset,
+    device: torch.device,
+    inputs: tuple[HeadInput, ...] = ("features",),
+    text: Tensor | None = None,
+) -> Head:
+    """Fit probes, and take the head that is best on validation.
 
-    Returns:
-        weight (K, F) and bias (K,).
+    Args:
+        encoder: in fp32.
+        dataset: its training images are fitted, its validation images decide.
+        device: where the encoder runs.
+        inputs: what the head may read.
+        text: (K, E) unit rows, a candidate without fitting.
     """
-    train, labels = all_features(encoder, dataset.train, device)
-    val, expected = all_features(encoder, dataset.val, device)
+    train, val = (frozen_features(encoder, s, device) for s in (dataset.train, dataset.val))
+    candidates = []
+    for head_input in inputs:
+        top1, head = _probe(train, val, head_input)
+        say(f"linear probe on {head_input}: val top-1 {top1:.1f} %")
+        if head_input == "embedding":
+            head = Head(head.rows / encoder.logit_scale, head.bias, head_input)
+        candidates.append((top1, head))
+    if text is not None:
+        top1 = 100 * float(
+            (np.argmax(val.embedding @ text.double().numpy().T, 1) == val.labels).mean()
+        )
+        say(f"text embeddings: val top-1 {top1:.1f} %")
+        candidates.append((top1, Head(text, torch.zeros(len(text)), "embedding")))
+    # Among equals the first stays.
+    return max(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def _probe(train: Frozen, val: Frozen, head_input: HeadInput) -> tuple[float, Head]:
+    """Fit one probe: its validation top-1, percent, and the head."""
+    rows, held_out = getattr(train, head_input), getattr(val, head_input)
     best: tuple[float, LogisticRegression] | None = None
-    for strength in tqdm(STRENGTHS, "penalty", leave=False):
-        head = LogisticRegression(C=strength, max_iter=HEAD_STEPS).fit(train, labels)
-        top1 = 100 * float(head.score(val, expected))
+    for strength in tqdm(STRENGTHS[head_input], "penalty", leave=False):
+        probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS).fit(rows, train.labels)
+        top1 = 100 * float(probe.score(held_out, val.labels))
         # Among equals the stronger penalty stays.
         if best is None or top1 > best[0]:
-            best = top1, head
-            print(f"C {strength:.3g}: val top-1 {top1:.1f} %", file=sys.stderr)
+            best = top1, probe
     assert best is not None
     weight, bias = torch.tensor(best[1].coef_), torch.tensor(best[1].intercept_)
     if len(weight) == 1:
         # Of two classes scikit-learn keeps the difference.
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    return weight.float(), bias.float()
+    return best[0], Head(weight.float(), bias.float(), head_input)

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from adavipro_fast.data.sets import Dataset, load_dataset
 from adavipro_fast.device import slow_precision
-from adavipro_fast.files.checkpoint import FILES
+from adavipro_fast.files.checkpoint import FILES, load_checkpoint
 from adavipro_fast.files.whole import read_safetensors
 from adavipro_fast.method.clip import DEFAULT_TEMPLATE, TextTower, check_templates, load_clip
-from adavipro_fast.method.config import PROMPTED
+from adavipro_fast.method.config import PROMPTED, HeadInput
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.training import group as distributed
 from adavipro_fast.training.config import TrainConfig, difference, read_stored, stored
 from adavipro_fast.training.finish import finish
 from adavipro_fast.training.log import say
-from adavipro_fast.training.probe import fit_head
+from adavipro_fast.training.probe import Head, fit_head
 from adavipro_fast.training.run_folder import held, make_folder
 from adavipro_fast.training.state import read_state
 from adavipro_fast.training.trainer import Trainer
@@ -80,7 +80,7 @@ def _begin(config: TrainConfig) -> dict[str, Any]:
         for name in FILES.values():
             if (output / name).exists():
                 raise ValueError(f"{output} already holds {name}; choose another --output")
-    return _finish(_prepare(config))
+    return _finish(build(config, load(config)))
 
 
 def resume_run(
@@ -119,7 +119,7 @@ def resume_run(
 
 def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any]:
     """Take up the state in the output folder and train on."""
-    run = _prepare(config)
+    run = build(config, load(config))
     run.trainer.restore(accepted)
     say(f"going on in {config.output} at epoch {run.trainer.progress.epoch + 1}")
     return _finish(run)
@@ -129,17 +129,44 @@ def _finish(run: Run) -> dict[str, Any]:
     return finish(run.trainer, run.frozen, run.embeddings, run.config)
 
 
-def _prepare(config: TrainConfig) -> Run:
-    """Load encoder and data, build the model and its trainer."""
-    group, device = distributed.join(config.device)
+@dataclass(frozen=True)
+class Loaded:
+    """What runs of one encoder on one data set have in common."""
+
+    frozen: FrozenEncoder
+    """in fp32, on the device"""
+    embeddings: Tensor
+    """(K, E) of the class names"""
+    dataset: Dataset
+    device: torch.device
+
+
+def load(config: TrainConfig) -> Loaded:
+    """Load encoder and data.
+
+    Raises:
+        FileNotFoundError: data are missing.
+        ValueError: encoder, prompt, data and device do not go together.
+    """
+    _, device = distributed.join(config.device)
     check_templates(config.template)
     frozen, text = load_clip(config.model, config.pretrained)
     torch.manual_seed(config.optimiser.seed)
     # Wrong sizes are told before images are decoded.
     bare = AdaViPro(frozen, torch.zeros(1, 1), config.prompt, kernel=config.kernel)
-    path = bare.prompt.path(device)
+    bare.prompt.path(device)
     dataset = load_dataset(config.data, bare.preprocess, seed=config.optimiser.seed)
     embeddings = _class_embeddings(config, text, dataset.class_names)
+    say(f"encoder {config.model} on {device}, {frozen.preprocess.size} px, frozen")
+    counts = (len(split) for split in (dataset.train, dataset.val, dataset.test))
+    say("data: {} train, {} val, {} test images".format(*counts))
+    return Loaded(frozen.to(device), embeddings, dataset, device)
+
+
+def build(config: TrainConfig, loaded: Loaded) -> Run:
+    """Build the model and its trainer."""
+    group, device = distributed.join(config.device)
+    frozen, dataset, embeddings = loaded.frozen, loaded.dataset, loaded.embeddings
     model = _model(config, frozen, dataset, embeddings, device)
     assert config.output is not None
     trainer = Trainer(
@@ -155,15 +182,12 @@ def _prepare(config: TrainConfig) -> Run:
         },
         group=group,
     )
-    say(f"encoder {config.model} on {device}, {frozen.preprocess.size} px, frozen")
     if complaint := slow_precision(config.optimiser.precision, device):
         say(f"warning: {complaint}")
-    counts = (len(split) for split in (dataset.train, dataset.val, dataset.test))
-    say("data: {} train, {} val, {} test images".format(*counts))
     say(f"{model.trainable_params} trainable parameters; output {config.output}")
     if config.prompt.method in PROMPTED:
-        say(f"prompt by the {path} path (--kernel {config.kernel})")
-    return Run(trainer, frozen.to(device), embeddings, config)
+        say(f"prompt by the {model.prompt.path(device)} path (--kernel {config.kernel})")
+    return Run(trainer, frozen, embeddings, config)
 
 
 def _model(
@@ -174,20 +198,47 @@ def _model(
     device: torch.device,
 ) -> AdaViPro:
     """Build what the method trains."""
-    prompt, rows, bias = config.prompt, embeddings, None
-    encoder = frozen.to(device)
+    prompt, encoder = config.prompt, frozen.to(device)
+    rows, bias = embeddings, None
+    if prompt.head == "linear" or prompt.method == "linear_probe":
+        head = _head(config, encoder, dataset, embeddings, device)
+        prompt = replace(prompt, head="linear", head_input=head.head_input)
+        rows, bias = head.rows, head.bias
     torch.manual_seed(config.optimiser.seed)
     if prompt.method == "full_finetune":
         encoder = frozen.thawed(config.optimiser.precision)
-    elif prompt.method == "linear_probe":
-        prompt = replace(prompt, head="linear", head_input="features")
-        rows, bias = fit_head(frozen, dataset, device)
     elif prompt.method in PROMPTED:
         encoder = frozen.with_(precision=config.optimiser.precision)
     model = AdaViPro(encoder, rows, prompt, class_bias=bias, kernel=config.kernel).to(device)
     sample = torch.linspace(0, len(dataset.train) - 1, min(CALIBRATION_IMAGES, len(dataset.train)))
     model.prompt.initialise(dataset.train.batch(sample.long(), device)[0])
     return model
+
+
+def _head(
+    config: TrainConfig,
+    frozen: FrozenEncoder,
+    dataset: Dataset,
+    embeddings: Tensor,
+    device: torch.device,
+) -> Head:
+    """Find where a linear head starts."""
+    asked = config.prompt.head_input
+    if config.head_from is not None:
+        probe = load_checkpoint(config.head_from)
+        if probe.class_names != dataset.class_names or probe.encoder.sha256 != frozen.sha256:
+            raise ValueError(
+                f"{config.head_from} is the probe of other classes or of another encoder; leave "
+                "--head-from out to have one fitted"
+            )
+        if probe.config.head_input is None or asked not in (None, probe.config.head_input):
+            raise ValueError(f"{config.head_from} holds no linear head that reads {asked}")
+        tensors = probe.tensors
+        return Head(tensors["class_embeddings"], tensors["class_bias"], probe.config.head_input)
+    if config.prompt.method == "linear_probe":
+        return fit_head(frozen, dataset, device, (asked or "features",))
+    inputs: tuple[HeadInput, ...] = (asked,) if asked else ("features", "embedding")
+    return fit_head(frozen, dataset, device, inputs, None if asked == "features" else embeddings)
 
 
 def _class_embeddings(

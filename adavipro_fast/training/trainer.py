@@ -69,16 +69,22 @@ class Trainer:
         # Not as an index on the device: that would wait for it, to know how many it marks.
         self.weights = (self.inside / self.inside.sum()).to(self.device)
         self.asked_to_stop = self.stopping = False
+        self.deadline = math.inf
+        """of `time.monotonic`; the run stops after the step that passes it"""
 
     def stop(self) -> None:
         """Ask the run, all its processes, to save and end after the step under way."""
         self.asked_to_stop = True
 
-    def run(self) -> None:
+    def run(self, until: int | None = None) -> None:
         """Train to the last epoch.
 
+        Args:
+            until: end earlier, after this many epochs of the whole run's schedule.
+
         Raises:
-            KeyboardInterrupt: `stop` was called; the step reached is saved.
+            KeyboardInterrupt: `stop` was called or the deadline has passed; the step reached is
+                saved.
             NonFiniteLossError: the last saved state is good, and nothing was saved since.
         """
         self.model.prompt.train()
@@ -91,7 +97,7 @@ class Trainer:
             logged(self.output, self.epochs, self.progress, leads=self.group.leads) as log,
             full_fp32(),
         ):
-            while self.progress.epoch < self.epochs:
+            while self.progress.epoch < min(self.epochs, until or self.epochs):
                 self._epoch(log)
 
     def _epoch(self, log: Log) -> None:
@@ -150,7 +156,7 @@ class Trainer:
         for part in self.parts:
             part.optimiser.zero_grad()
         figures = torch.zeros(4, device=self.device)
-        figures[3] = self.asked_to_stop
+        figures[3] = self.asked_to_stop or time.monotonic() > self.deadline
         if len(labels):
             first, noise_key = self.group.share(count).start, self.config.seed << 32 | step
             prediction = self.model(images, tau=tau, seed=noise_key, first=first)
@@ -250,14 +256,14 @@ class Trainer:
         group, grid = self.group, len(self.inside)
         batches = split.batches(EVAL_BATCH, self.device, part=group.rank, of=group.size)
         mine = torch.arange(len(split)).split(EVAL_BATCH)[group.rank :: group.size]
-        predicted = torch.zeros(len(split), dtype=torch.int64)
+        logits = torch.zeros(len(split), len(self.dataset.class_names))
         masks = torch.zeros(len(split), grid, grid, dtype=torch.uint8)
         if mine:
             share = evaluate(predict, batches)
-            predicted[torch.cat(mine)], masks[torch.cat(mine)] = share.predicted, share.masks
+            logits[torch.cat(mine)], masks[torch.cat(mine)] = share.logits, share.masks
         # On the device, where the group's messages travel.
-        predicted, masks = (group.sum(t.to(self.device)).cpu() for t in (predicted, masks))
-        return Evaluation(predicted, split.labels[split.rows], masks)
+        logits, masks = (group.sum(t.to(self.device)).cpu() for t in (logits, masks))
+        return Evaluation(logits, split.labels[split.rows], masks)
 
     def save(self) -> None:
         """Write `last.safetensors`: all that `restore` needs."""

@@ -1,0 +1,244 @@
+"""Find which method fits your data, in the time that you have: `python -m adavipro_fast.compare`.
+
+Zero-shot, a linear probe, prompts with either head and full fine-tuning are tried on your data;
+the best one's checkpoint is left for the exporters.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adavipro_fast import cli
+from adavipro_fast.files.whole import write_whole
+from adavipro_fast.method.config import PROMPTED, HeadKind, Method, PromptConfig
+from adavipro_fast.training import pictures
+from adavipro_fast.training.config import TrainConfig, recipe
+from adavipro_fast.training.run_folder import held, make_folder
+from adavipro_fast.training.search import Candidate, Search
+
+MINUTES, DEMO_MINUTES = 30.0, 2.0
+FLAGS = "flags.json"
+REFERENCES: tuple[tuple[Method, HeadKind], ...] = (
+    ("zero_shot", "text"),
+    ("linear_probe", "linear"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a search lies."""
+
+    output: Path | None = None
+    resume: Path | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """Flags that say what may be tried."""
+
+    method: Method | None = None
+    head: HeadKind | None = None
+    prompt_size: int | None = None
+    margin: int | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What may be tried, where flags leave it open."""
+
+    method: Method
+    head: HeadKind
+    prompt_size: int = PromptConfig.prompt_size
+    margin: int = 0
+    slowed: float = 1.0
+    """factor on the rates"""
+    ending: str = ""
+    """of the name"""
+
+    def under(self, given: Given) -> TrainConfig:
+        """Return the defaults of a run, under the flags that were given."""
+        size, margin = self.prompt_size, self.margin
+        if self.method in PROMPTED:
+            size = size if given.prompt_size is None else given.prompt_size
+            margin = margin if given.margin is None else given.margin
+        start = recipe("best", size, self.head)
+        prompt = replace(start.prompt, method=self.method, head=self.head, margin=margin)
+        optimiser = replace(
+            start.optimiser,
+            lr_prompt=self.slowed * start.optimiser.lr_prompt,
+            lr_head=self.slowed * start.optimiser.lr_head,
+        )
+        return replace(start, prompt=prompt, optimiser=optimiser)
+
+
+# The most promising first: a short budget tries the first ones only.
+PROPOSALS = (
+    Proposal("adavipro", "linear"),
+    Proposal("vp", "linear"),
+    Proposal("adavipro", "linear", slowed=0.1, ending="-gentle"),
+    Proposal("adavipro", "text"),
+    Proposal("adavipro", "text", margin=30),
+    Proposal("vp", "text"),
+    Proposal("adavipro", "linear", prompt_size=112),
+    Proposal("vp", "linear", prompt_size=112),
+    Proposal("full_finetune", "text"),
+)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Try methods on your data within a budget of time; flags given are held fixed."""
+
+    minutes: float | None = None
+    """of wall-clock time (default: 30; 2 for the demo)"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not 0 < self.minutes < 1e6:
+            raise ValueError(f"minutes is {self.minutes}; a number above 0 is needed")
+
+
+def main() -> None:
+    """Parse, compare, print."""
+    cli.run(command, summary)
+
+
+def command() -> dict[str, Any]:
+    """Search in a folder that this process holds, and write what was reached."""
+    place = cli.parse_some(Place)
+    if place.resume is not None:
+        sys.argv[1:] = resumed_flags(place.resume)
+    config = cli.parse(CompareConfig, CompareConfig(train=recipe("best")))
+    folder, made = place.resume or place.output, list[Path]()
+    if folder is None:
+        folder, made = make_folder(f"{Path(config.train.data.data).name}-compare")
+    with ExitStack() as stack:
+        stack.enter_context(held(folder, made))
+        if place.resume is None:
+            keep_flags(folder)
+        minutes = config.minutes or (DEMO_MINUTES if config.train.data.data == "demo" else MINUTES)
+        result = Search(candidates(config.train, folder), 60 * minutes, folder).run()
+        write_whole(folder / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_whole(folder / "compare.md", markdown(result).encode())
+        drawn = pictures.comparison(result["rows"], result["winner"])
+        pictures.save(drawn, folder / "compare.png")
+    return result | {"folder": str(folder)}
+
+
+def keep_flags(folder: Path) -> None:
+    """Keep a new search's flags.
+
+    Raises:
+        ValueError: the folder holds one already.
+    """
+    path = folder / FLAGS
+    if path.exists():
+        raise ValueError(f"{folder} already holds a search; go on with --resume {folder}")
+    write_whole(path, json.dumps(sys.argv[1:]).encode())
+
+
+def resumed_flags(folder: Path) -> list[str]:
+    """Return the flags of a search.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+        ValueError: other flags are given beside --resume.
+    """
+    path = folder / FLAGS
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no search; start one with --output {folder}")
+    if len(sys.argv) > 3:
+        raise ValueError("--resume goes on with a search's own flags; leave the others out")
+    return list(json.loads(path.read_text()))
+
+
+def candidates(base: TrainConfig, folder: Path) -> list[Candidate]:
+    """List what is tried under the flags that were given."""
+    given = cli.parse_some(Given)
+    listed = []
+    for method, head in REFERENCES:
+        prompt = PromptConfig(method=method, region_size=base.prompt.region_size)
+        eligible = given.method in (None, method) and given.head in (None, head)
+        listed.append(Candidate(method, replace(base, prompt=prompt), eligible))
+    for proposal in PROPOSALS:
+        if given.method in (None, proposal.method) and given.head in (None, proposal.head):
+            start = proposal.under(given)
+            config = cli.parse(CompareConfig, CompareConfig(train=start)).train
+            listed.append(Candidate(name_of(config, proposal.ending), config))
+    return in_folders(listed, folder)
+
+
+def name_of(config: TrainConfig, ending: str) -> str:
+    """Name a candidate by what tells it from the others."""
+    prompt = config.prompt
+    parts: list[str] = [prompt.method, prompt.head]
+    if prompt.method in PROMPTED:
+        parts.append(str(prompt.prompt_size))
+    if prompt.margin:
+        parts.append(f"margin-{prompt.margin}")
+    return "-".join(parts) + ending
+
+
+def in_folders(found: Sequence[Candidate], folder: Path) -> list[Candidate]:
+    """Give each candidate a folder, and leave out those that flags made equal to another."""
+    unique: dict[str, Candidate] = {}
+    for candidate in found:
+        config = replace(candidate.config, output=None, resume=None)
+        key = json.dumps(asdict(config), default=str, sort_keys=True)
+        own = replace(config, output=folder / candidate.name)
+        unique.setdefault(key, replace(candidate, config=own))
+    return list(unique.values())
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Tabulate a search's result."""
+    lines = [
+        "| candidate | epochs | validation top-1 | test top-1 | trained parameters | file, kB "
+        "| seconds | inference |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(result["rows"], key=lambda row: -row["val_top1"]):
+        test = "" if row["test_top1"] is None else f"{row['test_top1']:.1f} ± {row['test_se']:.1f}"
+        ratio = "" if row["inference_ratio"] is None else f"{row['inference_ratio']:.2f}"
+        name = f"**{row['name']}**" if row["name"] == result["winner"] else row["name"]
+        lines.append(
+            f"| {name} | {row['epochs']} | {row['val_top1']:.1f} ± {row['val_se']:.1f} | {test} "
+            f"| {row['trainable_params']:,} | {row['bytes'] / 1e3:.0f} | {row['seconds']:.0f} "
+            f"| {ratio} |"
+        )
+    lines += [
+        "",
+        f"Winner: {result['winner']}, {result['rule']}. The test split chose nothing; it was read "
+        "for the winner, the best and the two references. Inference: time to the encoder alone, in "
+        "PyTorch; exported, a prompt is folded into the encoder.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Show the table, the winner and what to do next."""
+    shown = sorted(result["rows"], key=lambda row: -row["val_top1"])
+    table = [f"{'candidate':<32} {'val':>6} {'test':>6} {'params':>11} {'seconds':>8}"]
+    for row in shown:
+        test = "" if row["test_top1"] is None else f"{row['test_top1']:.1f}"
+        table.append(
+            f"{row['name']:<32} {row['val_top1']:>6.1f} {test:>6} {row['trainable_params']:>11,} "
+            f"{row['seconds']:>8.0f}"
+        )
+    path = result["checkpoint"]
+    return "\n".join(
+        [
+            *table,
+            f"winner: {result['winner']}, {result['rule']}",
+            f"kept:   {path}; {result['folder']}/compare.md and compare.png",
+            f"export: python export/to_onnx.py {path} --output model.onnx",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

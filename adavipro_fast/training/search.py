@@ -1,0 +1,347 @@
+"""Find what fits a data set: candidates under a budget of time, the worse half stopped early.
+
+Successive halving (Jamieson and Talwalkar, 2016) on validation accuracy: all candidates train for a
+quarter of their epochs, the better half goes on to half of them, the better half of those to the
+end. Zero-shot and the linear probe cost no training and are always there. The test split is read
+once, in the end, and chooses nothing.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from adavipro_fast.files.checkpoint import FILES, load_checkpoint
+from adavipro_fast.files.whole import write_whole
+from adavipro_fast.method.config import PROMPTED
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.training.calibrate import calibrate
+from adavipro_fast.training.config import OptimiserConfig, TrainConfig
+from adavipro_fast.training.finish import told_to_stop
+from adavipro_fast.training.log import say
+from adavipro_fast.training.parts import FITTED
+from adavipro_fast.training.start import Loaded, Run, build, load
+from adavipro_fast.training.state import Progress, read_state
+
+# Shares of the epochs after which the better half goes on.
+RUNGS = (0.25, 0.5, 1.0)
+LEAST_EPOCHS, MOST_EPOCHS = 4, 48
+TIMED, TIMED_IMAGES = 3, 32
+OVERHEAD_S = 5.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration under its name."""
+
+    name: str
+    config: TrainConfig
+    eligible: bool = True
+    """whether it may win; else it stands beside the others for comparison"""
+
+    @property
+    def folder(self) -> Path:
+        """Where its run lies."""
+        assert self.config.output is not None
+        return self.config.output
+
+
+@dataclass
+class Clock:
+    """Time spent on a search, over all its starts."""
+
+    seconds: float
+    """the budget"""
+    before: float = 0.0
+    """spent in earlier starts"""
+    began: float = 0.0
+
+    @property
+    def spent(self) -> float:
+        """Seconds so far."""
+        return self.before + time.monotonic() - self.began
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.seconds - self.spent
+
+    def say(self, line: str) -> None:
+        """Print a line with the time left."""
+        say(f"[{max(self.left, 0) / 60:.1f} min left] {line}")
+
+
+def schedule(count: int, epoch_s: float, seconds: float, epochs: int | None) -> tuple[int, int]:
+    """Choose how many candidates train, and for how many epochs.
+
+    Args:
+        count: candidates that there are.
+        epoch_s: seconds of an epoch.
+        seconds: to spend.
+        epochs: where they are given.
+
+    Returns:
+        (candidates, epochs): as many candidates as can have `LEAST_EPOCHS`, then as many epochs as
+        fit; (0, 0) where not even one epoch of one candidate fits.
+    """
+    for trained in range(count, 0, -1):
+        alive, share, start = trained, 0.0, 0.0
+        for end in RUNGS:
+            share, start, alive = share + alive * (end - start), end, half(alive)
+        fit = int(seconds / epoch_s / share)
+        if epochs is not None and (fit >= epochs or trained == 1):
+            return trained, epochs
+        if epochs is None and (fit >= LEAST_EPOCHS or (trained == 1 and fit >= 1)):
+            return trained, min(MOST_EPOCHS, fit)
+    return 0, 0
+
+
+def half(count: int) -> int:
+    """Return how many of `count` candidates go on."""
+    return max(1, -(-count // 2))
+
+
+class Search:
+    """A search in a folder; started again, it goes on where it was.
+
+    Args:
+        candidates: fitted ones first.
+        seconds: the budget.
+        folder: of the runs and of what is written about them.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], seconds: float, folder: Path) -> None:
+        self.candidates, self.folder = candidates, folder
+        self.plan_path = folder / "plan.json"
+        self.plan: dict[str, Any] = {
+            "candidates": None,
+            "epochs": 0,
+            "other_s": 0.0,
+            "trainable": {},
+        }
+        if self.plan_path.exists():
+            self.plan = json.loads(self.plan_path.read_text())
+        training = sum(progress.seconds for c in candidates if (progress := progress_of(c)))
+        self.clock = Clock(seconds, training + self.plan["other_s"], time.monotonic())
+        self.loaded: dict[int, Loaded] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Search, and return what was reached.
+
+        Raises:
+            KeyboardInterrupt: told to stop.
+        """
+        fitted = [c for c in self.candidates if c.config.prompt.method in FITTED]
+        trained = [c for c in self.candidates if c not in fitted]
+        for candidate in fitted:
+            self.advance(candidate, 0, math.inf)
+        speed = self.seconds_per_image(trained[0] if trained else fitted[0])
+        reserve = self.reserve(speed[1])
+        if self.plan["candidates"] is None:
+            self.make_plan(trained, speed, reserve)
+        alive = trained[: self.plan["candidates"]]
+        if not alive:
+            self.clock.say("no candidate can be trained in this time; give it more --minutes")
+        for share in RUNGS:
+            until = math.ceil(share * self.plan["epochs"])
+            for candidate in alive:
+                self.advance(candidate, until, self.clock.left - reserve)
+            ranked = sorted(alive, key=lambda c: best_within(c, until), reverse=True)
+            alive = ranked[: half(len(ranked))]
+        return self.conclude(fitted)
+
+    def make_plan(
+        self, trained: Sequence[Candidate], speed: tuple[float, float], reserve: float
+    ) -> None:
+        """Decide once how many candidates train, and for how many epochs."""
+        dataset, given = self.load(self.candidates[0]).dataset, None
+        if trained and trained[0].config.optimiser.epochs != OptimiserConfig.epochs:
+            given = trained[0].config.optimiser.epochs
+        epoch_s = speed[0] * len(dataset.train) + speed[1] * len(dataset.val)
+        count, epochs = schedule(len(trained), epoch_s, self.clock.left - reserve, given)
+        self.plan |= {"candidates": count, "epochs": epochs}
+        self.keep_plan()
+        self.clock.say(f"{count} of {len(trained)} candidates train, the best for {epochs} epochs")
+
+    def keep_plan(self) -> None:
+        """Write the plan, and the time spent on other things than training."""
+        training = sum(progress.seconds for c in self.candidates if (progress := progress_of(c)))
+        self.plan["other_s"] = max(0.0, self.clock.spent - training)
+        write_whole(self.plan_path, json.dumps(self.plan).encode())
+
+    def load(self, candidate: Candidate) -> Loaded:
+        """Load encoder and data, once for each margin."""
+        margin = candidate.config.prompt.margin
+        if margin not in self.loaded:
+            self.loaded[margin] = load(candidate.config)
+        return self.loaded[margin]
+
+    def build(self, candidate: Candidate) -> Run:
+        """Build a candidate's run; linear heads start from the probe that lies here already."""
+        config, probe = candidate.config, self.folder / "linear_probe" / FILES["linear_probe"]
+        prompt = config.prompt
+        linear = prompt.head == "linear" and not prompt.margin and prompt.method not in FITTED
+        if linear and config.head_from is None and probe.exists():
+            config = replace(config, head_from=probe)
+        optimiser = replace(config.optimiser, epochs=self.plan["epochs"] or 1)
+        return build(replace(config, optimiser=optimiser), self.load(candidate))
+
+    def advance(self, candidate: Candidate, until: int, seconds: float) -> None:
+        """Train a candidate up to an epoch, or for as long as there is time."""
+        progress = progress_of(candidate)
+        if seconds <= 0 or (progress is not None and progress.epoch >= until):
+            return
+        began = time.monotonic()
+        run = self.build(candidate)
+        self.plan["trainable"][candidate.name] = run.trainer.model.trainable_params
+        if progress is not None:
+            run.trainer.restore()
+        run.trainer.deadline = time.monotonic() + seconds
+        try:
+            with told_to_stop(run.trainer):
+                run.trainer.run(until)
+        except KeyboardInterrupt:
+            if run.trainer.asked_to_stop:
+                self.keep_plan()
+                raise KeyboardInterrupt(f"stopped; go on with --resume {self.folder}") from None
+        if not run.trainer.parts:
+            run.trainer.progress.seconds = time.monotonic() - began
+            run.trainer.save()
+        self.keep_plan()
+        top1 = run.trainer.progress.best_val
+        self.clock.say(f"{candidate.name}: val top-1 {top1:.1f} % after {until} epochs")
+
+    def seconds_per_image(self, candidate: Candidate) -> tuple[float, float]:
+        """Measure a training step and a prediction, seconds an image."""
+        run = self.build(candidate)
+        trainer, model = run.trainer, run.trainer.model
+        dataset, device = trainer.dataset, trainer.device
+        count = min(TIMED_IMAGES, len(dataset.train), len(dataset.val))
+        images, labels = dataset.train.batch(torch.arange(count), device)
+
+        def train() -> None:
+            loss = torch.nn.functional.cross_entropy(model.train()(images).logits, labels)
+            if loss.requires_grad:
+                loss.backward()
+
+        with torch.no_grad():
+            predicting = measured(lambda: model.eval()(images), device)
+        return measured(train, device) / count, predicting / count
+
+    def reserve(self, image_s: float) -> float:
+        """Return the seconds that the test of the finalists will take."""
+        dataset = self.load(self.candidates[0]).dataset
+        return OVERHEAD_S + image_s * (4 * len(dataset.test) + len(dataset.val))
+
+    def conclude(self, fitted: Sequence[Candidate]) -> dict[str, Any]:
+        """Choose the winner on validation, test the finalists, and write what was reached."""
+        images = len(self.load(self.candidates[0]).dataset.val)
+        tried = [c for c in self.candidates if progress_of(c) is not None]
+        rows = {c.name: row_of(c, images, self.plan["trainable"][c.name]) for c in tried}
+        eligible = [c for c in tried if c.eligible] or tried
+        best = max(eligible, key=lambda c: float(rows[c.name]["val_top1"]))
+        least = rows[best.name]["val_top1"] - rows[best.name]["val_se"]
+        near = [c for c in eligible if rows[c.name]["val_top1"] >= least]
+        # The sort is stable: the more promising proposal comes first among equals.
+        winner = min(near, key=lambda c: rows[c.name]["bytes"])
+        trainer = self.build(fitted[0]).trainer
+        for candidate in {c.name: c for c in (*fitted, best, winner)}.values():
+            loaded = self.load(candidate)
+            checkpoint = load_checkpoint(path_of(candidate))
+            model = checkpoint.model(loaded.frozen, candidate.config.kernel).to(loaded.device)
+            if candidate is winner:
+                val = trainer.evaluate(model, loaded.dataset.val)
+                fitted_to = calibrate(val.logits, val.labels)
+                replace(checkpoint, calibration=fitted_to).save(path_of(candidate))
+            top1 = trainer.evaluate(model, loaded.dataset.test).top1
+            rows[candidate.name] |= {
+                "test_top1": top1,
+                "test_se": standard_error(top1, len(loaded.dataset.test)),
+                "inference_ratio": inference_ratio(model, loaded),
+            }
+            self.clock.say(f"{candidate.name}: test top-1 {top1:.1f} %")
+        return {
+            "winner": winner.name,
+            "rule": "the smallest file within one standard error of the best on validation",
+            "checkpoint": str(path_of(winner)),
+            "rows": list(rows.values()),
+            "epochs": self.plan["epochs"],
+            "minutes": self.clock.seconds / 60,
+            "seconds": self.clock.spent,
+        }
+
+
+def progress_of(candidate: Candidate) -> Progress | None:
+    """Return where a candidate's run stands, if it has begun."""
+    path = candidate.folder / "last.safetensors"
+    return read_state(path)[1].progress if path.exists() else None
+
+
+def path_of(candidate: Candidate) -> Path:
+    """Return where a candidate's best model lies."""
+    return candidate.folder / FILES.get(candidate.config.prompt.method, "checkpoint.safetensors")
+
+
+def best_within(candidate: Candidate, epochs: int) -> float:
+    """Return the best validation top-1 of a candidate's first epochs, percent."""
+    progress = progress_of(candidate)
+    rows = [] if progress is None else progress.rows[:epochs]
+    return max((row["val_top1"] for row in rows), default=0.0)
+
+
+def standard_error(top1: float, count: int) -> float:
+    """Return the standard error of a top-1 over `count` images, both percent."""
+    return 100 * math.sqrt(top1 / 100 * (1 - top1 / 100) / count)
+
+
+def row_of(candidate: Candidate, images: int, trainable: int) -> dict[str, Any]:
+    """Describe what a candidate reached on `images` validation images."""
+    progress, prompt = progress_of(candidate), candidate.config.prompt
+    assert progress is not None
+    return {
+        "name": candidate.name,
+        "method": prompt.method,
+        "head": "linear" if prompt.method == "linear_probe" else prompt.head,
+        "prompt_size": prompt.prompt_size if prompt.method in PROMPTED else None,
+        "margin": prompt.margin,
+        "epochs": progress.epoch,
+        "val_top1": progress.best_val,
+        "val_se": standard_error(progress.best_val, images),
+        "test_top1": None,
+        "test_se": None,
+        "trainable_params": trainable,
+        "bytes": path_of(candidate).stat().st_size,
+        "seconds": progress.seconds,
+        "inference_ratio": None,
+        "eligible": candidate.eligible,
+    }
+
+
+def measured(work: Any, device: torch.device) -> float:
+    """Return the median seconds of a call, after a first one."""
+    times = []
+    for _ in range(TIMED + 1):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return median(times[1:])
+
+
+@torch.no_grad()
+def inference_ratio(model: AdaViPro, loaded: Loaded) -> float:
+    """Return the time of a prediction to that of the encoder alone, in PyTorch, interleaved."""
+    count = min(TIMED_IMAGES // 4, len(loaded.dataset.val))
+    images, _ = loaded.dataset.val.batch(torch.arange(count), loaded.device)
+    normalised, ratios = model.prompt.normalised(images), []
+    for _ in range(TIMED):
+        alone = measured(lambda: loaded.frozen(normalised), loaded.device)
+        ratios.append(measured(lambda: model(images), loaded.device) / alone)
+    return median(ratios)

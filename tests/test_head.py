@@ -1,0 +1,160 @@
+"""Linear heads: where they start, that they learn with the prompt, and that every file has them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+
+from adavipro_fast import evaluate, open_artifact
+from adavipro_fast.data.metrics import expected_calibration_error
+from adavipro_fast.data.sets import load_dataset, load_test
+from adavipro_fast.evaluate import EvaluateConfig
+from adavipro_fast.export import to_onnx
+from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.files.checkpoint import load_checkpoint
+from adavipro_fast.method.calibration import Calibration
+from adavipro_fast.method.clip import load_encoder
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.training.calibrate import calibrate
+from adavipro_fast.training.config import recipe
+from adavipro_fast.training.probe import STRENGTHS, frozen_features
+from adavipro_fast.training.start import build, load, resume_run, start_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory):
+    """Train a method with a linear head once on the small folder."""
+    done = {}
+
+    def once(method, head_input=None):
+        if (method, head_input) not in done:
+            # The one rate is high enough that an epoch beats the probe by more than luck.
+            config = small(tmp_path_factory.mktemp(method), epochs=2, lr_head=0.1, precision="fp32")
+            head = {"head": "linear"} if method != "linear_probe" else {}
+            prompt = replace(config.prompt, method=method, head_input=head_input, **head)
+            config = replace(config, prompt=replace(prompt, prompt_init="zero"))
+            done[method, head_input] = config, start_run(config)
+        return done[method, head_input]
+
+    return once
+
+
+@pytest.mark.parametrize(("method", "count"), [("adavipro", 2), ("vp", 1), ("full_finetune", 0)])
+def test_prompt_and_head_learn_together(run, method, count):
+    config, result = run(method)
+    before = load_file(config.output / "last.safetensors")
+    rows = before["class_embeddings"]
+    assert rows.shape in ((3, 160), (3, 64))
+    assert before["exp_avg.class_embeddings"].any()
+    assert sum(name.startswith("momentum_buffer.") for name in before) >= count
+    # The head counts among what is trained.
+    assert result["trainable_params"] >= rows.numel() + 3
+
+
+def test_a_resumed_run_has_the_head_of_one_that_was_never_stopped(run, small, tmp_path):
+    config, _ = run("vp")
+    again = replace(config, output=tmp_path / "run")
+    stopped = build(again, load(again))
+    stopped.trainer.run(until=1)
+    resume_run(tmp_path / "run")
+    name = "checkpoint.safetensors"
+    for file in (name, "last.safetensors"):
+        ours, theirs = (load_file(folder / file) for folder in (tmp_path / "run", config.output))
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+@pytest.mark.parametrize("head_input", ["embedding", "features"])
+@pytest.mark.parametrize("graph", ["folded", "pixel"])
+def test_a_reader_of_the_contract_gets_the_same_logits_from_every_file(
+    run, head_input, graph, tmp_path
+):
+    config, result = run("adavipro", head_input)
+    path = Path(result["checkpoint"])
+    to_onnx.command(OnnxConfig(path, tmp_path / "f.onnx", graph=graph, input="uint8"))
+    _, test = load_test(config.data, load_checkpoint(path).preprocess)
+    pixels, _ = test.batch(torch.arange(len(test)), CPU)
+    session = onnxruntime.InferenceSession(tmp_path / "f.onnx")
+    logits, embedding = session.run(["logits", "embedding"], {"image": pixels.numpy()})
+    tensors = load_file(path)
+    if head_input == "embedding":
+        scale = tensors["logit_scale"].item()
+        expected = scale * embedding @ tensors["class_embeddings"].numpy().T
+        np.testing.assert_allclose(logits, expected + tensors["class_bias"].numpy(), atol=1e-3)
+    ours = open_artifact(path, device="cpu")(pixels)
+    np.testing.assert_allclose(logits, ours.logits, atol=1e-3)
+    stored = json.loads(session.get_modelmeta().custom_metadata_map["config"])
+    assert (stored["head"], stored["head_input"]) == ("linear", head_input)
+
+
+def test_a_probes_file_gives_scikit_learns_answers(run, tmp_path):
+    config, result = run("linear_probe")
+    to_onnx.command(OnnxConfig(Path(result["checkpoint"]), tmp_path / "f.onnx"))
+    encoder = load_encoder("demo")
+    dataset = load_dataset(config.data, encoder.preprocess)
+    splits = [dataset.train, dataset.val, dataset.test]
+    train, val, test = (frozen_features(encoder, split, CPU) for split in splits)
+    heads = [
+        LogisticRegression(C=c, max_iter=5000).fit(train.features, train.labels)
+        for c in STRENGTHS["features"]
+    ]
+    best = max(heads, key=lambda head: head.score(val.features, val.labels))
+    pixels, _ = splits[2].batch(torch.arange(len(splits[2])), CPU)
+    got = open_artifact(tmp_path / "f.onnx", device="cpu")(pixels).logits.argmax(1)
+    assert got.tolist() == best.predict(test.features).tolist()
+
+
+def test_bad_heads_are_told_in_one_line(run, small, tmp_path):
+    with pytest.raises(ValueError, match="zero_shot learns no head; use --method linear_probe"):
+        PromptConfig(method="zero_shot", head="linear")
+    probe = Path(run("linear_probe")[1]["checkpoint"])
+    config = small(tmp_path / "run", epochs=1)
+    prompt = replace(config.prompt, head="linear", head_input="embedding")
+    with pytest.raises(ValueError, match="holds no linear head that reads embedding"):
+        start_run(replace(config, prompt=prompt, head_from=probe))
+    assert recipe("best", 30, "linear").optimiser.lr_prompt == 4
+
+
+def test_a_temperature_mends_confidence_and_changes_no_answer():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 5, (4000,))
+    logits = torch.randn(4000, 5) + 2.0 * torch.nn.functional.one_hot(labels, 5)
+    sharp = 5 * logits
+    fitted = calibrate(sharp[:2000], labels[:2000])
+    assert fitted.temperature == pytest.approx(5 * calibrate(logits, labels).temperature, rel=0.1)
+    before, after = sharp[2000:].softmax(1), fitted.probabilities(sharp[2000:])
+    assert torch.equal(before.argmax(1), after.argmax(1))
+    errors = [expected_calibration_error(p, labels[2000:]) for p in (before, after)]
+    assert errors[1] < 0.3 * errors[0]
+    # A share of held-out images is rejected that validation promised.
+    for rate in (0.0, 0.05, 0.5):
+        rejected = (after.amax(1) < fitted.threshold(rate)).double().mean()
+        assert abs(rejected - rate) < 0.03
+
+
+def test_a_threshold_needs_a_calibration_and_a_share():
+    with pytest.raises(ValueError, match="holds no calibration; train it again"):
+        Calibration().threshold(0.1)
+    with pytest.raises(ValueError, match="reject is 1.5; use a share of images"):
+        Calibration().threshold(1.5)
+
+
+def test_every_backend_has_the_same_probabilities(run, tmp_path):
+    config, result = run("adavipro", "features")
+    path = Path(result["checkpoint"])
+    to_onnx.command(OnnxConfig(path, tmp_path / "f.onnx"))
+    keys = ("temperature", "nll", "ece", "rejected", "kept_top1")
+    figures = [
+        evaluate.command(EvaluateConfig(p, data=config.data, device="cpu", reject=0.2))
+        for p in (path, tmp_path / "f.onnx")
+    ]
+    assert figures[0]["temperature"] != 1
+    for key in keys:
+        assert figures[0][key] == pytest.approx(figures[1][key], abs=1e-3)
