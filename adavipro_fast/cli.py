@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -55,15 +55,20 @@ def main(
     run(lambda: command(parsed), summary)
 
 
-def parse(kind: type[Config] | Callable[..., Config], default: Any = None) -> Config:
-    """Parse the command line; what is wrong with it is told in one line."""
-    parsed: Config = _parse(kind, **({} if default is None else {"default": default}))
+def parse(
+    kind: type[Config] | Callable[..., Config],
+    default: Any = None,
+    flags: Sequence[str] | None = None,
+) -> Config:
+    """Parse flags (default: the command line's); what is wrong is told in one line."""
+    more = {} if default is None else {"default": default}
+    parsed: Config = _parse(kind, args=flags, **more)
     return parsed
 
 
-def parse_some(kind: type[Config]) -> Config:
+def parse_some(kind: type[Config], flags: Sequence[str] | None = None) -> Config:
     """Parse the flags that `kind` knows, and leave the others for `parse`."""
-    parsed: Config = _parse(kind, return_unknown_args=True, add_help=False)[0]
+    parsed: Config = _parse(kind, args=flags, return_unknown_args=True, add_help=False)[0]
     return parsed
 
 

@@ -110,9 +110,8 @@ def main() -> None:
 def command() -> dict[str, Any]:
     """Search in a folder that this process holds, and write what was reached."""
     place = cli.parse_some(Place)
-    if place.resume is not None:
-        sys.argv[1:] = resumed_flags(place.resume)
-    config = cli.parse(CompareConfig, CompareConfig(train=recipe("best")))
+    flags = sys.argv[1:] if place.resume is None else kept_flags(place.resume)
+    config = cli.parse(CompareConfig, CompareConfig(train=recipe("best")), flags)
     folder, made = place.resume or place.output, list[Path]()
     if folder is None:
         folder, made = make_folder(f"{Path(config.train.data.data).name}-compare")
@@ -121,7 +120,7 @@ def command() -> dict[str, Any]:
         if place.resume is None:
             keep_flags(folder)
         minutes = config.minutes or (DEMO_MINUTES if config.train.data.data == "demo" else MINUTES)
-        result = Search(candidates(config.train, folder), 60 * minutes, folder).run()
+        result = Search(candidates(config.train, folder, flags), 60 * minutes, folder).run()
         write_whole(folder / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
         write_whole(folder / "compare.md", markdown(result).encode())
         drawn = pictures.comparison(result["rows"], result["winner"])
@@ -141,7 +140,7 @@ def keep_flags(folder: Path) -> None:
     write_whole(path, json.dumps(sys.argv[1:]).encode())
 
 
-def resumed_flags(folder: Path) -> list[str]:
+def kept_flags(folder: Path) -> list[str]:
     """Return the flags of a search.
 
     Raises:
@@ -156,9 +155,9 @@ def resumed_flags(folder: Path) -> list[str]:
     return list(json.loads(path.read_text()))
 
 
-def candidates(base: TrainConfig, folder: Path) -> list[Candidate]:
+def candidates(base: TrainConfig, folder: Path, flags: Sequence[str]) -> list[Candidate]:
     """List what is tried under the flags that were given."""
-    given = cli.parse_some(Given)
+    given = cli.parse_some(Given, flags)
     listed = []
     for method, head in REFERENCES:
         prompt = PromptConfig(method=method, region_size=base.prompt.region_size)
@@ -167,7 +166,7 @@ def candidates(base: TrainConfig, folder: Path) -> list[Candidate]:
     for proposal in PROPOSALS:
         if given.method in (None, proposal.method) and given.head in (None, proposal.head):
             start = proposal.under(given)
-            config = cli.parse(CompareConfig, CompareConfig(train=start)).train
+            config = cli.parse(CompareConfig, CompareConfig(train=start), flags).train
             listed.append(Candidate(name_of(config, proposal.ending), config))
     return in_folders(listed, folder)
 

@@ -13,20 +13,19 @@ from adavipro_fast.training.config import recipe
 from adavipro_fast.training.search import Search, schedule
 
 
-def tried(monkeypatch, tmp_path, *flags):
-    monkeypatch.setattr(sys, "argv", ["compare", *flags])
-    base = compare.cli.parse(CompareConfig, CompareConfig(train=recipe("best")))
-    return candidates(base.train, tmp_path)
+def tried(tmp_path, *flags):
+    base = compare.cli.parse(CompareConfig, CompareConfig(train=recipe("best")), flags)
+    return candidates(base.train, tmp_path, flags)
 
 
-def test_flags_hold_what_they_name(monkeypatch, tmp_path):
-    every = tried(monkeypatch, tmp_path)
+def test_flags_hold_what_they_name(tmp_path):
+    every = tried(tmp_path)
     assert [c.name for c in every[:3]] == ["zero_shot", "linear_probe", "adavipro-linear-30"]
     assert len({c.config.output for c in every}) == len(every) == 11
-    sized = tried(monkeypatch, tmp_path, "--prompt-size", "50", "--seed", "3")
+    sized = tried(tmp_path, "--prompt-size", "50", "--seed", "3")
     assert [c.name for c in sized if c.name.startswith("vp-linear")] == ["vp-linear-50"]
     assert {c.config.optimiser.seed for c in sized} == {3}
-    text = tried(monkeypatch, tmp_path, "--head", "text", "--method", "vp", "--lr-prompt", "7")
+    text = tried(tmp_path, "--head", "text", "--method", "vp", "--lr-prompt", "7")
     assert [(c.name, c.eligible) for c in text] == [
         ("zero_shot", False), ("linear_probe", False), ("vp-text-30", True)
     ]  # fmt: skip
