@@ -40,6 +40,9 @@ Reject = Annotated[
         "least confidence, by validation (default: every image is given a class)"
     ),
 ]
+Task = Annotated[
+    str | None, tyro.conf.arg(help="one of a file that holds several; `tasks FILE` lists them")
+]
 Images = Annotated[
     Path | None, tyro.conf.arg(help="folder of images to verify with (default: procedural ones)")
 ]

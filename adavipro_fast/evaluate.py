@@ -44,6 +44,7 @@ class EvaluateConfig:
     batch_size: int = 64
     """images at once"""
     reject: cli.Reject = None
+    task: cli.Task = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -63,7 +64,11 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         pretrained=config.pretrained,
         precision=config.precision,
         device=config.device,
+        task=config.task,
     )
+    if artifact.about.tasks:
+        names = ", ".join(task.name for task in artifact.about.tasks)
+        raise ValueError(f"{config.artifact} holds the tasks {names}; name one with --task")
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
     class_names, test = load_test(config.data, artifact.about.preprocess)
     if class_names != artifact.about.class_names:

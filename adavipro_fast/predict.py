@@ -31,6 +31,7 @@ class PredictConfig:
     picture: Path | None = None
     """save a picture of the images with the mask laid over them"""
     reject: cli.Reject = None
+    task: cli.Task = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
@@ -53,7 +54,11 @@ def command(config: PredictConfig) -> dict[str, Any]:
         pretrained=config.pretrained,
         precision=config.precision,
         device=config.device,
+        task=config.task,
     )
+    if artifact.about.tasks:
+        names = ", ".join(task.name for task in artifact.about.tasks)
+        raise ValueError(f"{config.artifact} holds the tasks {names}; name one with --task")
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
     calibration, predictions, drawn = artifact.about.calibration, [], []
     least = 0.0 if config.reject is None else calibration.threshold(config.reject)

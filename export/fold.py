@@ -126,17 +126,20 @@ class MaskHead(nn.Module):
         # |e|, in the form that ONNX Runtime fuses into the convolution.
         return F.leaky_relu(first, -1.0) if self.edge == "laplacian-magnitude" else first
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Decide on float32 images (B, 3, S, S)."""
+    def delta(self, images: Tensor) -> Tensor:
+        """Compute Δ (B, T, G, G) of float32 images (B, 3, S, S), for T = 1 or as many kernels."""
         if self.centre:
             images = images + self.offset
         if self.generator is not None:
             uncollapsed: Tensor = self.generator(self.edges(images) * self.scale)
-            return uncollapsed > 0
-        edges = self.edges(images)
+            return uncollapsed[:, None]
         region = self.kernel.shape[-1] - 2
-        delta = F.conv2d(edges, self.kernel, self.bias, stride=region, padding=1).squeeze(1)
-        return (delta if self.constant is None else delta + self.constant) > 0
+        delta = F.conv2d(self.edges(images), self.kernel, self.bias, stride=region, padding=1)
+        return delta if self.constant is None else delta + self.constant
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Decide on float32 images (B, 3, S, S)."""
+        return self.delta(images).squeeze(1) > 0
 
 
 class Always(nn.Module):
@@ -175,6 +178,7 @@ class Plain(nn.Module):
         uint8: images are RGB pixels 0-255; else normalised floats.
     """
 
+    inputs: tuple[str, ...] = ("image",)
     outputs: tuple[str, ...] = ("logits", "embedding")
 
     def __init__(self, model: AdaViPro, *, folded: bool, dtype: torch.dtype, uint8: bool) -> None:
@@ -192,6 +196,10 @@ class Plain(nn.Module):
         else:
             self.patches = PatchEmbedding(visual, *affine, dtype)
             self.trunk = Trunk(visual, dtype)
+
+    def example(self, side: int) -> tuple[Tensor, ...]:
+        """Return inputs of two images."""
+        return (torch.zeros(2, 3, side, side, dtype=torch.uint8 if self.uint8 else torch.float32),)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Classify."""

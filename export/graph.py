@@ -45,16 +45,17 @@ def write(module: Plain, path: Path, *, side: int, opset: int, metadata: dict[st
     """Export a module as ONNX, stripped of the exporter's notes; return its number of nodes."""
     weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
     apart = weights > ONE_FILE_BYTES
+    batch = torch.export.Dim("batch", min=1, max=65536)
     # Without gradients attention is one node.
     with torch.no_grad(), quiet(), exporter_errors():
         program = torch.onnx.export(
             module,
-            (torch.zeros(2, 3, side, side, dtype=torch.uint8 if module.uint8 else torch.float32),),
+            module.example(side),
             dynamo=True,
             opset_version=opset,
-            input_names=["image"],
+            input_names=list(module.inputs),
             output_names=list(module.outputs),
-            dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=65536)}},
+            dynamic_shapes={name: {0: batch} for name in module.inputs},
             verbose=False,
         )
     assert program is not None
@@ -135,7 +136,7 @@ def check_dtypes(path: Path, precision: Precision) -> None:
     for node in graph.node:
         kind = kinds.get(node.input[0])
         wide = node.op_type in safe or any(n.startswith(("decide.", "head.")) for n in node.input)
-        if wide and kind != TensorProto.FLOAT:
+        if wide and kind not in (TensorProto.FLOAT, TensorProto.INT64):
             raise VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
         if not wide and node.op_type in ("MatMul", "Gemm", "Conv", "Attention"):
             found[kind or 0] += 1

@@ -84,6 +84,8 @@ class Network:
         options.progress_monitor = progress(trt)
         profile = self.builder.create_optimization_profile()
         profile.set_shape("image", *((size, 3, side, side) for size in batch))
+        if self.definition.num_inputs > 1:
+            profile.set_shape("task", *((size,) for size in batch))
         options.add_optimization_profile(profile)
         if self.runtime == "tensorrt-rtx":
             options.num_compute_capabilities = len(capabilities)

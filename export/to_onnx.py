@@ -3,6 +3,8 @@
 Inputs and outputs: image (B, 3, S, S) to logits (B, K), mask (B, G, G) int32 and embedding (B, E).
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,12 +15,19 @@ import tyro
 from adavipro_fast import cli
 from adavipro_fast.artifact.description import NotRunnableError
 from adavipro_fast.artifact.onnx import OnnxArtifact
-from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.encoder import folding_obstacle
-from adavipro_fast.export.fold import deployed
+from adavipro_fast.export.fold import Plain, deployed
 from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
-from adavipro_fast.export.verify import Comparison, Unprompted, compare, sample_batches
+from adavipro_fast.export.tasks import Tasks, tasks_obstacle
+from adavipro_fast.export.verify import (
+    Comparison,
+    Unprompted,
+    compare,
+    compare_tasks,
+    sample_batches,
+)
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.calibration import UNCALIBRATED
@@ -38,6 +47,10 @@ class OnnxConfig:
     """checkpoint.safetensors"""
     output: Path
     """file to write, F.onnx"""
+    more: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """checkpoints of further tasks for the same encoder; the graph then takes each image's task"""
+    task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """name of a task; repeatable, in the checkpoints' order (default: their folders' names)"""
     graph: Graph | None = None
     """prompt folded into the tokens, or on the pixels (default: folded for ViTs)"""
     precision: Precision = "fp32"
@@ -73,26 +86,26 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         )
     if config.output.suffix != ".onnx":
         raise ValueError(f"output {config.output} does not end in .onnx; name a file F.onnx")
-    reference = TorchArtifact.open(
-        config.checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
-    )
-    graph = config.graph or _default_graph(reference.model)
-    module = deployed(
-        reference.model,
-        folded=graph == "folded",
-        dtype=DTYPES[config.precision],
-        uint8=config.input == "uint8",
-        baseline=config.baseline,
-    )
-    checkpoint = load_checkpoint(config.checkpoint)
-    baseline = config.baseline or checkpoint.config.method not in PROMPTED
-    metadata = describe(checkpoint, config, graph) | {"baseline": baseline}
+    paths = (config.checkpoint, *config.more)
+    checkpoints = [load_checkpoint(path) for path in paths]
+    encoder = encoder_of(checkpoints[0], config.model, config.pretrained)
+    encoder = encoder.with_(precision="fp32")
+    models = [checkpoint.model(encoder) for checkpoint in checkpoints]
+    names = task_names(config)
+    graph = config.graph or _default_graph(models[0])
+    module = build(models, config, graph)
+    metadata = describe(checkpoints[0], config, graph)
+    if names:
+        metadata["tasks"] = [
+            describe_task(*task) for task in zip(names, checkpoints, paths, strict=True)
+        ]
+    cpu = torch.device("cpu")
+    references = [TorchArtifact.of(*pair, cpu) for pair in zip(checkpoints, models, strict=True)]
     with named_when_whole(config.output) as path:
-        nodes = write(
-            module, path, side=reference.about.preprocess.size, opset=opset, metadata=metadata
-        )
+        side = checkpoints[0].preprocess.size
+        nodes = write(module, path, side=side, opset=opset, metadata=metadata)
         check_dtypes(path, config.precision)
-        verdict = verify(reference, path, config)
+        verdict = verify(references, names, path, config)
         size = sum(file.stat().st_size for file in path.parent.iterdir())
     return {
         "path": str(config.output),
@@ -100,10 +113,62 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         "precision": config.precision,
         "input": config.input,
         "opset": opset,
-        "baseline": baseline,
+        "baseline": metadata["baseline"],
+        **({"tasks": names} if names else {}),
         **verdict,
         "nodes": nodes,
         "bytes": size,
+    }
+
+
+def task_names(config: OnnxConfig) -> list[str]:
+    """Name the tasks of several checkpoints; one checkpoint's needs no name.
+
+    Raises:
+        ValueError: two have one name, or there are other names than checkpoints.
+    """
+    paths = (config.checkpoint, *config.more)
+    if len(paths) == 1:
+        if config.task:
+            raise ValueError("--task names one of several checkpoints; leave it out for one")
+        return []
+    if config.baseline:
+        raise ValueError("--baseline is the encoder of one checkpoint; name one")
+    names = list(config.task) or [path.resolve().parent.name for path in paths]
+    if len(names) != len(paths):
+        raise ValueError(f"{len(paths)} checkpoints, but {len(names)} times --task; name each")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or "" in names:
+        raise ValueError(f"task {(twice or [''])[0]!r} stands twice or is empty; give --task names")
+    return names
+
+
+def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain:
+    """Build the module that is exported.
+
+    Raises:
+        ValueError: the encoder cannot be folded, or the models cannot share a graph.
+    """
+    folded, dtype, uint8 = graph == "folded", DTYPES[config.precision], config.input == "uint8"
+    if len(models) == 1:
+        return deployed(
+            models[0], folded=folded, dtype=dtype, uint8=uint8, baseline=config.baseline
+        )
+    if obstacle := tasks_obstacle(models):
+        raise ValueError(f"the checkpoints cannot share one graph: {obstacle}; export each alone")
+    if folded and (obstacle := folding_obstacle(models[0].encoder.visual)):
+        raise ValueError(f"this encoder cannot be folded: {obstacle}; use --graph pixel")
+    return Tasks(models, folded=folded, dtype=dtype, uint8=uint8)
+
+
+def describe_task(name: str, checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
+    """Collect what the file says about one of its tasks."""
+    return {
+        "name": name,
+        "class_names": checkpoint.class_names,
+        "config": checkpoint.config.stored(),
+        "calibration": asdict(checkpoint.calibration),
+        "checkpoint_sha256": file_sha256(path),
     }
 
 
@@ -145,11 +210,21 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
         "graph": graph,
         "precision": config.precision,
         "input": config.input,
+        "baseline": config.baseline
+        or (checkpoint.config.method not in PROMPTED and not config.more),
     }
 
 
-def verify(reference: TorchArtifact, path: Path, config: OnnxConfig) -> dict[str, Any]:
+def verify(
+    references: Sequence[TorchArtifact], names: Sequence[str], path: Path, config: OnnxConfig
+) -> dict[str, Any]:
     """Compare the file with PyTorch in fp32, where a backend at hand can run it.
+
+    Args:
+        references: the checkpoint of each task.
+        names: of the tasks; none where there is one.
+        path: of the file.
+        config: what was asked for.
 
     Raises:
         VerificationError: it computes something else.
@@ -169,9 +244,13 @@ def verify(reference: TorchArtifact, path: Path, config: OnnxConfig) -> dict[str
             "reason": "no ONNX Runtime here runs bf16; structure and dtypes were checked",
             **dict.fromkeys(Comparison.__dataclass_fields__),
         }
-    expected = Unprompted(reference.model) if config.baseline else reference
-    batches = sample_batches(reference.about.preprocess, config.images)
-    comparison = compare(reference.model, expected, candidate, batches)
+    batches = sample_batches(references[0].about.preprocess, config.images)
+    if names:
+        comparison = compare_tasks(references, names, candidate, batches)
+    else:
+        model = references[0].model
+        expected = Unprompted(model) if config.baseline else references[0]
+        comparison = compare(model, expected, candidate, batches)
     if complaint := comparison.complaint(config.precision):
         raise VerificationError(f"{path.name} was not written: {complaint}")
     figures = asdict(comparison)

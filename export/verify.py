@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adavipro_fast import cli
+from adavipro_fast.artifact.description import Artifact, OneTask
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data import world
@@ -122,6 +123,42 @@ def compare(
         top1_agreement=100 * torch.cat(same_top1).double().mean().item(),
         mask_agreement=(same | tied).double().mean().item(),
         mask_ties=int((~same & tied).sum()),
+    )
+
+
+def compare_tasks(
+    references: Sequence[TorchArtifact],
+    names: Sequence[str],
+    candidate: Artifact,
+    batches: Sequence[Tensor],
+) -> Comparison:
+    """Compare each task of a file with its own checkpoint, alone and among images of others.
+
+    Returns:
+        The worst of the tasks; ties are counted together.
+    """
+    *alone, mixed = batches
+    order = [names[number % len(names)] for number in range(max(len(mixed), len(names)))]
+    pixels = mixed[torch.arange(len(order)) % len(mixed)]
+    together = candidate(pixels, order)
+    compared = []
+    for reference, name in zip(references, names, strict=True):
+        rows = torch.tensor([number for number, other in enumerate(order) if other == name])
+        count = len(reference.about.class_names)
+        own = Prediction(
+            together.logits[rows, :count], together.mask[rows], together.embedding[rows]
+        )
+        model = reference.model
+        compared += [
+            compare(model, reference, OneTask(candidate, name), alone),
+            compare(model, reference, lambda _, own=own: own, [pixels[rows]]),  # type: ignore[misc]
+        ]
+    return Comparison(
+        max_abs_error=max(each.max_abs_error for each in compared),
+        min_cosine=min(each.min_cosine for each in compared),
+        top1_agreement=min(each.top1_agreement for each in compared),
+        mask_agreement=min(each.mask_agreement for each in compared),
+        mask_ties=sum(each.mask_ties for each in compared),
     )
 
 

@@ -16,6 +16,19 @@ from adavipro_fast.method.functional import normalise
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Preprocess
 
+# A task for all images, or one for each.
+Tasks = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a file that holds several."""
+
+    name: str
+    class_names: tuple[str, ...]
+    config: PromptConfig
+    calibration: Calibration = UNCALIBRATED
+
 
 @dataclass(frozen=True)
 class Description:
@@ -35,6 +48,8 @@ class Description:
     """the encoder alone, without a prompt"""
     calibration: Calibration = UNCALIBRATED
     """from logits to probabilities"""
+    tasks: tuple[Task, ...] = ()
+    """where there are several; class names, configuration and calibration are then theirs"""
 
     @classmethod
     def of(cls, values: dict[str, Any], path: Path) -> "Description":
@@ -50,8 +65,12 @@ class Description:
             )
         try:
             about: Description = read(cls, values)
-            config, _ = read_settings(values)
-            return replace(about, config=config)
+            config, preprocess = read_settings(values)
+            tasks = (
+                replace(task, config=replace(task.config, margin=preprocess.margin))
+                for task in about.tasks
+            )
+            return replace(about, config=config, tasks=tuple(tasks))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} has metadata that cannot be used: {error}") from error
 
@@ -62,7 +81,7 @@ class Description:
             ValueError: it describes another graph.
         """
         side, grid = self.preprocess.size, self.preprocess.size // self.config.region_size
-        wanted = {"image": [3, side, side], "logits": [len(self.class_names)]}
+        wanted = {"image": [3, side, side], "logits": [self.most_classes]}
         if not self.baseline:
             wanted["mask"] = [grid, grid]
         for name, shape in wanted.items():
@@ -71,6 +90,47 @@ class Description:
                 raise ValueError(
                     f"{path} says of its {name} {shape}, the graph has {got}; export it again"
                 )
+
+    @property
+    def most_classes(self) -> int:
+        """Classes of the task that has the most."""
+        return max(map(len, [self.class_names, *(task.class_names for task in self.tasks)]))
+
+    def numbers(self, task: Tasks | None, count: int) -> list[int]:
+        """Return the number of the task of each of `count` images; none where there is one task.
+
+        Raises:
+            ValueError: no task is named, or one that the file does not hold.
+        """
+        names = [known.name for known in self.tasks]
+        if task is None and not names:
+            return []
+        each = [task] * count if isinstance(task, str) else list(task or ())
+        unknown = next((name for name in each if name not in names), None)
+        if unknown is not None or len(each) != count:
+            asked = "names no task" if task is None else f"asks for {unknown or len(each)!r}"
+            raise ValueError(
+                f"the call {asked}; the file holds {', '.join(names) or 'one task'}: give one, or "
+                f"one for each of {count} images"
+            )
+        return [names.index(name) for name in each]
+
+    def of_task(self, name: str) -> "Description":
+        """Describe one of the tasks as a file of its own would.
+
+        Raises:
+            ValueError: no such task.
+        """
+        task = self.tasks[self.numbers(name, 1)[0]] if self.tasks else None
+        if task is None:
+            raise ValueError(f"the file holds one task without a name, not {name!r}")
+        return replace(
+            self,
+            class_names=task.class_names,
+            config=task.config,
+            calibration=task.calibration,
+            tasks=(),
+        )
 
     def image(self, pixels: Tensor) -> Tensor:
         """Turn (B, 3, S, S) uint8 RGB pixels into the graph's input."""
@@ -109,8 +169,48 @@ class Artifact(Protocol):
     def provider(self) -> str:
         """Which device or execution provider it really uses."""
 
-    def __call__(self, pixels: Tensor) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels; the prediction lies on the CPU."""
+    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels; the prediction lies on the CPU.
+
+        Args:
+            pixels: the images.
+            task: of all images, or of each, where the file holds several.
+        """
+
+
+@dataclass(frozen=True)
+class OneTask:
+    """One task of an artifact that holds several, as an artifact of its own.
+
+    Raises:
+        ValueError: no such task.
+    """
+
+    whole: Artifact
+    name: str
+
+    def __post_init__(self) -> None:
+        self.whole.about.of_task(self.name)
+
+    @property
+    def about(self) -> Description:
+        """What the task's own file would say about itself."""
+        return self.whole.about.of_task(self.name)
+
+    @property
+    def backend(self) -> str:
+        """Which runtime."""
+        return self.whole.backend
+
+    @property
+    def provider(self) -> str:
+        """Which device or execution provider."""
+        return self.whole.provider
+
+    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels as this task's."""
+        logits, mask, embedding = self.whole(pixels, task or self.name)
+        return Prediction(logits[:, : len(self.about.class_names)], mask, embedding)
 
 
 class NotRunnableError(ValueError):

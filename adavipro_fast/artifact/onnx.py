@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.description import Description, NotRunnableError
+from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.model import Prediction
@@ -75,26 +75,36 @@ class OnnxArtifact:
         about.check_shapes(shapes, path)
         return cls(session, about, place, used)
 
-    def __call__(self, pixels: Tensor) -> Prediction:
+    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
-        return self.about.prediction(self.run(self.about.image(pixels.to(self.device))))
+        numbers = self.about.numbers(task, len(pixels))
+        return self.about.prediction(self.run(self.about.image(pixels.to(self.device)), numbers))
 
-    def run(self, image: Tensor) -> dict[str, Tensor]:
-        """Run the graph on its input (B, 3, S, S), on the artifact's device."""
+    def run(self, image: Tensor, tasks: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Run the graph on its input (B, 3, S, S), on the artifact's device.
+
+        Args:
+            image: its input.
+            tasks: the number of each image's task, where there are several.
+        """
         names = [output.name for output in self.session.get_outputs()]
+        feeds = {"image": image.contiguous()}
+        if tasks:
+            feeds["task"] = torch.tensor(tasks, device=image.device)
         if self.device.type == "cpu":
-            arrays = self.session.run(names, {"image": image.numpy()})
+            arrays = self.session.run(names, {name: fed.numpy() for name, fed in feeds.items()})
             tensors = [torch.from_numpy(array) for array in arrays]
         else:
-            tensors = self._bound(image.contiguous(), names)
+            tensors = self._bound(feeds, names)
         return dict(zip(names, tensors, strict=True))
 
-    def _bound(self, image: Tensor, names: list[str]) -> list[Tensor]:
+    def _bound(self, feeds: dict[str, Tensor], names: list[str]) -> list[Tensor]:
         """Run on tensors that lie on the device, without copies through the host."""
         binding, index = self.session.io_binding(), self.device.index or 0
-        kind = "uint8" if image.dtype == torch.uint8 else "float32"
         torch.cuda.current_stream(self.device).synchronize()
-        binding.bind_input("image", "cuda", index, kind, tuple(image.shape), image.data_ptr())
+        for name, fed in feeds.items():
+            kind = str(fed.dtype).removeprefix("torch.")
+            binding.bind_input(name, "cuda", index, kind, tuple(fed.shape), fed.data_ptr())
         for name in names:
             binding.bind_output(name, "cuda", index)
         self.session.run_with_iobinding(binding)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.description import Artifact, OneTask
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.method.config import Precision
@@ -15,6 +15,7 @@ def open_artifact(
     pretrained: str | None = None,
     precision: Precision = "fp32",
     device: str = "auto",
+    task: str | None = None,
 ) -> Artifact:
     """Open a trained prompt for inference.
 
@@ -24,11 +25,17 @@ def open_artifact(
         pretrained: open_clip tag or path of the encoder's weights.
         precision: of a checkpoint's encoder.
         device: auto, cpu, cuda, ...
+        task: one of a file that holds several.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not one of ours, damaged, of another encoder, or not runnable here.
     """
+    if task is not None:
+        opened = open_artifact(
+            path, model=model, pretrained=pretrained, precision=precision, device=device
+        )
+        return OneTask(opened, task)
     path = Path(path)
     if path.suffix == ".onnx":
         return OnnxArtifact.open(path, device)

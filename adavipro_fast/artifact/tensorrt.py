@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.description import Description, NotRunnableError
+from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.whole import file_sha256
@@ -126,9 +126,9 @@ class Replay:
     """
 
     context: Any
-    host: Tensor
-    """pinned"""
-    image: Tensor
+    hosts: dict[str, Tensor]
+    """inputs, pinned"""
+    inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     graph: torch.cuda.CUDAGraph
 
@@ -184,22 +184,30 @@ class EngineArtifact:
         )
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> Prediction:
+    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels, in parts of the profile's largest batch."""
+        numbers = torch.tensor(self.about.numbers(task, len(pixels)), dtype=torch.int64)
         cuda = self.device.type == "cuda"
         # A thread has a current device of its own.
         with self.lock, torch.cuda.device(self.device) if cuda else nullcontext():
-            parts = [self._run(part) for part in pixels.split(self.batch[2])]
+            most = self.batch[2]
+            parts = [
+                self._run(part, numbers[number * most : (number + 1) * most])
+                for number, part in enumerate(pixels.split(most))
+            ]
         return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _run(self, pixels: Tensor) -> Prediction:
+    def _run(self, pixels: Tensor, tasks: Tensor) -> Prediction:
         count = len(pixels)
         size = padded_size(count, self.batch)
         if size not in self.replays:
             self.replays[size] = self._capture(size)
         replay = self.replays[size]
-        replay.host[:count].copy_(self.about.image(pixels))
-        replay.image.copy_(replay.host, non_blocking=True)
+        replay.hosts["image"][:count].copy_(self.about.image(pixels))
+        if "task" in replay.hosts:
+            replay.hosts["task"][:count].copy_(tasks)
+        for name, host in replay.hosts.items():
+            replay.inputs[name].copy_(host, non_blocking=True)
         replay.graph.replay()
         outputs = {k: v[:count].to("cpu", copy=True) for k, v in replay.outputs.items()}
         return self.about.prediction(outputs)
@@ -229,14 +237,17 @@ class EngineArtifact:
         context, side = self._context(), self.about.preprocess.size
         dtype = torch.uint8 if self.about.input == "uint8" else torch.float32
         pinned = self.device.type == "cuda"
-        host = torch.zeros(size, 3, side, side, dtype=dtype, pin_memory=pinned)
-        image = host.to(self.device, copy=True)
-        context.set_input_shape("image", tuple(image.shape))
-        context.set_tensor_address("image", image.data_ptr())
+        hosts = {"image": torch.zeros(size, 3, side, side, dtype=dtype, pin_memory=pinned)}
+        if self.about.tasks:
+            hosts["task"] = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
+        inputs = {name: host.to(self.device, copy=True) for name, host in hosts.items()}
+        for name, fed in inputs.items():
+            context.set_input_shape(name, tuple(fed.shape))
+            context.set_tensor_address(name, fed.data_ptr())
         outputs = {}
         for index in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(index)
-            if name != "image":
+            if name not in inputs:
                 kind = torch.int32 if name == "mask" else torch.float32
                 shape = tuple(context.get_tensor_shape(name))
                 outputs[name] = torch.empty(shape, dtype=kind, device=self.device)
@@ -251,7 +262,7 @@ class EngineArtifact:
         # Other threads may go on allocating.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._enqueue(context, stream)
-        return Replay(context, host, image, outputs, graph)
+        return Replay(context, hosts, inputs, outputs, graph)
 
     def _enqueue(self, context: Any, stream: torch.cuda.Stream) -> None:
         if not context.execute_async_v3(stream.cuda_stream):

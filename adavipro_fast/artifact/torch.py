@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.description import Description
+from adavipro_fast.artifact.description import Description, Tasks
 from adavipro_fast.device import full_fp32, torch_device
-from adavipro_fast.files.checkpoint import load_checkpoint
+from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.method.clip import load_encoder
 from adavipro_fast.method.config import PROMPTED, Precision
+from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro, Prediction
 
 
@@ -36,25 +37,44 @@ class TorchArtifact:
         """Load a checkpoint and its encoder; arguments and errors are `open_artifact`'s."""
         place = torch_device(device)
         checkpoint = load_checkpoint(path)
-        encoder = load_encoder(
-            model or checkpoint.encoder.name,
-            checkpoint.encoder.pretrained if pretrained is None else pretrained,
-        )
+        encoder = encoder_of(checkpoint, model, pretrained)
         prompted = checkpoint.model(encoder)
         prompted.encoder = prompted.encoder.with_(precision=precision)
+        return cls.of(checkpoint, prompted, place)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, model: AdaViPro, place: torch.device) -> "TorchArtifact":
+        """Run a checkpoint's model on a device."""
         about = Description(
             checkpoint.class_names,
             checkpoint.preprocess,
             checkpoint.config,
-            precision,
+            model.encoder.precision,
             "uint8",
             checkpoint.config.method not in PROMPTED,
             checkpoint.calibration,
         )
-        return cls(prompted.to(place), about, provider=str(place))
+        return cls(model.to(place), about, provider=str(place))
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> Prediction:
+    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
+        self.about.numbers(task, len(pixels))
         with full_fp32():
             return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
+
+
+def encoder_of(
+    checkpoint: Checkpoint, model: str | None = None, pretrained: str | None = None
+) -> FrozenEncoder:
+    """Load the encoder of a checkpoint.
+
+    Args:
+        checkpoint: names it.
+        model: where it now lies instead.
+        pretrained: tag or path of its weights instead.
+    """
+    return load_encoder(
+        model or checkpoint.encoder.name,
+        checkpoint.encoder.pretrained if pretrained is None else pretrained,
+    )

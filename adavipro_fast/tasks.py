@@ -1,0 +1,61 @@
+"""List the tasks of an exported file: `python -m adavipro_fast.tasks FILE`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from adavipro_fast import cli
+from adavipro_fast.artifact.description import Description
+from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.artifact.tensorrt import read_sidecar
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """List the tasks of a file that holds several."""
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """.onnx or .engine"""
+
+
+def command(config: TasksConfig) -> dict[str, Any]:
+    """Return what each task is made of."""
+    path = config.artifact
+    about = (
+        Description.of(read_sidecar(path), path)
+        if path.suffix == ".engine"
+        else describe_onnx(path)
+    )
+    tasks = [
+        {
+            "name": task.name,
+            "method": task.config.method,
+            "head": task.config.head,
+            "prompt_size": task.config.prompt_size,
+            "classes": len(task.class_names),
+            "class_names": task.class_names,
+        }
+        for task in about.tasks
+    ]
+    return {"path": str(path), "tasks": tasks}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """List the tasks, a line each."""
+    if not result["tasks"]:
+        return f"{result['path']} holds one task, without a name"
+    return "\n".join(
+        f"{task['name']}: {task['classes']} classes, {task['method']}, {task['head']} head"
+        for task in result["tasks"]
+    )
+
+
+def main() -> None:
+    """Parse, list, print."""
+    cli.main(TasksConfig, command, summary)
+
+
+if __name__ == "__main__":
+    main()
