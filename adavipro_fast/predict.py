@@ -28,7 +28,7 @@ class PredictConfig:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """image files"""
     picture: Path | None = None
-    """save a picture of the images with the mask laid over them"""
+    """save a picture: each image, and a copy that shows where the prompt is open"""
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
@@ -68,10 +68,13 @@ def command(config: PredictConfig) -> dict[str, Any]:
             drawn.append((pixels, prediction.mask))
     if config.picture is not None:
         titles = [
-            f"{p['classes'][0]['name']} {p['classes'][0]['probability']:.0%}" for p in predictions
+            f"{p['classes'][0]['name']} {100 * p['classes'][0]['probability']:.0f} %"
+            for p in predictions
         ]
         pixels, masks = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        figure = pictures.overlay(pixels, masks, titles, artifact.about.config)
+        about = artifact.about
+        prompt = None if about.baseline else about.config
+        figure = pictures.overlay(pixels, masks, titles, prompt)
         pictures.save(figure, config.picture)
     return {"predictions": predictions}
 

@@ -15,7 +15,6 @@ from adavipro_fast import cli, evaluate, predict, train
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import NonFiniteLossError
 from adavipro_fast.evaluate import EvaluateConfig
-from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.predict import PredictConfig
 from adavipro_fast.training.config import OptimiserConfig, lr_factor, recipe
 from adavipro_fast.training.start import resume_run, start_run
@@ -205,13 +204,6 @@ def test_predict_names_classes_and_draws_the_mask(trained, folder, tmp_path):
         assert probabilities == sorted(probabilities, reverse=True)
         assert torch.tensor(prediction["mask"]).shape == (7, 7)
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_class_names_with_markup_and_control_characters_are_drawn_as_text(encoder):
-    from adavipro_fast.training.pictures import overlay
-
-    images = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
-    overlay(images, torch.ones(1, 7, 7), ["$x^{\n\x1b[31m<b>"], PromptConfig())
 
 
 @pytest.mark.parametrize(
