@@ -76,6 +76,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         prompt = None if about.baseline else about.config
         figure = pictures.overlay(pixels, masks, titles, prompt)
         pictures.save(figure, config.picture)
+        print(f"picture: {str(config.picture)!r}")
     return {"predictions": predictions}
 
 

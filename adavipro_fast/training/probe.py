@@ -31,7 +31,9 @@ def all_features(
     )
     rows, labels = [], []
     batches = split.batches(BATCH, device)
-    for images, targets in tqdm(batches, "features", -(-len(split) // BATCH), leave=False):
+    for images, targets in tqdm(
+        batches, "features", -(-len(split) // BATCH), leave=False, disable=None
+    ):
         rows.append(encoder.embed(normalise(images, mean, std))[1].cpu())
         labels.append(targets.cpu())
     return torch.cat(rows).double().numpy(), torch.cat(labels).numpy()
@@ -48,7 +50,7 @@ def fit_head(
     train, labels = all_features(encoder, dataset.train, device)
     val, expected = all_features(encoder, dataset.val, device)
     best: tuple[float, LogisticRegression] | None = None
-    for strength in tqdm(STRENGTHS, "penalty", leave=False):
+    for strength in tqdm(STRENGTHS, "penalty", leave=False, disable=None):
         head = LogisticRegression(C=strength, max_iter=HEAD_STEPS).fit(train, labels)
         top1 = 100 * float(head.score(val, expected))
         # Among equals the stronger penalty stays.
