@@ -84,8 +84,8 @@ def summary(result: dict[str, Any]) -> str:
     return (
         f"reached: top-1 {onnx['evaluate']['top1']:.1f} % by the ONNX file, zero-shot "
         f"{result['zero_shot_top1']:.1f} %; trained in {result['seconds']:.0f} s\n"
-        f"latency: {folded['p50_ms']:.1f} ms with the prompt, {folded['ratio']:.2f} times the "
-        f"encoder alone (ONNX Runtime, one image)\n"
+        f"latency: {folded['p50_ms']:.1f} ms with the prompt, {folded['ratio']:.2f} "
+        f"({folded['ratio_low']:.2f} to {folded['ratio_high']:.2f}) times the encoder alone\n"
         f"files:   {folder}/ has checkpoint.safetensors, demo.onnx{engine}, and to look at\n"
         f"         masks.png and curves.png\n"
         f"next:    {python} -m adavipro_fast.demo images --output {images}\n"
