@@ -36,9 +36,17 @@ def command(config: CacheConfig) -> dict[str, Any]:
     }
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Say how much there is."""
+    return (
+        f"{result['cache_dir']}: {len(result['files'])} files, {result['bytes'] / 1e6:.1f} MB; "
+        f"{result['removed_bytes'] / 1e6:.1f} MB removed"
+    )
+
+
 def main() -> None:
     """Parse, list or clear, print."""
-    cli.main(CacheConfig, command)
+    cli.main(CacheConfig, command, summary)
 
 
 if __name__ == "__main__":

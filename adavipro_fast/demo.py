@@ -97,7 +97,7 @@ def train_model() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     # On a CPU flash attention is several times slower than plain attention at 50 tokens.
     with sdpa_kernel(SDPBackend.MATH):
-        for step in (bar := trange(STEPS, desc="train the demo CLIP")):
+        for step in (bar := trange(STEPS, desc="train the demo CLIP", disable=None)):
             # Shapes are learned first: where colour tells the class, shape would not be.
             world = PRETRAINING if step >= STEPS * SHAPES_FIRST else DOWNSTREAM
             images, labels = render(BATCH, world, generator)
@@ -138,9 +138,19 @@ def command(config: DemoConfig) -> dict[str, Any]:
     return {"what": config.what, "output": str(config.output)}
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Say what was written, and how to train with it."""
+    output = result["output"]
+    what, flag = {
+        "model": ("the small CLIP", f"--model local-dir:{output}"),
+        "images": ("the task's images", f"--data {output}"),
+    }[result["what"]]
+    return f"{output}: {what}\ntrain: python -m adavipro_fast.train {flag}"
+
+
 def main() -> None:
     """Parse, make, print."""
-    cli.main(DemoConfig, command)
+    cli.main(DemoConfig, command, summary)
 
 
 if __name__ == "__main__":

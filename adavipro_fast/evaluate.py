@@ -129,7 +129,8 @@ def evaluate_artifact(artifact: Artifact, split: Split, batch_size: int) -> Eval
     """Run an artifact over a split, with a progress bar."""
     batches = split.batches(batch_size, torch.device("cpu"))
     steps = -(-len(split) // batch_size)
-    return evaluate(lambda x: artifact(x)[:2], tqdm(batches, "evaluate", steps, leave=False))
+    bar = tqdm(batches, "evaluate", steps, leave=False, disable=None)
+    return evaluate(lambda x: artifact(x)[:2], bar)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class PredictConfig:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """image files"""
     picture: Path | None = None
-    """save a picture of the images with the mask laid over them"""
+    """save a picture: each image, and a copy that shows where the prompt is open"""
     reject: cli.Reject = None
     task: cli.Task = None
     model: cli.Model = None
@@ -76,11 +76,15 @@ def command(config: PredictConfig) -> dict[str, Any]:
             drawn.append((pixels, prediction.mask))
     if config.picture is not None:
         titles = [
-            f"{p['classes'][0]['name']} {p['classes'][0]['probability']:.0%}" for p in predictions
+            f"{p['classes'][0]['name']} {100 * p['classes'][0]['probability']:.0f} %"
+            for p in predictions
         ]
         pixels, masks = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        figure = pictures.overlay(pixels, masks, titles, artifact.about.config)
+        about = artifact.about
+        prompt = None if about.baseline else about.config
+        figure = pictures.overlay(pixels, masks, titles, prompt)
         pictures.save(figure, config.picture)
+        print(f"picture: {str(config.picture)!r}")
     return {"predictions": predictions}
 
 

@@ -4,14 +4,14 @@ The last line is one JSON object: training's figures, and the later steps' under
 and `latency`.
 """
 
-import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import latency
 
-from adavipro_fast import cli, evaluate
+from adavipro_fast import cli, evaluate, train
 from adavipro_fast.export import to_onnx, to_tensorrt
 from adavipro_fast.training.config import recipe
 from adavipro_fast.training.start import start_run
@@ -22,12 +22,14 @@ COMPUTE_CAPABILITY = "8.6"
 
 def main() -> None:
     """Train, export, evaluate, print."""
-    cli.run(demo)
+    cli.run(demo, summary)
 
 
 def demo() -> dict[str, Any]:
     """Run the product's main job from end to end on its embedded default."""
+    say("1/4 train a prompt for the embedded task")
     result = start_run(recipe("best"))
+    say(train.summary(result))
     checkpoint = Path(result["checkpoint"])
     return result | {
         "onnx": export_onnx(checkpoint),
@@ -38,16 +40,18 @@ def demo() -> dict[str, Any]:
 
 def export_onnx(checkpoint: Path) -> dict[str, Any]:
     """Export the checkpoint as ONNX and evaluate the file."""
-    say("exporting to ONNX")
+    say("\n2/4 export to ONNX, and evaluate the file")
     path = checkpoint.with_name("demo.onnx")
     exported = to_onnx.command(to_onnx.OnnxConfig(checkpoint, path, input="uint8"))
-    say(json.dumps(exported))
-    return exported | {"evaluate": evaluate.command(evaluate.EvaluateConfig(path))}
+    say(to_onnx.summary(exported))
+    evaluated = evaluate.command(evaluate.EvaluateConfig(path))
+    say(evaluate.summary(evaluated))
+    return exported | {"evaluate": evaluated}
 
 
 def build_engine(checkpoint: Path) -> dict[str, Any]:
     """Build a TensorRT-RTX engine, where it can be installed."""
-    say(f"building a TensorRT-RTX engine for compute capability {COMPUTE_CAPABILITY}")
+    say(f"\n3/4 build a TensorRT-RTX engine for compute capability {COMPUTE_CAPABILITY}")
     config = to_tensorrt.TensorRtConfig(
         checkpoint,
         checkpoint.with_name("demo.engine"),
@@ -55,19 +59,44 @@ def build_engine(checkpoint: Path) -> dict[str, Any]:
         compute_capability=(COMPUTE_CAPABILITY,),
     )
     try:
-        return to_tensorrt.command(config)
+        built = to_tensorrt.command(config)
     except ImportError as error:
+        say(f"skipped: {error}")
         return {"skipped": str(error)}
+    say(to_tensorrt.summary(built))
+    return built
 
 
 def time_it() -> dict[str, Any]:
     """Time the demo's encoder with and without a prompt, in every runtime at hand."""
-    say("measuring latency")
+    say("\n4/4 measure latency")
     return latency.command(latency.LatencyConfig("demo", quick=True))
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Say what was reached, where it lies, and what to do next."""
+    onnx, folder = result["onnx"], Path(result["checkpoint"]).parent
+    rows = {row["name"]: row for row in result["latency"]["rows"]}
+    folded = rows["onnx_folded"]
+    engine = ", demo.engine" if "path" in result["engine"] else ""
+    python = os.path.relpath(sys.executable)
+    images = folder / "images"
+    return (
+        f"reached: top-1 {onnx['evaluate']['top1']:.1f} % by the ONNX file, zero-shot "
+        f"{result['zero_shot_top1']:.1f} %; trained in {result['seconds']:.0f} s\n"
+        f"latency: {folded['p50_ms']:.1f} ms with the prompt, {folded['ratio']:.2f} "
+        f"({folded['ratio_low']:.2f} to {folded['ratio_high']:.2f}) times the encoder alone\n"
+        f"files:   {folder}/ has checkpoint.safetensors, demo.onnx{engine}, and to look at\n"
+        f"         masks.png and curves.png\n"
+        f"next:    {python} -m adavipro_fast.demo images --output {images}\n"
+        f"         {python} -m adavipro_fast.predict {onnx['path']} \\\n"
+        f"             {images}/test/*/000?.png --picture {folder / 'predictions.png'}\n"
+        f"         docs/own-data.md: the same on your own images"
+    )
+
+
 def say(line: str) -> None:
-    """Tell what happens next."""
+    """Tell what happens next, or how it went."""
     print(line, file=sys.stderr)
 
 

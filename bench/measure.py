@@ -11,6 +11,8 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,8 +21,6 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from adavipro_fast.files.whole import write_whole
@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 LEAST_ROUNDS = 11
 PAUSE_S = 0.01
 STEADY = 0.02
-PLAIN_WIDTH = 160
+# What a narrow terminal has no room for; the first goes first.
+SPARE = ("iqr_ms", "build_s", "p99_ms", "calls", "provider", "p90_ms", "ratio_high", "ratio_low")
 ORDER = random.Random(0)
 PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "triton", "onnx", "onnxruntime-gpu"),
@@ -83,7 +84,7 @@ def interleaved_ms(
         Milliseconds of each timed call, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in tqdm(range(warm_up + rounds), "measure", leave=False):
+    for turn in tqdm(range(warm_up + rounds), "measure", leave=False, disable=None):
         for name in shuffled(list(variants), bases or {}):
             # Threads of the runtime before may still spin for more work.
             time.sleep(PAUSE_S)
@@ -253,22 +254,53 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]], title: str, hidden: Collection[str] = ()) -> None:
-    """Print the rows as a table on stderr, and below it why the others have no figures."""
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+    """Print the rows on stderr as a table, no wider than the terminal."""
+    width = shutil.get_terminal_size().columns
     measured = [row for row in rows if "skipped" not in row]
-    keys = dict.fromkeys(key for row in measured for key in row)
-    columns = [key for key in keys if key not in hidden]
-    table = Table(title=title, title_justify="left")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "name" else "right")
-    for row in measured:
-        table.add_row(*(cell(row.get(name, "")) for name in columns))
-    console.print(table)
+    lines = wrapped(title, width)
+    if measured:
+        lines += table(measured, hidden, width)
+    lines += skipped([row for row in rows if "skipped" in row], width)
+    print("\n".join(lines), file=sys.stderr)
+
+
+def table(rows: list[dict[str, Any]], hidden: Collection[str], width: int) -> list[str]:
+    """Lay rows out in columns; those that `width` has no room for are named below."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
+    columns = {key: [key, *(cell(row.get(key, "")) for row in rows)] for key in keys}
+    sizes = {key: max(map(len, column)) for key, column in columns.items()}
+    left_out = []
+    while sum(sizes.values()) + 2 * (len(sizes) - 1) > width and len(sizes) > 1:
+        left_out.append(next((key for key in SPARE if key in sizes), list(sizes)[-1]))
+        del sizes[left_out[-1]]
+    lines = [
+        "  ".join(
+            columns[key][line].ljust(size) if key == "name" else columns[key][line].rjust(size)
+            for key, size in sizes.items()
+        )
+        for line in range(len(rows) + 1)
+    ]
+    lines.insert(1, "  ".join("-" * size for size in sizes.values()))
+    lines = [line[:width].rstrip() for line in lines]
+    if left_out:
+        lines += wrapped(f"no room for {', '.join(left_out)}: they are in the JSON", width)
+    return lines
+
+
+def skipped(rows: list[dict[str, Any]], width: int) -> list[str]:
+    """Name the rows without figures, reason by reason."""
+    names: dict[str, dict[str, None]] = {}
     for row in rows:
-        if "skipped" in row:
-            console.print(f"{row['name']}: {row['skipped']}", markup=False)
+        # What --quick leaves out in particular is the row itself.
+        reason = "--quick" if row["skipped"].startswith("--quick") else row["skipped"]
+        names.setdefault(reason, {})[row["name"]] = None
+    told = "; ".join(f"{', '.join(some)} ({reason})" for reason, some in names.items())
+    return wrapped(f"skipped: {told}", width) if rows else []
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """Break a line between words."""
+    return textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def cell(value: object) -> str:

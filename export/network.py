@@ -155,7 +155,9 @@ def progress(trt: ModuleType) -> Any:
             self.bars: dict[str, tqdm[Any]] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.bars[phase_name] = tqdm(desc=phase_name, total=num_steps, leave=False)
+            self.bars[phase_name] = tqdm(
+                desc=phase_name, total=num_steps, leave=False, disable=None
+            )
 
         def phase_finish(self, phase_name: str) -> None:
             self.bars.pop(phase_name).close()

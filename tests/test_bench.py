@@ -2,6 +2,7 @@ import json
 import sys
 import time
 
+import demo
 import latency
 import measure
 import pytest
@@ -91,6 +92,55 @@ def test_a_sleep_of_5_percent_is_a_significant_difference():
     low, _ = measure.ratio_interval(times["planted"], times["base"])
     assert low > 1
     assert abs(measure.paired_ratio(times["again"], times["base"]) - 1) < 0.02
+
+
+FIGURES = ("p50_ms", "p90_ms", "p99_ms", "iqr_ms", "ratio", "ratio_low", "ratio_high", "build_s")
+ROWS = [
+    {"name": name, "batch": 1} | {figure: 1.2345 * (1 + n) for n, figure in enumerate(FIGURES)}
+    for name in ("onnx_baseline", "onnx_folded")
+]
+SKIPPED = [{"name": f"row_{n}", "skipped": f"--quick: no row {n}"} for n in range(14)]
+SKIPPED += [{"name": "engine", "skipped": "running an engine needs a CUDA device"}] * 2
+
+
+@pytest.mark.parametrize("width", [5, 20, 39, 80, 200])
+def test_a_table_is_never_wider_than_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    measure.show(ROWS + SKIPPED, "cpu: it", hidden=("batch",))
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= width
+    assert width < 7 or lines[1].split()[0] == "name"
+    if width == 200:
+        assert lines[1].split() == ["name", *FIGURES]
+        assert lines[3].split()[:3] == ["onnx_baseline", "1.234", "2.469"]
+    if width == 39:
+        assert lines[1].split() == ["name", "p50_ms", "ratio", "ratio_low"]
+
+
+def test_skipped_rows_are_one_entry_a_reason():
+    names = ", ".join(f"row_{n}" for n in range(14))
+    told = f"skipped: {names} (--quick); engine (running an engine needs a CUDA device)"
+    assert measure.skipped(SKIPPED, 1000) == [told]
+    assert measure.skipped([], 80) == []
+
+
+def test_the_demo_ends_with_a_summary():
+    row = {"name": "onnx_folded", "p50_ms": 3.17}
+    row |= {"ratio": 1.03, "ratio_low": 1.01, "ratio_high": 1.06}
+    result = {
+        "checkpoint": "runs/demo-1/checkpoint.safetensors",
+        "zero_shot_top1": 37.4,
+        "seconds": 61.2,
+        "onnx": {"path": "runs/demo-1/demo.onnx", "evaluate": {"top1": 56.04}},
+        "engine": {"skipped": "tensorrt_rtx is not installed"},
+        "latency": {"rows": [row]},
+    }
+    told = demo.summary(result)
+    assert "top-1 56.0 % by the ONNX file, zero-shot 37.4 %; trained in 61 s" in told
+    assert "3.2 ms with the prompt, 1.03 (1.01 to 1.06) times the encoder alone" in told
+    assert "demo.engine" not in told
+    result["engine"] = {"path": "runs/demo-1/demo.engine"}
+    assert "runs/demo-1/ has checkpoint.safetensors, demo.onnx, demo.engine" in demo.summary(result)
 
 
 def test_every_row_has_figures_or_a_reason(monkeypatch, capsys, tmp_path):

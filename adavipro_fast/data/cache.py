@@ -115,7 +115,9 @@ def fill(
                 os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         with ThreadPoolExecutor(DECODERS) as pool:
             done = pool.map(decode, range(shape[0]))
-            for _ in tqdm(done, f"decode {label}", shape[0], unit="image", leave=False):
+            for _ in tqdm(
+                done, f"decode {label}", shape[0], unit="image", leave=False, disable=None
+            ):
                 pass
         pixels.flush()
         partial.replace(path)

@@ -7,15 +7,32 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Patch
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from adavipro_fast.files.whole import write_whole
-from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.config import PROMPTED, PromptConfig
 from adavipro_fast.method.functional import dilate
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import frame
+
+# Okabe and Ito's: colour-blind people can tell them apart.
+BLUE, ORANGE, GREEN = BLUE, "#E69F00", "#009E73"
+# Inches.
+PANEL, GAP, APART, TITLE = 2.1, 0.06, 0.3, 0.3
+GRID_PANEL = 1.5
+PANELS_IN_ROW = 8
+STRIPES = 28
+FONT = FontProperties(size=8)
+# Beyond this many epochs the markers would hide the line.
+MOST_MARKED = 20
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -52,63 +69,188 @@ def mask_grid(model: AdaViPro, images: Tensor, titles: Sequence[str]) -> Figure:
         _shown((0.4 * mask + 0.6 * applied)[:, None].expand(-1, 3, -1, -1)),
         _shown(prompted.images * std + mean),
     )
-    names = ("image", "edge map", "mask", "prompted image")
-    figure = Figure(figsize=(1.5 * len(images), 6.4))
-    axes = figure.subplots(4, len(images), squeeze=False)
+    names = ("image", "edge map", "mask (white: applied)", "prompted image")
+    figure = Figure(figsize=(GRID_PANEL * len(images), GRID_PANEL * len(rows)))
+    space = GAP / GRID_PANEL
+    axes = figure.subplots(
+        len(rows),
+        len(images),
+        squeeze=False,
+        gridspec_kw={
+            "left": 0,
+            "right": 1,
+            "bottom": 0,
+            "top": 1,
+            "wspace": space,
+            "hspace": space,
+        },
+    )
     for row, (name, pictures) in enumerate(zip(names, rows, strict=True)):
-        for column, picture in enumerate(pictures):
-            _show(axes[row, column], picture, titles[column] if row == 0 else "")
-        axes[row, 0].set_ylabel(name, fontsize=7)
+        for axis, picture in zip(axes[row], pictures, strict=True):
+            _show(axis, picture)
+        axes[row, 0].set_ylabel(name, fontproperties=FONT)
+    for axis, title in zip(axes[0], titles, strict=True):
+        _entitle(axis, title, GRID_PANEL - 2 * GAP)
     return figure
 
 
-def overlay(images: Tensor, masks: Tensor, titles: Sequence[str], config: PromptConfig) -> Figure:
-    """Draw images with the region grid; where the prompt applies, they are tinted.
+def overlay(
+    images: Tensor, masks: Tensor, titles: Sequence[str], config: PromptConfig | None
+) -> Figure:
+    """Draw each image, and beside it a copy that shows what the prompt does within its frame.
+
+    Open parts are outlined, closed ones grey and hatched; what the prompt never touches stays as
+    it is.
 
     Args:
         images: (N, 3, S, S) uint8.
         masks: (N, G, G) of 0 and 1.
         titles: N, drawn as plain text.
-        config: the prompt's.
+        config: the prompt's; without a prompt the images are drawn alone.
     """
-    side = images.shape[-1]
-    applied = dilate(masks.bool(), config.region_size) & frame(side, config.prompt_size)
-    tint = torch.tensor([1.0, 0.2, 0.2]).view(3, 1, 1)
-    shown = torch.where(applied[:, None], 0.55 * images / 255 + 0.45 * tint, images / 255)
-    figure = Figure(figsize=(2.6 * len(images), 2.9))
-    axes = figure.subplots(1, len(images), squeeze=False)[0]
-    for axis, picture, title in zip(axes, _shown(shown), titles, strict=True):
-        _show(axis, picture, title)
-        axis.set_xticks(range(0, side, config.region_size), minor=True)
-        axis.set_yticks(range(0, side, config.region_size), minor=True)
-        axis.grid(which="minor", color="white", linewidth=0.3)
+    prompted = config is not None and config.method in PROMPTED
+    figure, places = _places(len(images), panels=2 if prompted else 1)
+    for axes, picture, title in zip(places, _shown(images / 255), titles, strict=True):
+        _show(axes[0], picture)
+        _entitle(axes[0], title, len(axes) * PANEL - 2 * GAP, x=len(axes) / 2)
+    if config is None or not prompted:
+        return figure
+    inside = frame(images.shape[-1], config.prompt_size)
+    opened = dilate(masks.bool(), config.region_size)
+    closed = inside & ~opened
+    hatched = _hatched(images / 255, closed)
+    for (_, axis), picture, applied in zip(places, _shown(hatched), inside & opened, strict=True):
+        _show(axis, picture)
+        _outline(axis, applied, config)
+    keys = [Patch(facecolor="none", edgecolor=BLUE, linewidth=2, label="open: prompt added")]
+    if closed.any():
+        label = "closed: prompt left out"
+        keys.append(Patch(facecolor="0.7", edgecolor="0.2", hatch="////", label=label))
+    figure.legend(
+        handles=keys,
+        loc="upper left",
+        bbox_to_anchor=(0, 0),
+        ncols=2,
+        prop=FONT,
+        frameon=False,
+        borderaxespad=0.5,
+    )
     return figure
 
 
-def _show(axis: Axes, picture: np.ndarray[Any, Any], title: str) -> None:
-    axis.imshow(picture)
+def _places(count: int, panels: int) -> tuple[Figure, list[list[Axes]]]:
+    """Make a figure with some panels side by side for each of `count` images, wrapped into rows."""
+    in_row = min(count, PANELS_IN_ROW // panels)
+    across, down = panels * (PANEL + GAP) + APART, PANEL + TITLE
+    width, height = in_row * across, -(-count // in_row) * down
+    figure = Figure(figsize=(width, height))
+    places = []
+    for number in range(count):
+        row, column = divmod(number, in_row)
+        corners = [
+            (column * across + panel * (PANEL + GAP), height - (row + 1) * down)
+            for panel in range(panels)
+        ]
+        places.append(
+            [
+                figure.add_axes((x / width, y / height, PANEL / width, PANEL / height))
+                for x, y in corners
+            ]
+        )
+    return figure, places
+
+
+def _hatched(images: Tensor, marked: Tensor) -> Tensor:
+    """Make marked pixels grey, with stripes that show on light, grey and dark images alike."""
+    side = images.shape[-1]
+    period = max(4, side // STRIPES)
+    diagonal = (torch.arange(side)[:, None] + torch.arange(side)) % period
+    stripes = torch.where(diagonal < period / 2, 0.15, 0.85)
+    grey = (images.mean(1, keepdim=True) + stripes) / 2
+    return torch.where(marked[:, None], grey, images)
+
+
+def _outline(axis: Axes, applied: Tensor, config: PromptConfig) -> None:
+    """Draw the border of an area (S, S) that parts of the frame's regions make up."""
+    side, size = len(applied), config.prompt_size
+    cuts = sorted({*range(0, side + 1, config.region_size), size, side - size})
+    cells = applied[cuts[:-1]][:, cuts[:-1]]
+    lines = [[(x, y) for y, x in ends] for ends in _borders(cells.T, cuts)]
+    lines += _borders(cells, cuts)
+    narrowest = 72 * PANEL * min(config.region_size, size) / side
+    width = min(max(0.25 * narrowest, 0.6), 1.8)
+    # Lies above the axes' own border; white beneath, or the colour is lost on an image of the same.
+    style: dict[str, Any] = {"capstyle": "projecting", "clip_on": False, "zorder": 3}
+    for colour, points in (("white", 2.2 * width), (BLUE, width)):
+        axis.add_collection(LineCollection(lines, colors=colour, linewidths=points, **style))
+
+
+def _borders(cells: Tensor, cuts: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Return the horizontal lines, as two points (x, y), between cells that differ."""
+    padded = F.pad(cells, (0, 0, 1, 1))
+    differ = F.pad(padded[1:] != padded[:-1], (1, 1)).int()
+    # Where a line begins and where it ends, in turn.
+    turns = differ.diff(dim=1).nonzero().tolist()
+    return [
+        [(cuts[x], cuts[y]), (cuts[end], cuts[y])]
+        for (y, x), (_, end) in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
+def _show(axis: Axes, picture: np.ndarray[Any, Any]) -> None:
+    side = len(picture)
+    axis.imshow(picture, extent=(0, side, side, 0))
     axis.set_xticks([])
     axis.set_yticks([])
-    # Class names come from folders: no mathematics, no line breaks, no control characters.
-    axis.set_title(ascii(title)[1:-1], fontsize=8, parse_math=False)
+    axis.spines[:].set(color="0.5", linewidth=0.5)
+
+
+def _entitle(axis: Axes, title: str, width: float, x: float = 0.5) -> None:
+    """Write a title of at most `width` inches as plain text; a longer one loses its middle.
+
+    Class names come from folders: no mathematics, no line breaks, no control characters.
+    """
+    drawn = get_font(findfont(FONT)).get_charmap()
+    text = "".join(c if c.isprintable() and ord(c) in drawn else ascii(c)[1:-1] for c in title)
+    shown, kept = text, len(text)
+    while _inches(shown) > width and kept > 1:
+        kept -= 1
+        shown = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+    axis.set_title(shown, fontproperties=FONT, parse_math=False, x=x)
+
+
+def _inches(text: str) -> float:
+    points, _, _ = text_to_path.get_text_width_height_descent(text, FONT, ismath=False)
+    return float(points) / 72
 
 
 def curves(rows: Sequence[dict[str, float]], zero_shot_top1: float) -> Figure:
     """Draw loss, top-1 and mask figures over epochs from the rows of `metrics.jsonl`."""
-    figure = Figure(figsize=(11, 3.2))
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
     loss, accuracy, masks = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in rows]
-    loss.plot(epochs, [row["loss"] for row in rows], "o-", label="training loss")
-    for name, label in (("train_top1", "training"), ("val_top1", "validation")):
-        accuracy.plot(epochs, [row[name] for row in rows], "o-", label=label)
-    accuracy.axhline(zero_shot_top1, color="grey", linestyle="--", label="zero-shot (test)")
+    _plot(loss, rows, {"loss": "training"})
+    loss.set_ylabel("loss")
+    _plot(accuracy, rows, {"train_top1": "training", "val_top1": "validation"})
+    accuracy.axhline(zero_shot_top1, color="0.4", linestyle=":", label="zero-shot (test)")
     accuracy.set_ylabel("top-1, %")
-    for name in ("density", "adaptivity", "placement"):
-        masks.plot(epochs, [row[f"mask_{name}"] for row in rows], "o-", label=f"mask {name}")
+    _plot(masks, rows, {f"mask_{name}": name for name in ("density", "adaptivity", "placement")})
+    masks.set_ylabel("mask")
     masks.set_ylim(-0.03, 1.03)
     for axis in (loss, accuracy, masks):
         axis.set_xlabel("epoch")
-        axis.legend(fontsize=7)
+        axis.set_xlim(0.5, max(len(rows), 1) + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.grid(color="0.9")
+        # Above the axes, where it hides no line.
+        axis.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=3,
+            prop=FONT,
+            frameon=False,
+            borderaxespad=0.1,
+            columnspacing=1,
+        )
     return figure
 
 
@@ -117,7 +259,7 @@ def comparison(rows: Sequence[dict[str, Any]], winner: str) -> Figure:
     figure = Figure(figsize=(7, 0.8 + 0.35 * len(rows)))
     axis = figure.subplots()
     places = range(len(rows))
-    for split, marker, colour in (("val", "o", "#0072B2"), ("test", "s", "#D55E00")):
+    for split, marker, colour in (("val", "o", BLUE), ("test", "s", ORANGE)):
         known = [(i, row) for i, row in enumerate(rows) if row[f"{split}_top1"] is not None]
         axis.errorbar(
             [row[f"{split}_top1"] for _, row in known],
@@ -134,3 +276,13 @@ def comparison(rows: Sequence[dict[str, Any]], winner: str) -> Figure:
     axis.grid(axis="x", linewidth=0.4)
     axis.legend(fontsize=7)
     return figure
+
+
+def _plot(axis: Axes, rows: Sequence[dict[str, float]], labels: dict[str, str]) -> None:
+    """Plot figures of the rows, each in a colour and a dash of its own."""
+    marker = "o" if len(rows) <= MOST_MARKED else ""
+    epochs = [row["epoch"] for row in rows]
+    styles = zip((BLUE, ORANGE, GREEN), ("-", "--", "-."), strict=True)
+    for (name, label), (colour, dash) in zip(labels.items(), styles, strict=False):
+        values = [row[name] for row in rows]
+        axis.plot(epochs, values, dash, color=colour, marker=marker, markersize=4, label=label)

@@ -56,7 +56,9 @@ def frozen_features(encoder: FrozenEncoder, split: Split, device: torch.device) 
     )
     parts = []
     batches = split.batches(BATCH, device)
-    for images, labels in tqdm(batches, "features", -(-len(split) // BATCH), leave=False):
+    for images, labels in tqdm(
+        batches, "features", -(-len(split) // BATCH), leave=False, disable=None
+    ):
         embedding, features = encoder.embed(normalise(images, mean, std))
         parts.append((embedding.cpu().double(), features.cpu().double(), labels.cpu()))
     return Frozen(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
@@ -100,7 +102,7 @@ def _probe(train: Frozen, val: Frozen, head_input: HeadInput) -> tuple[float, He
     """Fit one probe: its validation top-1, percent, and the head."""
     rows, held_out = getattr(train, head_input), getattr(val, head_input)
     best: tuple[float, LogisticRegression] | None = None
-    for strength in tqdm(STRENGTHS[head_input], "penalty", leave=False):
+    for strength in tqdm(STRENGTHS[head_input], "penalty", leave=False, disable=None):
         probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS).fit(rows, train.labels)
         top1 = 100 * float(probe.score(held_out, val.labels))
         # Among equals the stronger penalty stays.
