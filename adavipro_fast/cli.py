@@ -56,7 +56,10 @@ def parse(kind: type[Config] | Callable[..., Config], default: Any = None) -> Co
 
 def parse_some(kind: type[Config]) -> Config:
     """Parse the flags that `kind` knows, and leave the others for `parse`."""
-    parsed: Config = _parse(kind, return_unknown_args=True, add_help=False)[0]
+    # A request for shell completion is about all flags.
+    about_all = any(argument.startswith("--tyro-") for argument in sys.argv[1:2])
+    arguments = [] if about_all else sys.argv[1:]
+    parsed: Config = _parse(kind, args=arguments, return_unknown_args=True, add_help=False)[0]
     return parsed
 
 
