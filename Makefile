@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench docs
 
 demo: .venv/ready
 	$(BIN)/python bench/demo.py
@@ -22,6 +22,13 @@ bench: .venv/ready
 	$(BIN)/python bench/throughput.py --quick
 	$(BIN)/python bench/training.py --quick
 	$(BIN)/python bench/fused.py
+
+docs: .venv/docs
+	$(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

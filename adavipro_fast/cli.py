@@ -71,7 +71,11 @@ def parse(
 
 def parse_some(kind: type[Config], flags: Sequence[str] | None = None) -> Config:
     """Parse the flags that `kind` knows, and leave the others for `parse`."""
-    parsed: Config = _parse(kind, args=flags, return_unknown_args=True, add_help=False)[0]
+    arguments = sys.argv[1:] if flags is None else flags
+    # A request for shell completion is about all flags.
+    if any(argument.startswith("--tyro-") for argument in arguments[:1]):
+        arguments = []
+    parsed: Config = _parse(kind, args=arguments, return_unknown_args=True, add_help=False)[0]
     return parsed
 
 

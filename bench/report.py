@@ -1,4 +1,4 @@
-"""Write the measured figures into README.md and docs, and draw the charts: `bench/report.py`.
+"""Write the measured figures into README.md and docs/pages, and the charts: `bench/report.py`.
 
 Between `<!-- report: NAME -->` and `<!-- end -->` a page holds what `SECTIONS[NAME]` makes of the
 files under bench/results; nothing there is written by hand.
@@ -19,8 +19,11 @@ from measure import ROOT, draw
 from adavipro_fast import cli
 from adavipro_fast.files.whole import write_whole
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "evidence.md")
+DOCS = ROOT / "docs" / "pages"
+PAGES = (ROOT / "README.md", DOCS / "numbers.md", DOCS / "evidence.md")
 RESULTS = ROOT / "bench" / "results"
+# Measured elsewhere, shown in the docs: mkdocs serves what lies beside the pages.
+FIGURE2 = RESULTS / "paper" / "figure2.png"
 CPU = RESULTS / "cpu-2-cores"
 SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
@@ -28,7 +31,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write the figures of bench/results into README.md and docs and redraw the charts."""
+    """Write the figures of bench/results into README.md and docs/pages and redraw the charts."""
 
 
 @cache
@@ -303,8 +306,9 @@ def command(config: ReportConfig) -> dict[str, Any]:
             write_whole(page, new.encode())
     bars = [row for row in rows("latency") if row["batch"] == 1]
     label = "median latency of one image, ms; ratio to the encoder alone in the same runtime"
-    chart = CPU / "latency.svg"
+    chart = DOCS / "latency.svg"
     draw(bars, chart, value="p50_ms", label=label)
+    write_whole(DOCS / FIGURE2.name, FIGURE2.read_bytes())
     return {"changed": changed, "chart": str(chart.relative_to(ROOT))}
 
 

@@ -188,3 +188,4 @@ def test_readmes_figures_are_those_of_the_results():
     readme = texts[0]
     assert len(readme.split()) <= 1100
     assert len(readme.splitlines()) <= 130
+    assert (report.DOCS / "figure2.png").read_bytes() == report.FIGURE2.read_bytes()

@@ -24,7 +24,7 @@ from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import frame
 
 # Okabe and Ito's: colour-blind people can tell them apart.
-BLUE, ORANGE, GREEN = BLUE, "#E69F00", "#009E73"
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 # Inches.
 PANEL, GAP, APART, TITLE = 2.1, 0.06, 0.3, 0.3
 GRID_PANEL = 1.5
