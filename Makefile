@@ -15,7 +15,7 @@ lint: .venv/ready
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/lint .
 	$(BIN)/mypy build/lint/adavipro_fast
-	MYPYPATH=build/lint $(BIN)/mypy bench/*.py
+	MYPYPATH=build/lint $(BIN)/mypy bench
 
 bench: .venv/ready
 	$(BIN)/python bench/latency.py --quick

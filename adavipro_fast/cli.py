@@ -52,10 +52,12 @@ def main(
     config: type[Config],
     command: Callable[[Config], Result],
     summary: Callable[[Result], str] | None = None,
+    *,
+    quiet: bool = False,
 ) -> None:
     """Parse the flags, run the command, print its summary for people and its JSON for programs."""
     parsed = parse(config)
-    run(lambda: command(parsed), summary)
+    run(lambda: command(parsed), summary, quiet=quiet)
 
 
 def parse(

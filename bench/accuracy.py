@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from measure import publish
 
 from adavipro_fast import cli
 from adavipro_fast.artifact.description import Artifact
@@ -26,6 +25,7 @@ from adavipro_fast.evaluate import evaluate_artifact
 from adavipro_fast.export import to_onnx
 from adavipro_fast.export.to_onnx import Graph
 from adavipro_fast.method.config import Input, Precision
+from lib.table import Json, publish
 
 ONNX: tuple[tuple[Graph | None, Precision, Input], ...] = (
     (None, "fp32", "float32"),
@@ -43,16 +43,12 @@ class AccuracyConfig:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors"""
     data: DataConfig = field(default_factory=DataConfig)
-    model: str | None = None
-    """where the encoder now lies (default: as in training)"""
-    pretrained: str | None = None
-    """open_clip tag or path of its weights (default: as in training)"""
+    model: cli.Model = None
+    pretrained: cli.Pretrained = None
     batch_size: int = 64
     """images at once"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    json: Path | None = None
-    """file for the rows"""
+    device: cli.Device = "auto"
+    json: Json = None
 
 
 def figures(
@@ -106,8 +102,7 @@ def open_onnx(
 
 def main() -> None:
     """Parse, predict, print."""
-    config = cli.parse(AccuracyConfig)
-    cli.run(lambda: command(config))
+    cli.main(AccuracyConfig, command)
 
 
 def command(config: AccuracyConfig) -> dict[str, Any]:

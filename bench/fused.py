@@ -9,18 +9,17 @@ Without a CUDA device only the gate runs, in Triton's interpreter, and the rows 
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    # Triton reads it when it is imported, which open_clip already does.
+    os.environ["TRITON_INTERPRET"] = "1"
 
-from measure import interleaved_ms, publish, summary
-from peers import PaperForm
 from torch import Tensor
 
 from adavipro_fast import PromptConfig, cli
@@ -30,6 +29,10 @@ from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.method.config import Kernel
 from adavipro_fast.method.functional import Edge, apply_prompt, decide, logistic_noise
 from adavipro_fast.method.prompt import AdaptivePrompt
+from lib.machine import peak_device_mib
+from lib.paper_form import PaperForm
+from lib.table import Json, publish
+from lib.timing import interleaved_ms, summary
 
 SIDE = 224
 LARGEST_ERROR = 1e-5
@@ -50,8 +53,7 @@ class FusedConfig:
     """timed calls of each row"""
     tune: bool = False
     """time launch options instead, to choose those of `launch_options`"""
-    json: Path | None = None
-    """file for the rows"""
+    json: Json = None
 
 
 def build(config: FusedConfig, kernel: Kernel, device: torch.device, side: int) -> AdaptivePrompt:
@@ -152,8 +154,6 @@ def timed_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, 
         times = interleaved_ms(works, device, rounds=config.rounds, warm_up=5)
         fused_ms = summary(times["fused"])["median_ms"]
         for name, work in works.items():
-            torch.cuda.reset_peak_memory_stats(device)
-            work()
             figures = summary(times[name])
             gb_s = count / figures["median_ms"] / 1e6
             yield {
@@ -163,47 +163,59 @@ def timed_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, 
                 "bytes": count,
                 "gb_s": gb_s,
                 "share_of_copy": gb_s / copied,
-                "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20,
+                "peak_mib": peak_device_mib(work, device),
             }
     yield {"name": "copy", "gb_s": copied}
 
 
-def tuned_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time launch options of the fused kernel, forward and backward."""
+@contextmanager
+def launched_with(options: dict[str, Any]) -> Iterator[None]:
+    """Launch the fused kernel with these options instead of its own."""
     chosen = kernels.launch_options
-    forward = variants(config, device)["fused"]
+    kernels.launch_options = lambda *sizes: chosen(*sizes) | options
     try:
-        for images, warps in product((2, 4, 8, 16), (1, 2, 4, 8)):
-            options = {"IMAGES": images, "num_warps": warps, "BLOCK": 32 * warps}
-            options["EVEN"] = config.batch % images == 0
-            kernels.launch_options = lambda *sizes, options=options: chosen(*sizes) | options
-            works = passes(forward)
-            times = interleaved_ms(works, device, rounds=config.rounds, warm_up=5)
-            medians = {f"{part}_ms": summary(t)["median_ms"] for part, t in times.items()}
-            yield {"name": f"images_{images}_warps_{warps}", **options, **medians}
+        yield
     finally:
         kernels.launch_options = chosen
 
 
+def tuned_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Time launch options of the fused kernel, forward and backward."""
+    forward = variants(config, device)["fused"]
+    for images, warps in product((2, 4, 8, 16), (1, 2, 4, 8)):
+        options = {"IMAGES": images, "num_warps": warps, "BLOCK": 32 * warps}
+        options["EVEN"] = config.batch % images == 0
+        with launched_with(options):
+            works = passes(forward)
+            times = interleaved_ms(works, device, rounds=config.rounds, warm_up=5)
+        medians = {f"{part}_ms": summary(t)["median_ms"] for part, t in times.items()}
+        yield {"name": f"images_{images}_warps_{warps}", **options, **medians}
+
+
+def skipped_rows(reason: str) -> Iterator[dict[str, Any]]:
+    """Say of every time why there is none."""
+    names = ("paper_form_eager", "paper_form_compiled", "collapsed_eager", "collapsed_compiled")
+    for name, part in product((*names, "fused"), ("forward", "backward", "both")):
+        yield {"name": f"{name}_{part}", "skipped": reason}
+
+
 @full_fp32()
-def command(config: FusedConfig) -> list[dict[str, Any]]:
+def command(config: FusedConfig) -> dict[str, Any]:
     """Run the gate, then what the device allows."""
     device = torch_device("auto")
     rows: list[dict[str, Any]] = [{"name": "gate", "largest_error": gate(config, device)}]
     if device.type == "cuda":
-        return rows + list((tuned_rows if config.tune else timed_rows)(config, device))
-    reason = "times need a CUDA device; here the kernel runs in Triton's interpreter"
-    names = ("paper_form_eager", "paper_form_compiled", "collapsed_eager", "collapsed_compiled")
-    for name, part in product((*names, "fused"), ("forward", "backward", "both")):
-        rows.append({"name": f"{name}_{part}", "skipped": reason})
-    return rows
+        rows += (tuned_rows if config.tune else timed_rows)(config, device)
+    else:
+        rows += skipped_rows(
+            "times need a CUDA device; here the kernel runs in Triton's interpreter"
+        )
+    return publish(rows, device, config.json, "fused kernel")
 
 
 def main() -> None:
     """Parse, measure, print."""
-    config = cli.parse(FusedConfig)
-    device = torch_device("auto")
-    cli.run(lambda: publish(command(config), device, config.json, "fused kernel"))
+    cli.main(FusedConfig, command)
 
 
 if __name__ == "__main__":

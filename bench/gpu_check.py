@@ -9,20 +9,19 @@ of each target whether it is met. Exit 1 where a check of correctness fails.
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import ROOT, machine
 
 from adavipro_fast import PromptConfig, cli
 from adavipro_fast.device import torch_device
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.prompt import AdaptivePrompt
+from lib.machine import ROOT, machine
+from lib.process import printed, result_of
 
 IMAGES, BATCH, SIDE = 10_000, 250, 224
 
@@ -37,22 +36,6 @@ class CheckConfig:
     """encoder of the training step; random weights"""
     batch: int = 256
     """images per step and per kernel call"""
-
-
-def run(*arguments: object) -> str:
-    """Run a script of this project and return what it printed; its failure is ours.
-
-    Raises:
-        VerificationError: it exited with another code than 0.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        raise VerificationError(f"{' '.join(command)} failed: {done.stdout[-2000:]}")
-    return done.stdout
 
 
 @torch.no_grad()
@@ -115,14 +98,16 @@ def command(config: CheckConfig) -> dict[str, Any]:
             "kernel in Triton's interpreter and compiles it for every architecture"
         )
     device = torch_device("cuda")
-    run("-m", "pytest", "-q", "tests/test_kernel.py", "-p", "no:cacheprovider")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    tests = ("-m", "pytest", "-q", ROOT / "tests" / "test_kernel.py", "-p", "no:cacheprovider")
+    printed(*tests, environment=environment)
     masks = argmax_disagreements(device)
     if masks["different"]:
         raise VerificationError(f"argmax masks differ: {masks}")
-    kernels = json.loads(run("bench/fused.py", "--batch", config.batch).splitlines()[-1])["rows"]
-    training = json.loads(
-        run("bench/training.py", "--batch", config.batch, "--model", config.model).splitlines()[-1]
-    )["rows"]
+    bench, batch = ROOT / "bench", ("--batch", config.batch)
+    kernels = result_of(bench / "fused.py", *batch, environment=environment)["rows"]
+    step = (bench / "training.py", *batch, "--model", config.model)
+    training = result_of(*step, environment=environment)["rows"]
     result = {
         "machine": machine(device),
         "argmax_masks": masks,
@@ -138,8 +123,7 @@ def command(config: CheckConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, check, print."""
-    config = cli.parse(CheckConfig)
-    cli.run(lambda: command(config))
+    cli.main(CheckConfig, command)
 
 
 if __name__ == "__main__":

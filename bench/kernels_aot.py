@@ -19,7 +19,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import sass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -29,6 +28,8 @@ from adavipro_fast import cli
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.kernels import regions
+from lib import sass
+from lib.table import Json
 
 SIDE, BATCH = 224, 256
 # uint8 pixels in, bf16 images out: the training path.
@@ -55,8 +56,7 @@ class AotConfig:
     """region sides to compile for"""
     architectures: tuple[int, ...] = tuple(sass.GPUS)
     """compute capabilities to compile for, times 10"""
-    json: Path | None = None
-    """file for the rows"""
+    json: Json = None
 
 
 def compiled(name: str, mode: str, arch: int, region_size: int) -> Any:
@@ -129,17 +129,13 @@ def memory_bytes(name: str, region_size: int) -> float:
 
 def row(name: str, mode: str, arch: int, region_size: int) -> dict[str, Any]:
     """Compile one kernel, count and estimate."""
-    binary = compiled(name, mode, arch, region_size)
+    binary, gpu = compiled(name, mode, arch, region_size), sass.GPUS[arch]
     options = kernels.launch_options(SIDE, region_size, BATCH)
     used = resources(binary.asm["ptx"]) | {"shared_bytes": binary.metadata.shared}
-    assembly = sass.disassemble(binary.asm["cubin"])
-    warps, regions_of_image = options["num_warps"], (SIDE // region_size) ** 2
+    warps = options["num_warps"]
+    counts = sass.executed(*sass.disassemble(binary.asm["cubin"]), trips(name, region_size))
     share = warps / options["IMAGES"]
-    counts = sass.executed(*assembly, trips(name, region_size))
     region_image = {kind: count * share for kind, count in sorted(counts.items())}
-    of_image = Counter({kind: n * regions_of_image for kind, n in region_image.items()})
-    gpu = sass.GPUS[arch]
-    limits = sass.estimate_ns(gpu, of_image, memory_bytes(name, region_size))
     return {
         "kernel": name,
         "mode": mode,
@@ -156,8 +152,20 @@ def row(name: str, mode: str, arch: int, region_size: int) -> dict[str, Any]:
             for kind, n in region_image.items()
             if kind not in ("l1_bytes", "wavefronts")
         },
+        **estimate(gpu, name, region_size, region_image),
+    }
+
+
+def estimate(
+    gpu: sass.Gpu, name: str, region_size: int, region_image: dict[str, float]
+) -> dict[str, Any]:
+    """Estimate an image's bytes and times from the counts of one region of it."""
+    regions_of_image, moved = (SIDE // region_size) ** 2, memory_bytes(name, region_size)
+    of_image = Counter({kind: n * regions_of_image for kind, n in region_image.items()})
+    limits = sass.estimate_ns(gpu, of_image, moved)
+    return {
         "l1_bytes": round(of_image["l1_bytes"]),
-        "memory_bytes": round(memory_bytes(name, region_size)),
+        "memory_bytes": round(moved),
         **{key: round(value, 1) for key, value in limits.items()},
         "bound": max(limits, key=lambda key: limits[key]).removesuffix("_ns"),
         "times_memory": round(max(limits.values()) / limits["memory_ns"], 2),
@@ -187,8 +195,7 @@ def command(config: AotConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, compile, print."""
-    config = cli.parse(AotConfig)
-    cli.run(lambda: command(config))
+    cli.main(AotConfig, command)
 
 
 if __name__ == "__main__":

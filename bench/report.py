@@ -1,23 +1,25 @@
 """Write the measured figures into README.md and docs/pages, and the charts: `bench/report.py`.
 
 Between `<!-- report: NAME -->` and `<!-- end -->` a page holds what `SECTIONS[NAME]` makes of the
-files under bench/results; nothing there is written by hand.
+files under bench/results; nothing there is written by hand. `report.toml` holds the sentences.
 """
 
 import csv
 import json
 import re
 import statistics
+import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
-
-from measure import ROOT, draw
 
 from adavipro_fast import cli
 from adavipro_fast.files.whole import write_whole
+from lib.machine import ROOT
+from lib.table import draw
 
 DOCS = ROOT / "docs" / "pages"
 PAGES = (ROOT / "README.md", DOCS / "numbers.md", DOCS / "evidence.md")
@@ -26,6 +28,7 @@ RESULTS = ROOT / "bench" / "results"
 FIGURE2 = RESULTS / "paper" / "figure2.png"
 CPU = RESULTS / "cpu-2-cores"
 SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
+RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
 Row = dict[str, Any]
 
 
@@ -51,18 +54,23 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def columns(found: Iterable[Row], forms: Mapping[str, str]) -> str:
+    """Write a Markdown table with a line for each row: titles and forms of its columns."""
+    return table(list(forms), [[form.format_map(row) for form in forms.values()] for row in found])
+
+
+@cache
+def prose() -> dict[str, str]:
+    """Read the sentences, each on one line."""
+    texts = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    return {name: " ".join(text.split()) for name, text in texts.items()}
+
+
 def headline() -> str:
     """Say what comes first in README."""
     demo = json.loads((CPU / "demo.json").read_text())
-    step = named("training")["adavipro"]["ratio_to_vp"]
-    folded = latency("latency", "onnx_folded", 16)["ratio"]
-    return (
-        f"On the embedded demo it lifts the frozen encoder's top-1 from "
-        f"{demo['zero_shot_top1']:.1f} to {demo['test_top1']:.1f} % in {demo['seconds']:.0f} s on "
-        f"2 CPU cores. A training step costs {step:.2f} times that of a fixed prompt (ViT-B-32, "
-        f"bf16, CPU), and the exported encoder {folded:.2f} times the one without a prompt "
-        "(ViT-B-32, fp32, ONNX Runtime, batch 16, CPU)."
-    )
+    folded = latency("latency", "onnx_folded", 16)
+    return prose()["headline"].format(demo=demo, folded=folded, training=named("training"))
 
 
 def latency(file: str, name: str, batch: int) -> Row:
@@ -76,55 +84,31 @@ def latency(file: str, name: str, batch: int) -> Row:
 
 def training() -> str:
     """Tabulate the training step and its parts."""
-    parts = ("data_ms", "prompt_ms", "encoder_ms", "backward_ms", "optimiser_ms")
-    body = [
-        [
-            f"`{row['name']}`",
-            f"{row['step_ms'] / 1e3:.2f} s",
-            f"{row['ratio_to_vp']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
-            *(f"{row[part]:.0f}" for part in parts),
-            f"{row['peak_mib']:.0f} MiB",
-        ]
-        for row in rows("training")
-        if "step_ms" in row
-    ]
-    titles = ["data", "prompt", "encoder", "backward", "optimiser"]
-    head = ["row", "step", "to vp (95 %)", *(f"{t}, ms" for t in titles), "peak memory"]
-    return table(head, body)
+    steps = [row for row in rows("training") if "step_ms" in row]
+    parts = ("data", "prompt", "encoder", "backward", "optimiser")
+    forms = {
+        "row": "`{name}`",
+        "step": "{step_s:.2f} s",
+        "to vp (95 %)": "{ratio_to_vp:.2f} ({ratio_low:.2f} to {ratio_high:.2f})",
+        **{f"{part}, ms": f"{{{part}_ms:.0f}}" for part in parts},
+        "peak memory": "{peak_mib:.0f} MiB",
+    }
+    return columns((row | {"step_s": row["step_ms"] / 1e3} for row in steps), forms)
 
 
 def epochs() -> str:
     """Say how fast images come."""
     found = named("training")
-    cache_ratio = found["loader_cache"]["ratio_to_decode"]
-    first, cached = found["epoch_first"], found["epoch_cached"]
-    text = (
-        f"The loader alone gives {found['loader_decode']['images_per_s']:.0f} images/s decoding "
-        f"JPEG files and {found['loader_cache']['images_per_s']:.0f} from the cache "
-        f"({cache_ratio:.0f} times); whole epochs run at {first['images_per_s']:.1f} (first, "
-        f"filling the cache) and {cached['images_per_s']:.1f} images/s "
-        f"({cached['ratio_to_first']:.2f} times): on a CPU the encoder is what takes the time."
-    )
-    reached = [found.get(f"to_accuracy_{method}") for method in ("vp", "adavipro")]
-    if all(reached):
-        vp, adavipro = (row["seconds"] for row in reached if row)
-        goal = reached[0]["val_top1"] if reached[0] else 0
-        text += (
-            f" {goal:.0f} % validation top-1 on the demo: {vp:.0f} s of training with `vp`, "
-            f"{adavipro:.0f} s with `adavipro`."
-        )
-    return text
+    told = ["epochs"]
+    if {"to_accuracy_vp", "to_accuracy_adavipro"} <= found.keys():
+        told.append("to_accuracy")
+    return " ".join(prose()[name].format_map(found) for name in told)
 
 
 def scaling() -> str:
     """Say what a second process brings."""
     one, two = (named("scaling")[name] for name in ("1 process", "2 processes"))
-    return (
-        f"Two processes with one thread each take {two['ratio']:.2f} times the step of one with "
-        f"two threads (`bench/scaling.py`; the demo, 64 images a step in all, "
-        f"{one['step_ms']:.0f} and {two['step_ms']:.0f} ms); the message of a step takes "
-        f"{two['message_ms']:.1f} ms, {100 * two['message_share']:.2f} % of it."
-    )
+    return prose()["scaling"].format(one=one, two=two, percent=100 * two["message_share"])
 
 
 def costs() -> str:
@@ -144,67 +128,49 @@ def costs() -> str:
 def losses() -> str:
     """Say what is faster than we are, at batch 16."""
 
-    def times(name: str, base: str) -> str:
-        both = (latency("latency", row, 16)["p50_ms"] for row in (name, base))
-        return f"{next(both) / next(both):.2f} times"
+    def times(name: str, base: str) -> float:
+        own, other = (latency("latency", row, 16)["p50_ms"] for row in (name, base))
+        return float(own / other)
 
-    return (
-        "Where others are faster, at batch 16: OpenVINO takes "
-        f"{times('openvino_folded', 'onnx_folded')} ONNX Runtime's time on the same folded file, "
-        "compiled transformers "
-        f"{times('transformers_compiled', 'encoder_compiled')} compiled open_clip's, and compiling "
-        f"open_clip takes {times('encoder_compiled', 'encoder_eager')} its eager time."
+    return prose()["losses"].format(
+        openvino=times("openvino_folded", "onnx_folded"),
+        transformers=times("transformers_compiled", "encoder_compiled"),
+        compiled=times("encoder_compiled", "encoder_eager"),
     )
 
 
 def figures(row: Row) -> list[str]:
     """Write a latency and its ratio."""
-    return [
-        f"{row['p50_ms']:.1f} ms",
-        f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
-    ]
+    return [f"{row['p50_ms']:.1f} ms", RATIO.format_map(row)]
 
 
 def curve() -> str:
     """Tabulate images per second over batch sizes and encoders."""
-    body = [
-        [
-            row["model"],
-            str(row["side"]),
-            str(row["batch"]),
-            f"{row['encoder_images_per_s']:.1f}",
-            f"{row['images_per_s']:.1f}",
-            f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
-        ]
-        for row in rows("throughput")
-        if "ratio" in row
-    ]
+    forms = {
+        "encoder": "{model}",
+        "side": "{side}",
+        "batch": "{batch}",
+        "images/s without": "{encoder_images_per_s:.1f}",
+        "with the prompt": "{images_per_s:.1f}",
+        "time ratio (95 %)": RATIO,
+    }
     found = named("throughput")
     steady = next(row for name, row in found.items() if name.startswith("sustained"))
-    head = ["encoder", "side", "batch", "images/s without", "with the prompt", "time ratio (95 %)"]
-    return table(head, body) + (
-        f"\n\nMore than {found['saturation']['batch']} images a call bring no more here; "
-        f"{steady['name']} gives {steady['images_per_s']:.1f} images/s, the last third "
-        f"{steady['last_third_to_first']:.2f} times as fast as the first. Decoding JPEG files and "
-        f"resizing feeds {found['loader_decode']['images_per_s']:.0f} images/s."
-    )
+    points = (row for row in rows("throughput") if "ratio" in row)
+    return columns(points, forms) + "\n\n" + prose()["curve"].format(steady=steady, **found)
 
 
 def accuracy() -> str:
     """Tabulate one checkpoint through the backends."""
-    body = [
-        [
-            f"`{row['name']}`",
-            f"{row['top1']:.1f}",
-            f"{row['top1_agreement']:.1f}",
-            f"{100 * row['mask_agreement']:.2f}",
-            f"{row['images_per_s']:.1f}",
-        ]
-        for row in rows("accuracy")
-        if "skipped" not in row
-    ]
-    head = ["backend", "top-1, %", "same answer, %", "same regions, %", "images/s"]
-    return table(head, body)
+    forms = {
+        "backend": "`{name}`",
+        "top-1, %": "{top1:.1f}",
+        "same answer, %": "{top1_agreement:.1f}",
+        "same regions, %": "{regions:.2f}",
+        "images/s": "{images_per_s:.1f}",
+    }
+    found = named("accuracy").values()
+    return columns((row | {"regions": 100 * row["mask_agreement"]} for row in found), forms)
 
 
 def results() -> str:
@@ -314,8 +280,7 @@ def command(config: ReportConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, write, print."""
-    config = cli.parse(ReportConfig)
-    cli.run(lambda: command(config))
+    cli.main(ReportConfig, command)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,23 @@ timed alone, in the step's time.
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from measure import publish
 
 from adavipro_fast import PromptConfig, cli
 from adavipro_fast.device import torch_device
-from adavipro_fast.errors import VerificationError
 from adavipro_fast.method.clip import load_encoder
 from adavipro_fast.method.prompt import AdaptivePrompt
 from adavipro_fast.training import group as distributed
+from lib.process import printed
+from lib.table import Json, publish
 
 MESSAGES = 50
 
@@ -41,34 +40,28 @@ class ScalingConfig:
     """epochs; the median of all but the first counts"""
     repeats: int = 2
     """runs of each, in turn"""
-    device: str = "auto"
-    """auto, cpu, cuda"""
+    device: cli.Device = "auto"
     message: bool = False
     """under torchrun: time the message of a step alone"""
-    json: Path | None = None
-    """file for the rows"""
+    json: Json = None
 
 
-def torchrun(processes: int, config: ScalingConfig, program: list[str]) -> str:
+def torchrun(processes: int, config: ScalingConfig, program: Sequence[object]) -> str:
     """Start processes that share this machine's cores; return what the first one printed."""
     threads = max(1, (os.cpu_count() or 1) // processes)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), *program, "--device", config.device),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise VerificationError(f"{' '.join(command)} failed")
-    return done.stdout
+    return printed(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes),
+        *(*program, "--device", config.device),
+        environment=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )
 
 
 def step_ms(processes: int, config: ScalingConfig) -> float:
     """Train the demo and return the median step, ms."""
     with tempfile.TemporaryDirectory() as folder:
         program = [
-            *("-m", "adavipro_fast.train", "--epochs", str(config.epochs)),
-            *("--batch-size", str(config.batch), "--output", f"{folder}/run"),
+            *("-m", "adavipro_fast.train", "--epochs", config.epochs),
+            *("--batch-size", config.batch, "--output", f"{folder}/run"),
         ]
         torchrun(processes, config, program)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
@@ -94,8 +87,7 @@ def message_ms(config: ScalingConfig) -> float:
 
 def main() -> None:
     """Parse, measure, print."""
-    config = cli.parse(ScalingConfig)
-    cli.run(lambda: command(config), quiet=not distributed.leading())
+    cli.main(ScalingConfig, command, quiet=not distributed.leading())
 
 
 def command(config: ScalingConfig) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from latency import LatencyConfig, Subject, export
-from loader import loader_rows
-from measure import draw, interleaved_ms, paired_ratio, publish, ratio_interval, summary
-from peers import Row
 
 from adavipro_fast import cli
 from adavipro_fast.method.config import Precision
+from lib.loader import loader_rows
+from lib.subject import Row, Subject, export
+from lib.table import Json, Plot, draw, publish
+from lib.timing import compared, interleaved_ms, summary
 
 SATURATED = 0.95
 QUICK_SIZES = (1, 8)
@@ -47,18 +47,14 @@ class ThroughputConfig:
     """how long the sustained row runs"""
     quick: bool = False
     """under a minute: one model, two batch sizes, a shorter sustained row"""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
-    json: Path | None = None
-    """file for the rows"""
-    plot: Path | None = None
-    """picture of the rows, PNG or SVG"""
+    device: cli.Device = "auto"
+    json: Json = None
+    plot: Plot = None
 
 
 def main() -> None:
     """Parse, measure, print."""
-    config = cli.parse(ThroughputConfig)
-    cli.run(lambda: command(config))
+    cli.main(ThroughputConfig, command)
 
 
 def command(config: ThroughputConfig) -> dict[str, Any]:
@@ -68,7 +64,8 @@ def command(config: ThroughputConfig) -> dict[str, Any]:
         VerificationError: a graph computes something else; nothing is timed.
     """
     first, *others = config.model or (MODELS[:1] if config.quick else MODELS)
-    subject = subject_of(first, config)
+    open_subject = partial(Subject, images=IMAGES, precision=config.precision, device=config.device)
+    subject = open_subject(first)
     cuda = subject.device.type == "cuda"
     sizes = config.batch or ((1, 4, 16, 64, 256, 1024) if cuda else (1, 2, 4, 8, 16, 32, 64))
     if config.quick and not config.batch:
@@ -83,20 +80,13 @@ def command(config: ThroughputConfig) -> dict[str, Any]:
         rows.append(sustained(subject, saturated, folder, seconds))
     for model in others:
         with tempfile.TemporaryDirectory() as name:
-            rows.append(point(subject_of(model, config), 16 if cuda else 4, Path(name)))
+            rows.append(point(open_subject(model), 16 if cuda else 4, Path(name)))
     preprocess = subject.model.encoder.preprocess
     rows += loader_rows(preprocess, subject.device, count=64 if config.quick else 512, batch=32)
     if config.plot is not None:
         draw(rows, config.plot, value="images_per_s", label="images per second")
     title = f"throughput: ONNX Runtime, {config.precision}, {subject.device}"
     return publish(rows, subject.device, config.json, title, ("model",))
-
-
-def subject_of(model: str, config: ThroughputConfig) -> Subject:
-    """Prepare a model as the latency bench does."""
-    return Subject(
-        LatencyConfig(model, batch=(IMAGES,), precision=config.precision, device=config.device)
-    )
 
 
 def checked_work(subject: Subject, name: str, count: int, folder: Path) -> Callable[[], object]:
@@ -119,12 +109,9 @@ def point(subject: Subject, count: int, folder: Path) -> dict[str, Any]:
     """Time one batch size of one model, with and without the prompt."""
     works = {name: checked_work(subject, name, count, folder) for name in ("baseline", "folded")}
     calls = max(5, min(21, 64 // count))
-    if subject.config.quick:
-        calls = 5
     times = interleaved_ms(works, subject.device, rounds=calls, warm_up=1)
     medians = {name: summary(t)["median_ms"] for name, t in times.items()}
-    low, high = ratio_interval(times["folded"], times["baseline"])
-    model = subject.config.model
+    model = subject.model.encoder.name
     return {
         "name": f"{model} batch {count}",
         "model": model,
@@ -132,9 +119,7 @@ def point(subject: Subject, count: int, folder: Path) -> dict[str, Any]:
         "batch": count,
         "images_per_s": 1e3 * count / medians["folded"],
         "encoder_images_per_s": 1e3 * count / medians["baseline"],
-        "ratio": paired_ratio(times["folded"], times["baseline"]),
-        "ratio_low": low,
-        "ratio_high": high,
+        **compared(times["folded"], times["baseline"]),
     }
 
 
@@ -153,7 +138,7 @@ def sustained(subject: Subject, count: int, folder: Path, seconds: float) -> dic
     first, last = (statistics.median(part) for part in (calls[:third], calls[-third:]))
     return {
         "name": f"sustained {seconds:.0f} s",
-        "model": subject.config.model,
+        "model": subject.model.encoder.name,
         "batch": count,
         "images_per_s": count * len(calls) / (previous - began),
         "last_third_to_first": first / last,

@@ -10,8 +10,6 @@ embedded demo.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,18 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loader import jpeg_folder, loaded, loader_rows
-from measure import (
-    interleaved_ms,
-    paired_ratio,
-    peak_host_mib,
-    publish,
-    ratio_interval,
-    summary,
-    synchronise,
-    timed_ms,
-)
-from peers import in_paper_form
 
 from adavipro_fast import AdaViPro, cli, load_encoder
 from adavipro_fast.device import full_fp32, torch_device
@@ -42,6 +28,12 @@ from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.prompt import Prompted
 from adavipro_fast.training.config import recipe
 from adavipro_fast.training.start import start_run
+from lib.loader import jpeg_folder, loaded, loader_rows
+from lib.machine import peak_host_mib
+from lib.paper_form import in_paper_form
+from lib.process import result_of
+from lib.table import Json, publish
+from lib.timing import compared, interleaved_ms, summary, synchronise, timed_ms
 
 NAMES = ("vp", "vp_stock_attention", "adavipro_paper_form", "adavipro")
 CLASSES = 100
@@ -67,12 +59,10 @@ class TrainingConfig:
     """validation top-1 of the demo whose time is told, percent; 0 leaves the row out"""
     quick: bool = False
     """under a minute: small batches, few rounds, no memory, epochs or accuracy"""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
+    device: cli.Device = "auto"
     only: str | None = None
     """run one row's step three times and print its peak memory"""
-    json: Path | None = None
-    """file for the rows"""
+    json: Json = None
 
 
 class Step:
@@ -95,6 +85,8 @@ class Step:
         prompt = replace(recipe("best").prompt, method=method)
         model = AdaViPro(encoder, embeddings, prompt).to(self.device).train()
         self.model = in_paper_form(model) if name == "adavipro_paper_form" else model
+        if name == "adavipro_plain":
+            self.model.prompt.kernel = "plain"
         self.optimiser = torch.optim.SGD(self.model.prompt.parameters(), lr=1e-3, momentum=0.9)
         shape = (config.batch, 3, side, side)
         self.pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -154,8 +146,7 @@ class Step:
 
 def main() -> None:
     """Parse, measure, print."""
-    config = cli.parse(TrainingConfig)
-    cli.run(lambda: command(config))
+    cli.main(TrainingConfig, command)
 
 
 @full_fp32()
@@ -192,7 +183,6 @@ def step_rows(encoder: FrozenEncoder, config: TrainingConfig) -> list[dict[str, 
     fused = steps["adavipro"].model.prompt.path(device) == "fused"
     if fused:
         steps["adavipro_plain"] = Step("adavipro_plain", encoder, config)
-        steps["adavipro_plain"].model.prompt.kernel = "plain"
     times, base = {}, {}
     for group in (steps.keys() - APART, APART):
         some = {name: step for name, step in steps.items() if name in group | {"vp"}}
@@ -200,39 +190,38 @@ def step_rows(encoder: FrozenEncoder, config: TrainingConfig) -> list[dict[str, 
         found = interleaved_ms(some, device, rounds=config.rounds, warm_up=warm_up)
         for name in group:
             times[name], base[name] = found[name], found["vp"]
-    rows: list[dict[str, Any]] = []
-    for name, step in steps.items():
-        figures = summary(times[name])
-        low, high = ratio_interval(times[name], base[name])
-        rows.append(
-            {
-                "name": name,
-                "step_ms": figures["median_ms"],
-                "iqr_ms": figures["iqr_ms"],
-                "ratio_to_vp": paired_ratio(times[name], base[name]),
-                "ratio_low": low,
-                "ratio_high": high,
-                "images_per_s": 1e3 * config.batch / figures["median_ms"],
-                **({} if config.quick else {"peak_mib": peak_mib(name, config)}),
-                **step.timed_parts(1 if config.quick else PARTS_ROUNDS),
-            }
-        )
+    rows = [
+        {"name": name, **step_figures(times[name], base[name], config)}
+        | ({} if config.quick else {"peak_mib": peak_mib(name, config)})
+        | step.timed_parts(1 if config.quick else PARTS_ROUNDS)
+        for name, step in steps.items()
+    ]
     if not fused:
         reason = "the fused kernel needs a CUDA device; adavipro took the collapsed PyTorch path"
         rows.append({"name": "adavipro_fused", "skipped": reason})
     return rows
 
 
+def step_figures(
+    times_ms: list[float], base_ms: list[float], config: TrainingConfig
+) -> dict[str, Any]:
+    """Return a step's time, its ratio to that of vp, and the images that it makes a second."""
+    figures = summary(times_ms)
+    return {
+        "step_ms": figures["median_ms"],
+        "iqr_ms": figures["iqr_ms"],
+        **compared(times_ms, base_ms, "ratio_to_vp"),
+        "images_per_s": 1e3 * config.batch / figures["median_ms"],
+    }
+
+
 def peak_mib(name: str, config: TrainingConfig) -> float:
     """Run a row alone in a new process and return its peak memory, MiB."""
-    arguments = [
-        *("--model", config.model, "--batch", str(config.batch), "--device", config.device),
+    told = result_of(
+        *(__file__, "--model", config.model, "--batch", config.batch, "--device", config.device),
         *("--precision", config.precision, "--only", name),
-    ]
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+    return float(told["peak_mib"])
 
 
 def own_peak_mib(config: TrainingConfig) -> float:
@@ -241,8 +230,6 @@ def own_peak_mib(config: TrainingConfig) -> float:
     device = torch_device(config.device)
     encoder = load_encoder(config.model).to(device)
     step = Step(config.only, encoder, config)
-    if config.only == "adavipro_plain":
-        step.model.prompt.kernel = "plain"
     for _ in range(3):
         step()
     synchronise(device)

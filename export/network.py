@@ -169,11 +169,11 @@ def progress(trt: ModuleType) -> Any:
     return Progress()
 
 
-def prove_precision(products: Counter[str], precision: str) -> None:
-    """Raise VerificationError unless the matrix products are in `precision`."""
+def prove_precision(products: Counter[str], precision: str, wide: int = WIDE_PRODUCTS) -> None:
+    """Raise VerificationError unless the matrix products are in `precision`, but for `wide`."""
     wanted = DTYPES[precision]
     others = sum(products.values()) - products[wanted]
-    if products[wanted] == 0 or (wanted != "float32" and others > WIDE_PRODUCTS):
+    if products[wanted] == 0 or (wanted != "float32" and others > wide):
         raise VerificationError(
             f"the engine's matrix products are {dict(products)}; {precision} was asked for"
         )

@@ -29,7 +29,7 @@ from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import to_onnx
 from adavipro_fast.export.graph import named_when_whole
-from adavipro_fast.export.network import Network, prove_precision
+from adavipro_fast.export.network import WIDE_PRODUCTS, Network, prove_precision
 from adavipro_fast.export.verify import compare, sample_batches
 from adavipro_fast.files.checkpoint import FORMAT
 from adavipro_fast.files.whole import file_sha256
@@ -102,7 +102,7 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
             path.write_bytes(plan)
             seconds = time.perf_counter() - began
             types = network.types()
-            prove_precision(types["products"], about.precision)
+            prove_precision(types["products"], about.precision, wide_products(about))
             sidecar = describe(about, source) | {
                 "runtime": runtime,
                 "runtime_version": trt.__version__,
@@ -141,6 +141,15 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     if not 1 <= smallest <= usual <= largest:
         raise ValueError(f"batch {text!r} is out of order; 1 <= MIN <= OPT <= MAX is needed")
     return smallest, usual, largest
+
+
+def wide_products(about: Description) -> int:
+    """Count the products that may be in fp32: the mask path's, the last projection, the scores."""
+    if not about.tasks:
+        return WIDE_PRODUCTS
+    kinds = {(task.config.edge, task.config.edge_padding) for task in about.tasks}
+    # Each kind of edges has up to two filters and the kernels; scores are of two kinds.
+    return 3 * len(kinds) + 4
 
 
 def choose_runtime(asked: Runtime) -> str:

@@ -4,26 +4,29 @@ import time
 
 import demo
 import latency
-import measure
 import pytest
 import report
 import torch
-from peers import Row, hugging_face, in_paper_form
 
 from adavipro_fast.artifact import onnx as artifact
 from adavipro_fast.method.clip import load_encoder
+from lib import table, timing
+from lib.paper_form import in_paper_form
+from lib.peers import hugging_face
+from lib.rows import torch_rows
+from lib.subject import Row, Subject, export
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def subject():
-    return latency.Subject(latency.LatencyConfig("demo", batch=(2,), quick=True, device="cpu"))
+    return Subject("demo", images=2, device="cpu")
 
 
 def right(subject):
     """Rows that PyTorch runs, by name."""
-    return {row.name: row for row in latency.torch_rows(subject, 2) if row.work is not None}
+    return {row.name: row for row in torch_rows(subject, 2, quick=True) if row.work is not None}
 
 
 def test_rows_that_are_right_pass(subject):
@@ -51,8 +54,8 @@ def rounded(row):
 def test_a_planted_wrong_result_gives_no_time_and_exit_1(monkeypatch, capsys, plant, told):
     true_rows = latency.torch_rows
 
-    def rows(subject, count):
-        found = {row.name: row for row in true_rows(subject, count)}
+    def rows(subject, count, *, quick):
+        found = {row.name: row for row in true_rows(subject, count, quick=quick)}
         wrong = found["collapsed_eager"]
         planted = Row("planted", wrong.base, wrong.contract, plant(wrong))
         return [found["encoder_eager"], planted]
@@ -79,19 +82,19 @@ def test_cuda_is_not_replaced_by_a_cpu(monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_onnx_runtimes_cpu_provider_is_refused_where_cuda_was_asked(subject, monkeypatch, tmp_path):
-    latency.export(subject, "baseline", tmp_path)
+    export(subject, "baseline", tmp_path)
     monkeypatch.setattr(artifact, "torch_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match="CUDA was asked for|cannot run"):
-        latency.export(subject, "baseline", tmp_path)
+        export(subject, "baseline", tmp_path)
 
 
 def test_a_sleep_of_5_percent_is_a_significant_difference():
     works = {"base": lambda: time.sleep(0.06), "planted": lambda: time.sleep(0.063)}
     works["again"] = works["base"]
-    times = measure.interleaved_ms(works, CPU, rounds=31)
-    low, _ = measure.ratio_interval(times["planted"], times["base"])
+    times = timing.interleaved_ms(works, CPU, rounds=31)
+    low, _ = timing.ratio_interval(times["planted"], times["base"])
     assert low > 1
-    assert abs(measure.paired_ratio(times["again"], times["base"]) - 1) < 0.02
+    assert abs(timing.paired_ratio(times["again"], times["base"]) - 1) < 0.02
 
 
 FIGURES = ("p50_ms", "p90_ms", "p99_ms", "iqr_ms", "ratio", "ratio_low", "ratio_high", "build_s")
@@ -106,7 +109,7 @@ SKIPPED += [{"name": "engine", "skipped": "running an engine needs a CUDA device
 @pytest.mark.parametrize("width", [5, 20, 39, 80, 200])
 def test_a_table_is_never_wider_than_the_terminal(width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
-    measure.show(ROWS + SKIPPED, "cpu: it", hidden=("batch",))
+    table.show(ROWS + SKIPPED, "cpu: it", hidden=("batch",))
     lines = capsys.readouterr().err.splitlines()
     assert max(map(len, lines)) <= width
     assert width < 7 or lines[1].split()[0] == "name"
@@ -120,8 +123,8 @@ def test_a_table_is_never_wider_than_the_terminal(width, monkeypatch, capsys):
 def test_skipped_rows_are_one_entry_a_reason():
     names = ", ".join(f"row_{n}" for n in range(14))
     told = f"skipped: {names} (--quick); engine (running an engine needs a CUDA device)"
-    assert measure.skipped(SKIPPED, 1000) == [told]
-    assert measure.skipped([], 80) == []
+    assert table.skipped(SKIPPED, 1000) == [told]
+    assert table.skipped([], 80) == []
 
 
 def test_the_demo_ends_with_a_summary():

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import sass
-
 from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.kernels import regions
+from lib import sass
 
 HERE = Path(__file__).parent
 EMULATOR = HERE.parents[1] / "shared" / "tools" / "ptx"
@@ -106,7 +105,7 @@ FLOATS = ("fp add", "fp fma", "fp mul")
 
 
 def ptx_counts(program, trips):
-    """Count PTX instructions as bench/sass.py counts assembly: in loops, times their trips."""
+    """Count PTX instructions as bench/lib/sass.py counts assembly: in loops, times their trips."""
     instructions = [
         sass.Instruction("BRA" if ins.parts[0] == "bra" else ins.op, None) for ins in program.code
     ]

@@ -499,7 +499,7 @@ def test_timings_are_kept_whole_and_refused_where_damaged(tmp_path, monkeypatch)
 
 def test_no_bench_has_the_name_of_a_package(monkeypatch):
     folder = Path(__file__).parents[1] / "bench"
-    ours = {path.stem for path in folder.glob("*.py")}
+    ours = {path.stem for path in folder.iterdir()}
     # A script's folder comes first on the path: transformers would import bench/kernels.py.
     assert not ours & ({"kernels"} | set(metadata.packages_distributions()))
 

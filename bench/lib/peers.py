@@ -1,4 +1,4 @@
-"""What users would run instead: the paper's form, Hugging Face, OpenVINO, a plain export.
+"""What users would run instead: Hugging Face, OpenVINO, a plain export of the paper's form.
 
 Peers get the same weights and images as our own rows, and pass the same check before they are
 timed.
@@ -7,7 +7,7 @@ timed.
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +19,10 @@ from adavipro_fast import AdaViPro
 from adavipro_fast.export.graph import quiet
 from adavipro_fast.method.config import DTYPES
 from adavipro_fast.method.encoder import FrozenEncoder
-from adavipro_fast.method.prompt import AdaptivePrompt, Sampling
+from lib.paper_form import in_paper_form
+from lib.subject import Outputs, Row, Subject
 
 PEERS = "pip install 'adavipro_fast[peers]'"
-Outputs = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A variant ready to be timed, or the reason why it cannot be."""
-
-    name: str
-    base: str
-    """row of the encoder alone in the same runtime"""
-    contract: str
-    """encoder, prompt + encoder, or pipeline"""
-    work: Callable[[], Outputs] | None = None
-    build_s: float = 0.0
-    """export, compilation and first call, seconds; not part of the latency"""
-    skipped: str = ""
-
-
-class PaperForm(AdaptivePrompt):
-    """The paper's generator as it is written: 64 full-resolution maps, nothing collapsed."""
-
-    @classmethod
-    def of(cls, prompt: AdaptivePrompt) -> "PaperForm":
-        """Write a prompt in the paper's form; the values are copied."""
-        mean, std = (tuple(part) for part in prompt.mean_std)
-        side = prompt.grid * prompt.config.region_size
-        twin = cls(side, prompt.config, mean=mean, std=std, kernel="plain")
-        twin.load_state_dict(prompt.state_dict())
-        return twin.train(prompt.training).to(prompt.mean.device)
-
-    def delta(self, images: Tensor) -> Tensor:
-        """Compute Δ of normalised images, uncollapsed."""
-        assert self.generator is not None
-        uncollapsed: Tensor = self.generator(self.edges(images))
-        return uncollapsed
-
-    def _noise(self, drawn: Sampling, delta: Tensor) -> Tensor:
-        """Draw from torch's own generator."""
-        return torch.logit(torch.rand_like(delta), eps=1e-6) if drawn.noise is None else drawn.noise
-
-
-def in_paper_form(model: AdaViPro) -> AdaViPro:
-    """Return the model with its prompt computed as the paper writes it."""
-    twin = AdaViPro(model.encoder, model.class_embeddings, model.config)
-    twin.prompt = PaperForm.of(model.prompt)
-    return twin.train(model.training).to(model.class_embeddings.device)
 
 
 def hugging_face(encoder: FrozenEncoder) -> nn.Module:
@@ -267,3 +222,20 @@ def openvino_row(name: str, path: Path, images: Tensor) -> Row:
         }
 
     return replace(row, work=run, build_s=time.perf_counter() - began)
+
+
+def peer_rows(subject: Subject, count: int, folder: Path, *, quick: bool) -> list[Row]:
+    """Build the rows of a plain export, and of OpenVINO on our files."""
+    images = subject.model.prompt.normalised(subject.sample[:count]).to(subject.device)
+    if quick:
+        names = ("onnx_plain_encoder", "onnx_paper_form", "openvino_baseline", "openvino_folded")
+        return [Row(name, name, "", skipped="--quick: no peer rows") for name in names]
+    rows = plain_onnx_rows(subject.twin(), images, folder)
+    for name in ("baseline", "folded"):
+        path = folder / f"{name}.onnx"
+        if path.exists() and subject.precision == "fp32":
+            rows.append(openvino_row(name, path, images))
+        else:
+            reason = "OpenVINO is measured on folded fp32 files only"
+            rows.append(Row(f"openvino_{name}", "openvino_baseline", "", skipped=reason))
+    return rows

@@ -1,0 +1,1 @@
+"""What the benches share; it imports none of them."""

@@ -1,0 +1,128 @@
+"""A bench's output: its rows as a table, a chart and a file."""
+
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from adavipro_fast.files.whole import write_whole
+from lib.machine import machine, peak_host_mib
+
+# What a narrow terminal has no room for; the first goes first.
+SPARE = ("iqr_ms", "build_s", "p99_ms", "calls", "provider", "p90_ms", "ratio_high", "ratio_low")
+
+# Options of several benches.
+Json = Annotated[Path | None, tyro.conf.arg(help="file for the rows")]
+Plot = Annotated[Path | None, tyro.conf.arg(help="picture of the rows, PNG or SVG")]
+
+
+def show(rows: list[dict[str, Any]], title: str, hidden: Collection[str] = ()) -> None:
+    """Print the rows on stderr as a table, no wider than the terminal."""
+    width = shutil.get_terminal_size().columns
+    measured = [row for row in rows if "skipped" not in row]
+    lines = wrapped(title, width)
+    if measured:
+        lines += table(measured, hidden, width)
+    lines += skipped([row for row in rows if "skipped" in row], width)
+    print("\n".join(lines), file=sys.stderr)
+
+
+def table(rows: list[dict[str, Any]], hidden: Collection[str], width: int) -> list[str]:
+    """Lay rows out in columns; those that `width` has no room for are named below."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
+    columns = {key: [key, *(cell(row.get(key, "")) for row in rows)] for key in keys}
+    sizes = {key: max(map(len, column)) for key, column in columns.items()}
+    left_out = []
+    while sum(sizes.values()) + 2 * (len(sizes) - 1) > width and len(sizes) > 1:
+        left_out.append(next((key for key in SPARE if key in sizes), list(sizes)[-1]))
+        del sizes[left_out[-1]]
+    lines = [
+        "  ".join(
+            columns[key][line].ljust(size) if key == "name" else columns[key][line].rjust(size)
+            for key, size in sizes.items()
+        )
+        for line in range(len(rows) + 1)
+    ]
+    lines.insert(1, "  ".join("-" * size for size in sizes.values()))
+    lines = [line[:width].rstrip() for line in lines]
+    if left_out:
+        lines += wrapped(f"no room for {', '.join(left_out)}: they are in the JSON", width)
+    return lines
+
+
+def skipped(rows: list[dict[str, Any]], width: int) -> list[str]:
+    """Name the rows without figures, reason by reason."""
+    names: dict[str, dict[str, None]] = {}
+    for row in rows:
+        # What --quick leaves out in particular is the row itself.
+        reason = "--quick" if row["skipped"].startswith("--quick") else row["skipped"]
+        names.setdefault(reason, {})[row["name"]] = None
+    told = "; ".join(f"{', '.join(some)} ({reason})" for reason, some in names.items())
+    return wrapped(f"skipped: {told}", width) if rows else []
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """Break a line between words."""
+    return textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def cell(value: object) -> str:
+    """Write a figure with the digits that it deserves."""
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def draw(rows: list[dict[str, Any]], path: Path, *, value: str, label: str) -> None:
+    """Draw a figure of the rows as bars, their ratios beside them.
+
+    Args:
+        rows: those without the figure are left out.
+        path: PNG or SVG.
+        value: the figure's name.
+        label: what the axis says.
+    """
+    mpl.rcParams["svg.hashsalt"] = "adavipro_fast"
+    drawn = [row for row in rows if value in row]
+    figure = Figure(figsize=(8, 0.8 + 0.3 * len(drawn)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(drawn))
+    bars = axes.barh(places, [row[value] for row in drawn])
+    axes.set_yticks(places, [row["name"] for row in drawn])
+    labels = [f"{row['ratio']:.2f}x" if "ratio" in row else "" for row in drawn]
+    axes.bar_label(bars, labels, padding=3)
+    axes.margins(x=0.1)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def publish(
+    rows: list[dict[str, Any]],
+    device: torch.device,
+    path: Path | None,
+    title: str,
+    hidden: Collection[str] = (),
+) -> dict[str, Any]:
+    """Show the rows, write them where asked, and return them with the machine's description.
+
+    Args:
+        rows: what was measured.
+        device: where.
+        path: file for all of it.
+        title: of the table.
+        hidden: figures that the table has no room for.
+    """
+    show(rows, title, hidden)
+    result = {"rows": rows, "machine": machine(device) | {"peak_host_mib": peak_host_mib()}}
+    if path is not None:
+        write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+    return result

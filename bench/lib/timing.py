@@ -1,0 +1,158 @@
+"""Interleaved timing of variants, and medians, percentiles and ratios of what was timed."""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from itertools import count
+
+import torch
+from tqdm import tqdm
+
+LEAST_ROUNDS = 11
+PAUSE_S = 0.01
+STEADY = 0.02
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU's work; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Time one call: by CUDA events on a GPU, by the clock elsewhere."""
+    synchronise(device)
+    if device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        return float(began.elapsed_time(ended))
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def interleaved_ms(
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    warm_up: int = 2,
+    bases: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Time variants in turn, so that a drift of the machine meets all alike.
+
+    Args:
+        variants: name to work.
+        device: where the work runs.
+        rounds: timed calls of each.
+        warm_up: calls of each before, not timed.
+        bases: name to the variant that it is compared with; both run close to each other.
+        seed: of their orders.
+
+    Returns:
+        Milliseconds of each timed call, by name.
+    """
+    order = random.Random(seed)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in tqdm(range(warm_up + rounds), "measure", leave=False, disable=None):
+        for name in shuffled(list(variants), bases or {}, order):
+            # Threads of the runtime before may still spin for more work.
+            time.sleep(PAUSE_S)
+            elapsed = timed_ms(variants[name], device)
+            if turn >= warm_up:
+                times[name].append(elapsed)
+    return times
+
+
+def shuffled(names: list[str], bases: Mapping[str, str], order: random.Random) -> list[str]:
+    """Return the names in another order, those with the same base side by side.
+
+    What ran before leaves caches and clocks behind: nobody always follows the same one.
+    """
+    names = order.sample(names, len(names))
+    groups = list(dict.fromkeys(bases.get(name, name) for name in names))
+    return sorted(names, key=lambda name: groups.index(bases.get(name, name)))
+
+
+def until_steady(
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    bases: Mapping[str, str],
+) -> dict[str, list[float]]:
+    """Time variants in turn until 95 % intervals are within 2 %, or time is over.
+
+    Args:
+        variants: name to work.
+        device: where the work runs.
+        seconds: longest time to measure for.
+        bases: name to the variant that its ratio is to; intervals of medians and ratios count.
+
+    Returns:
+        Milliseconds of each timed call, by name.
+    """
+    times = interleaved_ms(variants, device, rounds=LEAST_ROUNDS, bases=bases)
+    end = time.perf_counter() + seconds
+    for seed in count(1):
+        ratios = (ratio_interval(times[name], times[base]) for name, base in bases.items())
+        settled = all(map(steady, times.values())) and all(b - a < STEADY * a for a, b in ratios)
+        if settled or time.perf_counter() >= end:
+            break
+        more = interleaved_ms(variants, device, rounds=5, warm_up=0, bases=bases, seed=seed)
+        times = {name: times[name] + more[name] for name in variants}
+    return times
+
+
+def steady(times_ms: list[float]) -> bool:
+    """Tell whether the 95 % interval of the median is within 2 % of it (order statistics)."""
+    ordered = sorted(times_ms)
+    reach = 0.98 * len(ordered) ** 0.5
+    low = ordered[max(0, math.floor(len(ordered) / 2 - reach))]
+    high = ordered[min(len(ordered) - 1, math.ceil(len(ordered) / 2 + reach))]
+    return bool(high - low < STEADY * statistics.median(ordered))
+
+
+def summary(times_ms: list[float]) -> dict[str, float]:
+    """Median and interquartile range, ms."""
+    low, middle, high = statistics.quantiles(times_ms, n=4)
+    return {"median_ms": middle, "iqr_ms": high - low}
+
+
+def percentiles(times_ms: list[float]) -> dict[str, float]:
+    """p50, p90, p99 and interquartile range, ms."""
+    cut = statistics.quantiles(times_ms, n=100, method="inclusive")
+    return {
+        "p50_ms": cut[49],
+        "p90_ms": cut[89],
+        "p99_ms": cut[98],
+        "iqr_ms": cut[74] - cut[24],
+        "calls": len(times_ms),
+    }
+
+
+def paired_ratio(times_ms: list[float], base_ms: list[float]) -> float:
+    """Median over rounds of the ratio to the base timed in the same round."""
+    return statistics.median(t / b for t, b in zip(times_ms, base_ms, strict=True))
+
+
+def ratio_interval(times_ms: list[float], base_ms: list[float]) -> tuple[float, float]:
+    """95 % interval of `paired_ratio`, by bootstrap over rounds."""
+    ratios = torch.tensor(times_ms, dtype=torch.double) / torch.tensor(base_ms, dtype=torch.double)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(ratios), (2000, len(ratios)), generator=generator)
+    medians = ratios[drawn].median(1).values
+    low, high = torch.quantile(medians, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return low, high
+
+
+def compared(times_ms: list[float], base_ms: list[float], name: str = "ratio") -> dict[str, float]:
+    """Return `paired_ratio`, under a name, with its `ratio_interval`."""
+    low, high = ratio_interval(times_ms, base_ms)
+    return {name: paired_ratio(times_ms, base_ms), "ratio_low": low, "ratio_high": high}
