@@ -1,0 +1,182 @@
+"""Many tasks in one file: each image gets its own task's answer, whatever stands beside it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from adavipro_fast import AdaViPro, PromptConfig, open_artifact, predict, tasks
+from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.export import to_onnx
+from adavipro_fast.export.tasks import ABSENT, TaskHead
+from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.predict import PredictConfig
+from adavipro_fast.tasks import TasksConfig
+
+KINDS = {
+    "flowers": (3, {"edge": "laplacian-magnitude", "edge_padding": "replicate"}),
+    "dtd": (5, {"method": "vp", "prompt_size": 60}),
+    "bare": (2, {"method": "zero_shot"}),
+    "far": (7, {"head": "linear", "head_input": "features", "prompt_size": 112}),
+    "near": (4, {"head": "linear", "head_input": "embedding", "edge": "sobel"}),
+    "probe": (6, {"method": "linear_probe", "head": "linear", "head_input": "features"}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(demo_clip, tmp_path_factory):
+    """Checkpoints of every kind of prompt and head, each in a folder of its task's name."""
+    torch.manual_seed(0)
+    paths = {}
+    for name, (count, settings) in KINDS.items():
+        config = PromptConfig(embed_dim=4, **settings)
+        width = 160 if config.head_input == "features" else 64
+        rows = torch.nn.functional.normalize(torch.randn(count, width), dim=-1)
+        bias = torch.randn(count) if config.head == "linear" else None
+        model = AdaViPro(demo_clip[0], rows, config, class_bias=bias)
+        checkpoint = checkpoint_of(model, tuple(f"{name} {i}" for i in range(count)))
+        paths[name] = tmp_path_factory.mktemp(name) / name / checkpoint.file_name
+        checkpoint.save(paths[name])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints, tmp_path_factory):
+    """Export all tasks once for each of some flags."""
+    folder, done = tmp_path_factory.mktemp("many"), {}
+
+    def export(**flags):
+        key = json.dumps(flags, sort_keys=True)
+        if key not in done:
+            first, *more = checkpoints.values()
+            path = folder / f"{len(done)}.onnx"
+            done[key] = path, to_onnx.command(OnnxConfig(first, path, tuple(more), **flags))
+        return done[key]
+
+    return export
+
+
+@pytest.fixture
+def pixels():
+    return torch.randint(0, 256, (12, 3, 224, 224), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"graph": "pixel", "input": "uint8"}, {"precision": "fp16", "input": "uint8"}],
+)
+def test_a_mixed_batch_gets_the_answers_of_each_tasks_own_checkpoint(
+    exported, checkpoints, pixels, flags
+):
+    path, result = exported(**flags)
+    assert result["verified"]
+    assert result["tasks"] == list(KINDS)
+    names = [list(KINDS)[i % len(KINDS)] for i in (5, 3, 0, 1, 2, 4, 0, 0, 5, 1, 3, 2)]
+    mixed = open_artifact(path, device="cpu")(pixels, task=names)
+    near = 1e-5 if result["precision"] == "fp32" else 3e-3
+    for row, name in enumerate(names):
+        own = open_artifact(checkpoints[name], device="cpu")(pixels[row : row + 1])
+        count = KINDS[name][0]
+        torch.testing.assert_close(mixed.embedding[row], own.embedding[0], rtol=0, atol=near)
+        torch.testing.assert_close(mixed.logits[row, :count], own.logits[0], rtol=1e-2, atol=0.3)
+        assert (mixed.logits[row, count:] == np.float32(ABSENT)).all()
+        assert torch.equal(mixed.mask[row].int(), own.mask[0].int())
+
+
+def test_a_reader_of_the_contract_finds_task_and_metadata(exported, pixels):
+    path, _ = exported(input="uint8")
+    session = onnxruntime.InferenceSession(path)
+    inputs = {i.name: (i.type, i.shape) for i in session.get_inputs()}
+    assert inputs["task"] == ("tensor(int64)", ["batch"])
+    feeds = {"image": pixels[:2].numpy(), "task": np.array([1, 4])}
+    logits, mask = session.run(["logits", "mask"], feeds)
+    assert logits.shape == (2, 7)
+    assert mask.dtype == np.int32
+    listed = json.loads(session.get_modelmeta().custom_metadata_map["tasks"])
+    assert [entry["name"] for entry in listed] == list(KINDS)
+    assert [len(entry["class_names"]) for entry in listed] == [count for count, _ in KINDS.values()]
+    assert listed[3]["config"]["head_input"] == "features"
+
+
+def test_no_node_computes_shapes(exported):
+    path, _ = exported(input="uint8")
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert not kinds & {"Shape", "Expand", "ConstantOfShape", "NonZero", "Loop", "If"}
+
+
+def test_the_commands_take_a_task(exported, tmp_path, folder, capsys):
+    path, _ = exported(input="uint8")
+    listed = tasks.command(TasksConfig(path))["tasks"]
+    assert [(task["name"], task["classes"]) for task in listed] == [
+        (name, count) for name, (count, _) in KINDS.items()
+    ]
+    image = next((folder / "test").rglob("*.*"))
+    answer = predict.command(PredictConfig(path, (image,), task="dtd", device="cpu"))
+    assert answer["predictions"][0]["classes"][0]["name"].startswith("dtd ")
+    with pytest.raises(ValueError, match="holds the tasks flowers, dtd, .*; name one with --task"):
+        predict.command(PredictConfig(path, (image,), device="cpu"))
+    with pytest.raises(ValueError, match="asks for 'cats'; the file holds flowers, dtd"):
+        predict.command(PredictConfig(path, (image,), task="cats", device="cpu"))
+
+
+def test_a_call_names_a_task_for_every_image(exported, checkpoints, pixels):
+    artifact = open_artifact(exported(input="uint8")[0], device="cpu")
+    for task in (None, ["dtd"], ["dtd"] * 13):
+        with pytest.raises(ValueError, match="one for each of 12 images"):
+            artifact(pixels, task)
+    with pytest.raises(ValueError, match="the file holds one task"):
+        open_artifact(checkpoints["dtd"], device="cpu")(pixels, "dtd")
+    alone = open_artifact(exported(input="uint8")[0], device="cpu", task="near")
+    assert alone(pixels).logits.shape == (12, 4)
+    assert alone.about.class_names == tuple(f"near {i}" for i in range(4))
+
+
+def test_names_are_given_or_are_the_folders(checkpoints, tmp_path):
+    first, second = checkpoints["flowers"], checkpoints["dtd"]
+    config = OnnxConfig(first, tmp_path / "f.onnx", (second,), input="uint8")
+    to_onnx.command(replace(config, task=("a", "b")))
+    assert [task.name for task in describe_onnx(config.output).tasks] == ["a", "b"]
+    with pytest.raises(ValueError, match="2 checkpoints, but 1 times --task"):
+        to_onnx.command(replace(config, task=("a",)))
+    with pytest.raises(ValueError, match="task 'flowers' stands twice"):
+        to_onnx.command(replace(config, more=(first,)))
+    with pytest.raises(ValueError, match="--baseline is the encoder of one checkpoint"):
+        to_onnx.command(replace(config, baseline=True))
+    with pytest.raises(ValueError, match="--task names one of several checkpoints"):
+        to_onnx.command(replace(config, more=(), task=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"region_size": 16}, "regions are of different sizes"),
+     ({"margin": 8}, "images are prepared differently"),
+     ({"activation": "relu"}, "activation relu does not collapse")],
+)  # fmt: skip
+def test_what_cannot_be_shared_is_refused(checkpoints, demo_clip, tmp_path, settings, message):
+    model = AdaViPro(demo_clip[0], torch.eye(3, 64), PromptConfig(embed_dim=4, **settings))
+    checkpoint_of(model, tuple("abc")).save(tmp_path / "checkpoint.safetensors")
+    config = OnnxConfig(
+        checkpoints["flowers"], tmp_path / "f.onnx", (tmp_path / "checkpoint.safetensors",)
+    )
+    with pytest.raises(ValueError, match=message):
+        to_onnx.command(config)
+    assert not config.output.exists()
+
+
+def test_a_hundred_tasks_keep_their_columns_apart(demo_clip):
+    torch.manual_seed(0)
+    models = [
+        AdaViPro(demo_clip[0], torch.randn(1 + n % 7, 64), PromptConfig(method="zero_shot"))
+        for n in range(100)
+    ]
+    features = torch.randn(100, 160)
+    logits, embedding = TaskHead(models)(features, torch.arange(100).flip(0))
+    for row, model in enumerate(reversed(models)):
+        own = model.logit_scale * embedding[row] @ model.class_embeddings.T
+        torch.testing.assert_close(logits[row, : len(own)], own, rtol=1e-5, atol=1e-4)
+        assert (logits[row, len(own) :] < -1e29).all()
