@@ -134,7 +134,7 @@ def task_names(config: OnnxConfig) -> list[str]:
         return []
     if config.baseline:
         raise ValueError("--baseline is the encoder of one checkpoint; name one")
-    names = list(config.task) or [path.resolve().parent.name for path in paths]
+    names = list(config.task) or [path.absolute().parent.name for path in paths]
     if len(names) != len(paths):
         raise ValueError(f"{len(paths)} checkpoints, but {len(names)} times --task; name each")
     twice = [name for name, count in Counter(names).items() if count > 1]

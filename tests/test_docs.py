@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adavipro_fast import cli, train
+from adavipro_fast.compare import CompareConfig
 from adavipro_fast.training.start import start_run
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,8 @@ def workplace(small, folder, tmp_path_factory):
     (root / "my_images").symlink_to(folder)
     (root / "photo.jpg").symlink_to(next((folder / "test").rglob("*.jpg")))
     start_run(small(root / "runs" / "mine", epochs=1))
+    for task in ("a", "b"):
+        (root / "runs" / task).symlink_to("mine")
     return root
 
 
@@ -79,6 +82,8 @@ def parsed(module, arguments, monkeypatch):
         if module == "adavipro_fast.train":
             monkeypatch.setattr(sys, "argv", [module, *arguments])
             train.parse()
+        elif module == "adavipro_fast.compare":
+            cli.parse(CompareConfig, None, arguments)
         else:
             call(module, arguments, monkeypatch)
     except SystemExit as stop:
