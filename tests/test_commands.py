@@ -82,7 +82,11 @@ def flags(config):
     ("stop", "optimiser"),
     [
         (signal.SIGKILL, {}),
-        (signal.SIGINT, {"generator_optimiser": "adam", "generator_start": 0.3}),
+        pytest.param(
+            signal.SIGINT,
+            {"generator_optimiser": "adam", "generator_start": 0.3},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_stopped_in_epoch_3_and_resumed_ends_in_the_same_bytes(
@@ -315,7 +319,7 @@ def test_the_commands_are_listed(capsys):
     run_module("adavipro_fast", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2].split(".")[1] for line in lines] == [
-        "train", "evaluate", "predict", "cache", "demo"
+        "train", "compare", "evaluate", "predict", "tasks", "cache", "demo"
     ]  # fmt: skip
 
 

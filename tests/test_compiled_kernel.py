@@ -41,7 +41,7 @@ def run_tests(arch, *arguments):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_compiled_code_is_right_and_its_threads_agree(arch):
     names = "8-3-2-5 or 14-2-3-5 or 16-2-3-16 or 32-2-5-5 or near_ties or static or closed_mask"
     run_tests(arch, HERE / "test_kernel.py", __file__, "-k", names)

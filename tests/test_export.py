@@ -244,6 +244,7 @@ def test_a_prompt_that_is_always_open_is_exported(encoder, tmp_path):
     assert open_artifact(config.output)(torch.zeros(3, 3, 224, 224).byte()).mask.all()
 
 
+@pytest.mark.slow
 def test_a_resnet_is_exported_on_the_pixels(tmp_path):
     torch.manual_seed(1)
     encoder, _ = load_clip("RN50")

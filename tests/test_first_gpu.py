@@ -133,8 +133,8 @@ assert look() == before, (before, look())
     [
         "",
         "torch.set_float32_matmul_precision('high')",
-        "torch.backends.cudnn.allow_tf32 = False",
-        "torch.backends.cuda.matmul.allow_tf32 = True",
+        pytest.param("torch.backends.cudnn.allow_tf32 = False", marks=pytest.mark.slow),
+        pytest.param("torch.backends.cuda.matmul.allow_tf32 = True", marks=pytest.mark.slow),
         "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
     ],
 )

@@ -117,6 +117,7 @@ def test_the_papers_published_figures_stand_beside_ours():
     assert "60.0 (95.4)" in paper.markdown([row], "test_top1")
 
 
+@pytest.mark.slow
 def test_the_evidence_has_a_line_with_masks_shuffled(config, monkeypatch):
     names = ["best adavipro 30", "best adavipro 30, margin 30", "paper adavipro 30"]
     lines = [line for line in paper.EVIDENCE if line[0] in names]
