@@ -144,11 +144,22 @@ class Head(nn.Module):
         for name, value in (("projection", model.encoder.projection), ("bias", model.class_bias)):
             self.register_buffer(name, None if value is None else value.detach().float())
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Score the classes."""
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Numbers of an embedding, and of the features."""
+        if self.projection is None:
+            return self.classes.shape[0], self.classes.shape[0]
+        return self.projection.shape[1], self.projection.shape[0]
+
+    def embed(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding (B, E), unit rows, and the features (B, F), both fp32."""
         features = features.float()
         embedding = features if self.projection is None else features @ self.projection
-        embedding = embedding / embedding.norm(dim=-1, keepdim=True)
+        return embedding / embedding.norm(dim=-1, keepdim=True), features
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Score the classes."""
+        embedding, features = self.embed(features)
         logits = (features if self.on_features else embedding) @ self.classes
         return logits if self.bias is None else logits + self.bias, embedding
 

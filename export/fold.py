@@ -11,6 +11,7 @@ the collapsed generator. The mask path stays in fp32 whatever the encoder's prec
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,19 +177,29 @@ class Plain(nn.Module):
         folded: the tower in the form that a prompt is folded into; else as it is.
         dtype: of the encoder's matrix products.
         uint8: images are RGB pixels 0-255; else normalised floats.
+        in_graph: normalise bytes by a node of their own, also where the tower is folded.
     """
 
     inputs: tuple[str, ...] = ("image",)
     outputs: tuple[str, ...] = ("logits", "embedding")
 
-    def __init__(self, model: AdaViPro, *, folded: bool, dtype: torch.dtype, uint8: bool) -> None:
+    def __init__(
+        self,
+        model: AdaViPro,
+        *,
+        folded: bool,
+        dtype: torch.dtype,
+        uint8: bool,
+        in_graph: bool = False,
+    ) -> None:
         super().__init__()
         visual, prompt = model.encoder.visual, model.prompt
         self.uint8 = uint8
         self.scale = 1 / (255 * prompt.std) if uint8 else torch.ones(3)
         self.shift = -prompt.mean / prompt.std if uint8 else torch.zeros(3)
-        affine = (self.scale, self.shift) if folded else (torch.ones(3), torch.zeros(3))
-        self.normalise = Affine(self.scale, self.shift) if uint8 and not folded else nn.Identity()
+        in_graph = in_graph or not folded
+        affine = (torch.ones(3), torch.zeros(3)) if in_graph else (self.scale, self.shift)
+        self.normalise = Affine(self.scale, self.shift) if uint8 and in_graph else nn.Identity()
         self.head = Head(model)
         self.patches: nn.Module = nn.Identity()
         if folding_obstacle(visual):
@@ -200,6 +211,10 @@ class Plain(nn.Module):
     def example(self, side: int) -> tuple[Tensor, ...]:
         """Return inputs of two images."""
         return (torch.zeros(2, 3, side, side, dtype=torch.uint8 if self.uint8 else torch.float32),)
+
+    def dynamic(self, batch: Any) -> dict[str, dict[int, Any]]:
+        """Return which axes of the inputs are open."""
+        return {name: {0: batch} for name in self.inputs}
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Classify."""

@@ -55,7 +55,7 @@ def write(module: Plain, path: Path, *, side: int, opset: int, metadata: dict[st
             opset_version=opset,
             input_names=list(module.inputs),
             output_names=list(module.outputs),
-            dynamic_shapes={name: {0: batch} for name in module.inputs},
+            dynamic_shapes=module.dynamic(batch),
             verbose=False,
         )
     assert program is not None
@@ -135,7 +135,9 @@ def check_dtypes(path: Path, precision: Precision) -> None:
     found: Counter[int] = Counter()
     for node in graph.node:
         kind = kinds.get(node.input[0])
-        wide = node.op_type in safe or any(n.startswith(("decide.", "head.")) for n in node.input)
+        wide = node.op_type in safe or any(
+            n.startswith(("decide.", "head.", "edge.", "kernels")) for n in node.input
+        )
         if wide and kind not in (TensorProto.FLOAT, TensorProto.INT64):
             raise VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
         if not wide and node.op_type in ("MatMul", "Gemm", "Conv", "Attention"):

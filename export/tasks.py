@@ -14,14 +14,13 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adavipro_fast.export.encoder import Head
 from adavipro_fast.export.fold import MaskHead, Plain, TokenTable
+from adavipro_fast.files.task import ABSENT
 from adavipro_fast.method.model import AdaViPro
-
-# What stands for a class that a task does not have.
-ABSENT = -1e30
 
 
 def tasks_obstacle(models: Sequence[AdaViPro]) -> str | None:
@@ -85,9 +84,13 @@ class TaskMasks(nn.Module):
 
 
 class TaskTokens(nn.Module):
-    """What each region's prompt adds to each patch token, for every task."""
+    """What each region's prompt adds to each patch token, for every task.
+
+    Only tokens that some task's frame touches have rows.
+    """
 
     index: Tensor
+    place: Tensor
 
     def __init__(self, models: Sequence[AdaViPro], dtype: torch.dtype) -> None:
         super().__init__()
@@ -97,19 +100,33 @@ class TaskTokens(nn.Module):
             template = model.prompt.template
             image = torch.zeros(3, side, side) if template is None else template().detach()
             tables.append(TokenTable(visual, image, model.prompt.grid, dtype))
-        self.whole, parts = tables[0].whole, range(len(tables[0].rows))
-        self.rows = nn.ParameterList(
-            torch.stack([table.rows[part].detach() for table in tables]) for part in parts
-        )
-        self.register_buffer("index", tables[0].index)
+        parts = range(len(tables[0].rows))
+        stacked = torch.stack(
+            [torch.stack([table.rows[part].detach() for table in tables]) for part in parts]
+        )  # (parts, T, N, W)
+        touched = stacked.ne(0).any(-1).any(0).any(0).nonzero()[:, 0]
+        count = stacked.shape[2]
+        self.rows = nn.ParameterList(list(stacked[:, :, touched]))
+        self.register_buffer("index", tables[0].index[:, touched])
+        # Where each token finds its sum: its own place, or an empty one behind the others.
+        place = torch.full((count,), len(touched))
+        place[touched] = torch.arange(len(touched))
+        self.register_buffer("place", place)
+        self.all = len(touched) == count
 
     def forward(self, tokens: Tensor, mask: Tensor, task: Tensor) -> Tensor:
         """Add the open regions' rows of each image's task to tokens (B, N, W)."""
-        flat = mask.flatten(1).to(tokens.dtype)
+        flat, total = mask.flatten(1).to(tokens.dtype), None
         for number, rows in enumerate(self.rows):
-            chosen = flat if self.whole else flat.index_select(1, self.index[number])
-            tokens = tokens + chosen[..., None] * rows.index_select(0, task)
-        return tokens
+            chosen = flat.index_select(1, self.index[number])
+            added = chosen[..., None] * rows.index_select(0, task)
+            total = added if total is None else total + added
+        assert total is not None
+        if self.all:
+            whole: Tensor = tokens + total
+            return whole
+        placed: Tensor = F.pad(total, (0, 0, 0, 1)).index_select(1, self.place)
+        return tokens + placed
 
 
 class TaskPixels(nn.Module):
@@ -134,17 +151,15 @@ class TaskPixels(nn.Module):
         return prompted
 
 
-class TaskHead(nn.Module):
+class TaskHead(Head):
     """From features (B, F) and tasks (B,) to logits (B, K of the largest task) and embedding."""
 
     columns: Tensor
-    on_embedding: Tensor
-    on_features: Tensor
-    bias: Tensor
-    projection: Tensor | None
+    of_embedding: Tensor
+    of_features: Tensor
 
     def __init__(self, models: Sequence[AdaViPro]) -> None:
-        super().__init__()
+        super().__init__(models[0])
         heads = [Head(model) for model in models]
         most = max(head.classes.shape[1] for head in heads)
         ordered = sorted(range(len(heads)), key=lambda number: heads[number].on_features)
@@ -158,30 +173,26 @@ class TaskHead(nn.Module):
         for number, head in enumerate(heads):
             # One more column, which is no class.
             columns[number, head.classes.shape[1] :] = begin
-        projection = heads[0].projection
-        sizes = (heads[0].classes.shape[0], heads[0].classes.shape[0])
-        if projection is not None:
-            sizes = (projection.shape[1], projection.shape[0])
         for name, on_features, size in (
-            ("on_embedding", False, sizes[0]),
-            ("on_features", True, sizes[1]),
+            ("of_embedding", False, self.widths[0]),
+            ("of_features", True, self.widths[1]),
         ):
             rows = [heads[n].classes for n in ordered if heads[n].on_features is on_features]
             if on_features:
                 rows.append(torch.zeros(size, 1))
             self.register_buffer(name, torch.cat([torch.zeros(size, 0), *rows], 1).contiguous())
-        self.register_buffer("projection", projection)
         self.register_buffer("bias", torch.cat([*biases, torch.tensor([ABSENT])]))
         self.register_buffer("columns", columns)
 
-    def forward(self, features: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, features: Tensor, task: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Score each image's own classes."""
-        features = features.float()
-        embedding = features if self.projection is None else features @ self.projection
-        embedding = embedding / embedding.norm(dim=-1, keepdim=True)
-        scores = features @ self.on_features
-        if self.on_embedding.shape[1]:
-            scores = torch.cat([embedding @ self.on_embedding, scores], 1)
+        embedding, features = self.embed(features)
+        scores = features @ self.of_features
+        if self.of_embedding.shape[1]:
+            scores = torch.cat([embedding @ self.of_embedding, scores], 1)
+        assert self.bias is not None
         logits = (scores + self.bias).gather(1, self.columns.index_select(0, task))
         return logits, embedding
 
@@ -209,7 +220,7 @@ class Tasks(Plain):
             tables = TaskTokens(models, dtype)
         first = copy.deepcopy(models[0]).cpu().eval().requires_grad_(False)
         super().__init__(first, folded=folded, dtype=dtype, uint8=uint8)
-        self.head = TaskHead(models)  # type: ignore[assignment]
+        self.head = TaskHead(models)
         self.decide = TaskMasks(models, self.scale, self.shift)
         self.prompts: nn.Module = tables or TaskPixels(models)
         self.folded = folded
