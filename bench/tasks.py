@@ -3,30 +3,40 @@
     python bench/tasks.py --json bench/results/cpu-2-cores/tasks.json
 
 Every number of tasks is one ONNX file with the same encoder; all are timed in turn with the
-single-task file. Before that each is compared with the single-task answers of its first task.
+single-task file, with a file whose tasks are data, and with one session a task. Before that each is
+compared with the single-task answers of its first task.
 """
 
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 
-from adavipro_fast import AdaViPro, PromptConfig, cli
-from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast import AdaViPro, PromptConfig, cli, open_artifact
+from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import graph, to_onnx, verify
 from adavipro_fast.export.fold import Plain, deployed
+from adavipro_fast.export.open_tasks import OpenTasks, folded_task
 from adavipro_fast.export.tasks import Tasks
 from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.model import Prediction
 from lib.subject import Subject
 from lib.table import Json, publish
 from lib.timing import compared, percentiles, until_steady
 
-CLASSES = 10
+NAMES = tuple(map(str, range(10)))
+# Tasks of the rows where each has a session, or a file, of its own.
+SEPARATE = 8
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -57,35 +67,80 @@ def command(config: TasksConfig) -> dict[str, Any]:
     subject = Subject(config.model, images=config.batch, device=config.device)
     counts = config.tasks or (1, 8, 64, 512)
     models = [task_model(subject, config, number) for number in range(max(counts))]
-    with tempfile.TemporaryDirectory() as folder:
-        single = opened(subject, models[:1], Path(folder) / "single.onnx")
-        files = {
-            f"tasks_{count}": opened(subject, models[:count], Path(folder) / f"{count}.onnx")
-            for count in counts
-        }
-        sizes = {name: artifact.path.stat().st_size for name, artifact in files.items()}
-        works: dict[str, Callable[[], object]] = {"single": single.work}
-        works |= {name: artifact.work for name, artifact in files.items()}
-        for name, artifact in files.items():
-            check(name, artifact, single)
-        bases = dict.fromkeys(files, "single")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        single = exported(subject, models[:1], folder / "single.onnx")
+        rows: list[dict[str, Any]] = [{"name": "single", "tasks": 1}]
+        works: dict[str, Work] = {"single": lambda: single(subject.sample)}
+        for count in counts:
+            name, path = f"tasks_{count}", folder / f"{count}.onnx"
+            many = exported(subject, models[:count], path)
+            check(name, many(subject.sample, "0"), single(subject.sample))
+            more = path.stat().st_size - (folder / "single.onnx").stat().st_size
+            rows.append({"name": name, "tasks": count, "bytes_a_task": more / count})
+            works[name] = partial(many, subject.sample, drawn(count, config.batch))
+        for row, work in (
+            opened_row(subject, models, single, folder),
+            separate_row(subject, models, folder),
+        ):
+            rows.append(row)
+            works[row["name"]] = work
+        bases = {name: "single" for name in works if name != "single"}
         times = until_steady(works, subject.device, seconds=config.seconds, bases=bases)
-        least = single.path.stat().st_size
-    rows: list[dict[str, Any]] = [{"name": "single", "tasks": 1, **percentiles(times["single"])}]
-    for name, count in zip(files, counts, strict=True):
-        rows.append(
-            {
-                "name": name,
-                "tasks": count,
-                **percentiles(times[name]),
-                **compared(times[name], times["single"]),
-                "bytes_a_task": (sizes[name] - least) / (count - 1) if count > 1 else None,
-            }
-        )
-    title = f"{config.model}, batch {config.batch}, mixed tasks"
-    return publish(rows, subject.device, config.json, title) | {
-        "model": config.model, "batch": config.batch, "prompt_size": config.prompt_size
-    }  # fmt: skip
+    for row in rows:
+        row |= percentiles(times[row["name"]])
+        if row["name"] in bases:
+            row |= compared(times[row["name"]], times["single"])
+    settings = {"model": config.model, "batch": config.batch, "prompt_size": config.prompt_size}
+    title = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return publish(rows, subject.device, config.json, title) | settings
+
+
+def drawn(count: int, batch: int) -> list[str]:
+    """Draw a task for each image."""
+    generator = torch.Generator().manual_seed(0)
+    return [str(n) for n in torch.randint(count, (batch,), generator=generator).tolist()]
+
+
+def opened_row(
+    subject: Subject, models: list[AdaViPro], single: Artifact, folder: Path
+) -> tuple[dict[str, Any], Work]:
+    """Build the row of a file whose tasks are data; say how long adding one takes."""
+    opened = exported(subject, models[:1], folder / "open.onnx")
+    assert isinstance(opened, OpenArtifact)
+    seconds = []
+    for number, model in enumerate(models[:SEPARATE]):
+        path = folder / f"{number}.task"
+        folded_task(str(number), checkpoint_of(model, NAMES), model).save(path)
+        began = time.perf_counter()
+        opened.add(path)
+        seconds.append(time.perf_counter() - began)
+    check("open", opened(subject.sample, "0"), single(subject.sample))
+    size = (folder / "0.task").stat().st_size
+    row = {"name": f"open_{SEPARATE}", "tasks": SEPARATE, "bytes_a_task": size}
+    work = partial(opened, subject.sample, drawn(len(seconds), len(subject.sample)))
+    return row | {"add_ms": 1e3 * statistics.median(seconds)}, work
+
+
+def separate_row(
+    subject: Subject, models: list[AdaViPro], folder: Path
+) -> tuple[dict[str, Any], Work]:
+    """Build the row of one session a task, each called with its own images in turn."""
+    paths = [folder / f"own-{number}.onnx" for number in range(min(SEPARATE, len(models)))]
+    files = {
+        str(n): exported(subject, [models[n]], path, alone=True) for n, path in enumerate(paths)
+    }
+    names = drawn(len(files), len(subject.sample))
+    shares = {
+        name: subject.sample[[place for place, other in enumerate(names) if other == name]]
+        for name in dict.fromkeys(names)
+    }
+
+    def work() -> list[Prediction]:
+        return [files[name](share) for name, share in shares.items()]
+
+    size = paths[0].stat().st_size
+    return {"name": f"separate_{SEPARATE}", "tasks": len(files), "bytes_a_task": size}, work
 
 
 def task_model(subject: Subject, config: TasksConfig, number: int) -> AdaViPro:
@@ -99,60 +154,51 @@ def task_model(subject: Subject, config: TasksConfig, number: int) -> AdaViPro:
         edge_padding="replicate",
         embed_dim=8,
     )
-    rows = torch.nn.functional.normalize(torch.randn(CLASSES, width), dim=-1)
+    rows = torch.nn.functional.normalize(torch.randn(len(NAMES), width), dim=-1)
     return AdaViPro(subject.model.encoder, rows, prompt).eval()
 
 
-@dataclass(frozen=True)
-class File:
-    """An exported file, ready to classify the subject's images."""
+def exported(
+    subject: Subject, models: list[AdaViPro], path: Path, *, alone: bool = False
+) -> Artifact:
+    """Export models, bytes as input, and open the file.
 
-    path: Path
-    artifact: OnnxArtifact
-    image: torch.Tensor
-    numbers: tuple[int, ...]
-
-    def work(self) -> dict[str, torch.Tensor]:
-        """Run a batch, each image under a task of its own."""
-        return self.artifact.run(self.image, self.numbers)
-
-
-def opened(subject: Subject, models: list[AdaViPro], path: Path) -> File:
-    """Export models and open the file; a file named `single` holds one task without a name."""
+    Args:
+        subject: of the bench.
+        models: the tasks; of one named `single` or `open` the first is all.
+        path: named after what it holds.
+        alone: one task without a name.
+    """
     module: Plain
-    alone = path.stem == "single"
-    if alone:
-        module = deployed(models[0])
-    else:
-        module = Tasks(models, folded=True, dtype=torch.float32, uint8=False)
-    stored = [checkpoint_of(model, tuple(map(str, range(CLASSES)))) for model in models]
+    stored = [checkpoint_of(model, NAMES) for model in models]
     first = path.with_suffix(".safetensors")
     stored[0].save(first)
-    about = to_onnx.describe(stored[0], to_onnx.OnnxConfig(first, path), "folded")
-    if not alone:
+    config = to_onnx.OnnxConfig(first, path, input="uint8")
+    about = to_onnx.describe(stored[0], config, "folded")
+    if alone or path.stem == "single":
+        module = deployed(models[0], uint8=True)
+    elif path.stem == "open":
+        module = OpenTasks(models[0], dtype=torch.float32, uint8=True)
+        about["open_for"] = asdict(to_onnx.open_for(stored))
+    else:
+        module = Tasks(models, folded=True, dtype=torch.float32, uint8=True)
         about["tasks"] = [
             to_onnx.describe_task(str(number), checkpoint, first)
             for number, checkpoint in enumerate(stored)
         ]
     side = subject.model.preprocess.size
     graph.write(module, path, side=side, opset=to_onnx.OPSETS["fp32"], metadata=about)
-    artifact = OnnxArtifact.open(path, str(subject.device))
-    image = subject.model.prompt.normalised(subject.sample).to(subject.device)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(models), (len(image),), generator=generator).tolist()
-    return File(path, artifact, image, () if alone else tuple(drawn))
+    return open_artifact(path, device=str(subject.device))
 
 
-def check(name: str, many: File, single: File) -> None:
+def check(name: str, got: Prediction, own: Prediction) -> None:
     """Compare the answers for the first task with its own file's.
 
     Raises:
         VerificationError: they differ by more than rounding.
     """
-    first = many.artifact.run(many.image, [0] * len(many.image))
-    own = single.work()
-    error = (first["embedding"] - own["embedding"]).abs().max().item()
-    same = torch.equal(first["mask"], own["mask"])
+    error = (got.embedding - own.embedding).abs().max().item()
+    same = torch.equal(got.mask, own.mask)
     if not error <= verify.LARGEST_ERROR_FP32 or not same:
         raise VerificationError(f"{name}: embeddings differ by {error:.1e}, masks equal: {same}")
 

@@ -13,13 +13,15 @@ import torch
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import NotRunnableError
+from adavipro_fast.artifact.description import NotRunnableError, OpenFor
 from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.encoder import folding_obstacle
 from adavipro_fast.export.fold import Plain, deployed
 from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
+from adavipro_fast.export.open_tasks import OpenTasks, folded_task
 from adavipro_fast.export.tasks import Tasks, tasks_obstacle
 from adavipro_fast.export.verify import (
     Comparison,
@@ -51,6 +53,8 @@ class OnnxConfig:
     """checkpoints of further tasks for the same encoder; the graph then takes each image's task"""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """name of a task; repeatable, in the checkpoints' order (default: their folders' names)"""
+    tasks: Literal["baked", "open"] = "baked"
+    """tasks in the file, or as inputs: then they are data that export/to_task.py writes"""
     graph: Graph | None = None
     """prompt folded into the tokens, or on the pixels (default: folded for ViTs)"""
     precision: Precision = "fp32"
@@ -95,7 +99,9 @@ def command(config: OnnxConfig) -> dict[str, Any]:
     graph = config.graph or _default_graph(models[0])
     module = build(models, config, graph)
     metadata = describe(checkpoints[0], config, graph)
-    if names:
+    if config.tasks == "open":
+        metadata["open_for"] = asdict(open_for(checkpoints))
+    elif names:
         metadata["tasks"] = [
             describe_task(*task) for task in zip(names, checkpoints, paths, strict=True)
         ]
@@ -128,7 +134,7 @@ def task_names(config: OnnxConfig) -> list[str]:
         ValueError: two have one name, or there are other names than checkpoints.
     """
     paths = (config.checkpoint, *config.more)
-    if len(paths) == 1:
+    if len(paths) == 1 and config.tasks == "baked":
         if config.task:
             raise ValueError("--task names one of several checkpoints; leave it out for one")
         return []
@@ -150,7 +156,7 @@ def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain
         ValueError: the encoder cannot be folded, or the models cannot share a graph.
     """
     folded, dtype, uint8 = graph == "folded", DTYPES[config.precision], config.input == "uint8"
-    if len(models) == 1:
+    if len(models) == 1 and config.tasks == "baked":
         return deployed(
             models[0], folded=folded, dtype=dtype, uint8=uint8, baseline=config.baseline
         )
@@ -158,7 +164,26 @@ def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain
         raise ValueError(f"the checkpoints cannot share one graph: {obstacle}; export each alone")
     if folded and (obstacle := folding_obstacle(models[0].encoder.visual)):
         raise ValueError(f"this encoder cannot be folded: {obstacle}; use --graph pixel")
-    return Tasks(models, folded=folded, dtype=dtype, uint8=uint8)
+    if config.tasks == "baked":
+        return Tasks(models, folded=folded, dtype=dtype, uint8=uint8)
+    if not folded:
+        raise ValueError("--tasks open has its prompts as tokens; use --graph folded")
+    prompted = [model for model in models if model.prompt.generator is not None]
+    return OpenTasks((prompted or models)[0], dtype=dtype, uint8=uint8)
+
+
+def open_for(checkpoints: Sequence[Checkpoint]) -> OpenFor:
+    """Say which tasks a graph takes that is made of these.
+
+    Raises:
+        ValueError: they decide on different edges.
+    """
+    configs = [c.config for c in checkpoints if c.config.method == "adavipro"]
+    kinds = {(config.edge, config.edge_padding) for config in configs}
+    if len(kinds) > 1:
+        raise ValueError("--tasks open forms edges of one kind; the checkpoints have several")
+    first = (configs or [checkpoints[0].config])[0]
+    return OpenFor(checkpoints[0].encoder.sha256, first.edge, first.edge_padding)
 
 
 def describe_task(name: str, checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
@@ -245,7 +270,14 @@ def verify(
             **dict.fromkeys(Comparison.__dataclass_fields__),
         }
     batches = sample_batches(references[0].about.preprocess, config.images)
-    if names:
+    if config.tasks == "open":
+        opened = OpenArtifact(candidate)
+        for name, reference, path_of in zip(
+            names, references, (config.checkpoint, *config.more), strict=True
+        ):
+            opened.add(folded_task(name, load_checkpoint(path_of), reference.model))
+        comparison = compare_tasks(references, names, opened, batches)
+    elif names:
         comparison = compare_tasks(references, names, candidate, batches)
     else:
         model = references[0].model

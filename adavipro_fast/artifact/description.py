@@ -12,7 +12,7 @@ from adavipro_fast.files.checked import read
 from adavipro_fast.files.checkpoint import FORMAT, read_settings
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.config import Input, Precision, PromptConfig
-from adavipro_fast.method.functional import normalise
+from adavipro_fast.method.functional import Edge, EdgePadding, normalise
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Preprocess
 
@@ -28,6 +28,15 @@ class Task:
     class_names: tuple[str, ...]
     config: PromptConfig
     calibration: Calibration = UNCALIBRATED
+
+
+@dataclass(frozen=True)
+class OpenFor:
+    """Which tasks a file takes whose tables are inputs."""
+
+    encoder_sha256: str
+    edge: Edge
+    edge_padding: EdgePadding
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Description:
     """from logits to probabilities"""
     tasks: tuple[Task, ...] = ()
     """where there are several; class names, configuration and calibration are then theirs"""
+    open_for: OpenFor | None = None
+    """where tasks are added while it runs"""
 
     @classmethod
     def of(cls, values: dict[str, Any], path: Path) -> "Description":
@@ -81,7 +92,9 @@ class Description:
             ValueError: it describes another graph.
         """
         side, grid = self.preprocess.size, self.preprocess.size // self.config.region_size
-        wanted = {"image": [3, side, side], "logits": [self.most_classes]}
+        wanted: dict[str, list[int]] = {"image": [3, side, side]}
+        if self.open_for is None:
+            wanted["logits"] = [self.most_classes]
         if not self.baseline:
             wanted["mask"] = [grid, grid]
         for name, shape in wanted.items():

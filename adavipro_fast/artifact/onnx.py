@@ -87,10 +87,17 @@ class OnnxArtifact:
             image: its input.
             tasks: the number of each image's task, where there are several.
         """
-        names = [output.name for output in self.session.get_outputs()]
-        feeds = {"image": image.contiguous()}
+        feeds = {"image": image}
         if tasks:
             feeds["task"] = torch.tensor(tasks, device=image.device)
+        return self.run_on(feeds)
+
+    def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph on all its inputs, which lie on the artifact's device."""
+        names = [output.name for output in self.session.get_outputs()]
+        known = {part.name for part in self.session.get_inputs()}
+        # A graph of tasks without a generator takes no kernels.
+        feeds = {name: fed.contiguous() for name, fed in feeds.items() if name in known}
         if self.device.type == "cpu":
             arrays = self.session.run(names, {name: fed.numpy() for name, fed in feeds.items()})
             tensors = [torch.from_numpy(array) for array in arrays]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from adavipro_fast.artifact.description import Artifact, OneTask
 from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.method.config import Precision
 
@@ -25,7 +26,7 @@ def open_artifact(
         pretrained: open_clip tag or path of the encoder's weights.
         precision: of a checkpoint's encoder.
         device: auto, cpu, cuda, ...
-        task: one of a file that holds several.
+        task: one of a file that holds several; a `.task` file where tasks are data.
 
     Raises:
         FileNotFoundError: no such file.
@@ -35,10 +36,13 @@ def open_artifact(
         opened = open_artifact(
             path, model=model, pretrained=pretrained, precision=precision, device=device
         )
+        if isinstance(opened, OpenArtifact) and task.endswith(".task"):
+            task = opened.add(task)
         return OneTask(opened, task)
     path = Path(path)
     if path.suffix == ".onnx":
-        return OnnxArtifact.open(path, device)
+        file = OnnxArtifact.open(path, device)
+        return file if file.about.open_for is None else OpenArtifact(file)
     if path.suffix == ".engine":
         from adavipro_fast.artifact.tensorrt import EngineArtifact
 

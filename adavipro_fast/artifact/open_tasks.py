@@ -1,0 +1,126 @@
+"""A file whose tasks are data: added to and removed from a running process.
+
+A call stacks the tables of the tasks that its own images name, so that a task costs memory once and
+a graph nothing. The set of tasks is replaced, never changed: calls that run go on with the set that
+they began with.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.artifact.description import Description, Task, Tasks
+from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.files.task import TaskFile, load_task, stacked
+from adavipro_fast.method.config import DTYPES
+from adavipro_fast.method.model import Prediction
+
+
+class OpenArtifact:
+    """An exported graph whose tables are inputs, and the tasks that it answers for now.
+
+    Args:
+        file: exported with `--tasks open`.
+    """
+
+    def __init__(self, file: OnnxArtifact) -> None:
+        self.file = file
+        self._tasks: Mapping[str, TaskFile] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def about(self) -> Description:
+        """What the file says about itself, and its tasks now."""
+        return self._describe(self._tasks)
+
+    @property
+    def backend(self) -> str:
+        """Which runtime."""
+        return self.file.backend
+
+    @property
+    def provider(self) -> str:
+        """Which device or execution provider."""
+        return self.file.provider
+
+    def add(self, task: str | Path | TaskFile) -> str:
+        """Add a task and return its name; calls that run are not disturbed.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, of another encoder, preprocessing, region size or edges, or its
+                name is taken.
+        """
+        loaded = task if isinstance(task, TaskFile) else load_task(Path(task))
+        self._check(loaded)
+        # Once on the device, not at every call.
+        tables = {name: table.to(self.file.device) for name, table in loaded.tables.items()}
+        with self._lock:
+            if loaded.name in self._tasks:
+                raise ValueError(f"there is a task {loaded.name!r} already; remove it first")
+            self._tasks = {**self._tasks, loaded.name: replace(loaded, tables=tables)}
+        return loaded.name
+
+    def remove(self, name: str) -> None:
+        """Remove a task; from the next call on its name is unknown.
+
+        Raises:
+            ValueError: no such task.
+        """
+        with self._lock:
+            self.about.numbers(name, 1)
+            self._tasks = {other: task for other, task in self._tasks.items() if other != name}
+
+    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels; logits are as wide as the widest task named."""
+        known = self._tasks
+        if not known:
+            raise ValueError("the file holds no task yet; add one (export/to_task.py)")
+        about = self._describe(known)
+        names = [about.tasks[number].name for number in about.numbers(task, len(pixels))]
+        present = list(dict.fromkeys(names))
+        device = self.file.device
+        feeds = {
+            "image": about.image(pixels.to(device)),
+            "task": torch.tensor([present.index(name) for name in names], device=device),
+            "numbers": torch.arange(len(present), device=device),
+            **stacked([known[name] for name in present], DTYPES[about.precision]),
+        }
+        return about.prediction(self.file.run_on(feeds))
+
+    def _describe(self, known: Mapping[str, TaskFile]) -> Description:
+        tasks = (Task(t.name, t.class_names, t.config, t.calibration) for t in known.values())
+        return replace(self.file.about, tasks=tuple(tasks))
+
+    def _check(self, task: TaskFile) -> None:
+        """Raise ValueError unless a task's tables fit the graph."""
+        about = self.file.about
+        wanted = about.open_for
+        assert wanted is not None
+        if task.encoder.sha256 != wanted.encoder_sha256:
+            raise ValueError(
+                f"task {task.name!r} is of the encoder {task.encoder.name!r} "
+                f"({task.encoder.sha256[:12]}), the file holds {wanted.encoder_sha256[:12]}"
+            )
+        if task.preprocess != about.preprocess:
+            raise ValueError(f"images of task {task.name!r} are prepared otherwise than the file's")
+        if task.config.region_size != about.config.region_size:
+            raise ValueError(
+                f"task {task.name!r} has regions of {task.config.region_size} pixels, the file of "
+                f"{about.config.region_size}"
+            )
+        edges = (task.config.edge, task.config.edge_padding)
+        if task.config.method == "adavipro" and edges != (wanted.edge, wanted.edge_padding):
+            raise ValueError(
+                f"task {task.name!r} decides on edges {' '.join(edges)}, the file forms "
+                f"{wanted.edge} {wanted.edge_padding}"
+            )
+        shapes = {part.name: part.shape for part in self.file.session.get_inputs()}
+        for name, table in task.tables.items():
+            sizes = [size for size in shapes[name][1:] if isinstance(size, int)]
+            if sizes and sizes != list(table.shape)[-len(sizes) :]:
+                raise ValueError(f"table {name!r} of task {task.name!r} does not fit the graph")
