@@ -77,7 +77,9 @@ def command(config: TasksConfig) -> dict[str, Any]:
             many = exported(subject, models[:count], path)
             check(name, many(subject.sample, "0"), single(subject.sample))
             more = path.stat().st_size - (folder / "single.onnx").stat().st_size
-            rows.append({"name": name, "tasks": count, "bytes_a_task": more / count})
+            rows.append({"name": name, "tasks": count})
+            if count > 1:
+                rows[-1]["bytes_a_task"] = more / count
             works[name] = partial(many, subject.sample, drawn(count, config.batch))
         for row, work in (
             opened_row(subject, models, single, folder),
@@ -88,9 +90,9 @@ def command(config: TasksConfig) -> dict[str, Any]:
         bases = {name: "single" for name in works if name != "single"}
         times = until_steady(works, subject.device, seconds=config.seconds, bases=bases)
     for row in rows:
-        row |= percentiles(times[row["name"]])
+        row.update(percentiles(times[row["name"]]))
         if row["name"] in bases:
-            row |= compared(times[row["name"]], times["single"])
+            row.update(compared(times[row["name"]], times["single"]))
     settings = {"model": config.model, "batch": config.batch, "prompt_size": config.prompt_size}
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
     return publish(rows, subject.device, config.json, title) | settings
