@@ -10,8 +10,8 @@ def main() -> None:
     """Print each command with the first line of its module."""
     for name in COMMANDS:
         module = ast.parse((files("adavipro_fast") / f"{name}.py").read_text())
-        said = (ast.get_docstring(module) or "").splitlines()[0].split(": `")[0]
-        print(f"python -m adavipro_fast.{name:<10} {said}")
+        purpose = (ast.get_docstring(module) or "").splitlines()[0].split(": `")[0]
+        print(f"python -m adavipro_fast.{name:<10} {purpose}")
 
 
 if __name__ == "__main__":

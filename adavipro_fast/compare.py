@@ -182,10 +182,10 @@ def name_of(config: TrainConfig, ending: str) -> str:
     return "-".join(parts) + ending
 
 
-def in_folders(found: Sequence[Candidate], folder: Path) -> list[Candidate]:
+def in_folders(listed: Sequence[Candidate], folder: Path) -> list[Candidate]:
     """Give each candidate a folder, and leave out those that flags made equal to another."""
     unique: dict[str, Candidate] = {}
-    for candidate in found:
+    for candidate in listed:
         config = replace(candidate.config, output=None, resume=None)
         key = json.dumps(asdict(config), default=str, sort_keys=True)
         own = replace(config, output=folder / candidate.name)

@@ -66,9 +66,7 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         device=config.device,
         task=config.task,
     )
-    if artifact.about.tasks:
-        names = ", ".join(task.name for task in artifact.about.tasks)
-        raise ValueError(f"{config.artifact} holds the tasks {names}; name one with --task")
+    artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
     class_names, test = load_test(config.data, artifact.about.preprocess)
     if class_names != artifact.about.class_names:

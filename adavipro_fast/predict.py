@@ -56,9 +56,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         device=config.device,
         task=config.task,
     )
-    if artifact.about.tasks:
-        names = ", ".join(task.name for task in artifact.about.tasks)
-        raise ValueError(f"{config.artifact} holds the tasks {names}; name one with --task")
+    artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
     calibration, predictions, drawn = artifact.about.calibration, [], []
     least = 0.0 if config.reject is None else calibration.threshold(config.reject)
@@ -102,8 +100,8 @@ def described(
     ]
     nearest = classes[0]
     known = nearest["probability"] >= least
-    told = repr(nearest["name"]) if known else f"unknown, nearest {nearest['name']!r}"
-    print(f"{str(path)!r}: {told} ({nearest['probability']:.1%})")
+    answered = repr(nearest["name"]) if known else f"unknown, nearest {nearest['name']!r}"
+    print(f"{str(path)!r}: {answered} ({nearest['probability']:.1%})")
     answer = nearest["name"] if known else UNKNOWN
     return {"path": str(path), "answer": answer, "classes": classes, "mask": mask.int().tolist()}
 

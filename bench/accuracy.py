@@ -87,7 +87,7 @@ def open_onnx(
     """Export a variant, verified, and open it."""
     graph, precision, kind = variant
     path = folder / f"{graph}-{precision}-{kind}.onnx"
-    wanted = to_onnx.OnnxConfig(
+    options = to_onnx.OnnxConfig(
         config.checkpoint,
         path,
         graph=graph,
@@ -96,7 +96,7 @@ def open_onnx(
         model=config.model,
         pretrained=config.pretrained,
     )
-    to_onnx.command(wanted)
+    to_onnx.command(options)
     return open_artifact(path, device=config.device)
 
 

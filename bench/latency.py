@@ -94,18 +94,18 @@ def time_rows(
     times = until_steady(works, subject.device, seconds=seconds, bases=bases)
     result = []
     for row in rows:
-        told: dict[str, Any] = {"name": row.name, "batch": count}
+        figures: dict[str, Any] = {"name": row.name, "batch": count}
         if row.name not in times:
-            result.append(told | {"skipped": row.skipped})
+            result.append(figures | {"skipped": row.skipped})
             continue
-        told |= {"contract": row.contract, **percentiles(times[row.name])}
-        told |= {"ms_per_image": told["p50_ms"] / count}
+        figures |= {"contract": row.contract, **percentiles(times[row.name])}
+        figures |= {"ms_per_image": figures["p50_ms"] / count}
         if row.name in bases:
-            told |= {"base": row.base, **compared(times[row.name], times[row.base])}
-        told |= {"build_s": row.build_s}
+            figures |= {"base": row.base, **compared(times[row.name], times[row.base])}
+        figures |= {"build_s": row.build_s}
         if subject.device.type == "cuda":
-            told |= {"peak_device_mib": peak_device_mib(works[row.name], subject.device)}
-        result.append(told)
+            figures |= {"peak_device_mib": peak_device_mib(works[row.name], subject.device)}
+        result.append(figures)
     return result
 
 

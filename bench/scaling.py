@@ -98,8 +98,8 @@ def command(config: ScalingConfig) -> dict[str, Any]:
     for _ in range(config.repeats):
         for processes, found in times.items():
             found.append(step_ms(processes, config))
-    told = torchrun(2, config, [__file__, "--message"]).splitlines()[-1]
-    message = json.loads(told)["message_ms"]
+    line = torchrun(2, config, [__file__, "--message"]).splitlines()[-1]
+    message = json.loads(line)["message_ms"]
     one, two = (median(found) for found in times.values())
     rows = [
         {"name": "1 process", "step_ms": one, "ratio": 1.0},

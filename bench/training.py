@@ -187,9 +187,9 @@ def step_rows(encoder: FrozenEncoder, config: TrainingConfig) -> list[dict[str, 
     for group in (steps.keys() - APART, APART):
         some = {name: step for name, step in steps.items() if name in group | {"vp"}}
         warm_up = 0 if config.quick else 1
-        found = interleaved_ms(some, device, rounds=config.rounds, warm_up=warm_up)
+        measured = interleaved_ms(some, device, rounds=config.rounds, warm_up=warm_up)
         for name in group:
-            times[name], base[name] = found[name], found["vp"]
+            times[name], base[name] = measured[name], measured["vp"]
     rows = [
         {"name": name, **step_figures(times[name], base[name], config)}
         | ({} if config.quick else {"peak_mib": peak_mib(name, config)})
@@ -217,11 +217,11 @@ def step_figures(
 
 def peak_mib(name: str, config: TrainingConfig) -> float:
     """Run a row alone in a new process and return its peak memory, MiB."""
-    told = result_of(
+    result = result_of(
         *(__file__, "--model", config.model, "--batch", config.batch, "--device", config.device),
         *("--precision", config.precision, "--only", name),
     )
-    return float(told["peak_mib"])
+    return float(result["peak_mib"])
 
 
 def own_peak_mib(config: TrainingConfig) -> float:

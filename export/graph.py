@@ -132,7 +132,7 @@ def check_dtypes(path: Path, precision: Precision) -> None:
     }
     kinds |= {t.name: t.data_type for t in graph.initializer}
     safe = {"LayerNormalization", "Softmax", "ReduceL2"}
-    found: Counter[int] = Counter()
+    products: Counter[int] = Counter()
     for node in graph.node:
         kind = kinds.get(node.input[0])
         wide = node.op_type in safe or any(
@@ -141,7 +141,7 @@ def check_dtypes(path: Path, precision: Precision) -> None:
         if wide and kind not in (TensorProto.FLOAT, TensorProto.INT64):
             raise VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
         if not wide and node.op_type in ("MatMul", "Gemm", "Conv", "Attention"):
-            found[kind or 0] += 1
-    if set(found) != {ELEMENTS[precision]}:
-        names = {TensorProto.DataType.Name(k): n for k, n in found.items()}
+            products[kind or 0] += 1
+    if set(products) != {ELEMENTS[precision]}:
+        names = {TensorProto.DataType.Name(k): n for k, n in products.items()}
         raise VerificationError(f"matrix products are {names}; {precision} was asked for")

@@ -171,9 +171,9 @@ def progress(trt: ModuleType) -> Any:
 
 def prove_precision(products: Counter[str], precision: str, wide: int = WIDE_PRODUCTS) -> None:
     """Raise VerificationError unless the matrix products are in `precision`, but for `wide`."""
-    wanted = DTYPES[precision]
-    others = sum(products.values()) - products[wanted]
-    if products[wanted] == 0 or (wanted != "float32" and others > wide):
+    dtype = DTYPES[precision]
+    others = sum(products.values()) - products[dtype]
+    if products[dtype] == 0 or (dtype != "float32" and others > wide):
         raise VerificationError(
             f"the engine's matrix products are {dict(products)}; {precision} was asked for"
         )

@@ -1,6 +1,6 @@
 """Fold a checkpoint into one task's tables: `python export/to_task.py CHECKPOINT --output F.task`.
 
-The file is added to a running artefact that was exported with `--tasks open`.
+The file is added to a running artifact that was exported with `--tasks open`.
 """
 
 from dataclasses import dataclass

@@ -90,6 +90,11 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             source = onnx_source(config, Path(folder))
             about = describe_onnx(source)
+            if about.open_for is not None:
+                raise ValueError(
+                    f"{config.source} takes its tasks while it runs, which an engine cannot; "
+                    "export the checkpoints without --tasks open"
+                )
             began = time.perf_counter()
             network = Network(trt, runtime, source)
             plan = network.build(
@@ -189,14 +194,14 @@ def choose_capabilities(trt: ModuleType, runtime: str, asked: tuple[str, ...]) -
     known = {
         f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name[:2] == "SM"
     }
-    wanted = list(dict.fromkeys(asked)) or [str(here)]
-    for capability in wanted:
+    capabilities = list(dict.fromkeys(asked)) or [str(here)]
+    for capability in capabilities:
         if capability not in known:
             raise ValueError(
                 f"compute capability {capability!r} is unknown to {runtime} {trt.__version__}; "
                 f"use {', '.join(sorted(known, key=float))}"
             )
-    return wanted
+    return capabilities
 
 
 def onnx_source(config: TensorRtConfig, folder: Path) -> Path:

@@ -185,6 +185,7 @@ class VerifyConfig:
     artifact: Annotated[Path, tyro.conf.Positional]
     """.onnx or .engine"""
     images: cli.Images = None
+    task: cli.Task = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     device: cli.Device = "auto"
@@ -204,7 +205,8 @@ def command(config: VerifyConfig) -> dict[str, Any]:
     reference = TorchArtifact.open(
         config.checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
     )
-    candidate = open_artifact(config.artifact, device=config.device)
+    candidate = open_artifact(config.artifact, device=config.device, task=config.task)
+    candidate.about.check_one_task(config.artifact)
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)
     if complaint := comparison.complaint(candidate.about.precision):

@@ -23,6 +23,7 @@ from adavipro_fast.data.coop import read_split
 from adavipro_fast.data.images import FORMATS, decode_image
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.checkpoint import BASELINE_FORMAT, checkpoint_of, load_checkpoint
+from adavipro_fast.files.task import TaskFile, load_task
 from adavipro_fast.files.whole import safetensors_bytes
 from adavipro_fast.method.clip import load_encoder
 from adavipro_fast.method.config import PromptConfig
@@ -139,6 +140,19 @@ def head_seeds(parts, folder, tmp):
     return parted(safetensors_bytes(tensors, metadata))
 
 
+def task_seeds(parts, folder, tmp):
+    tables = {
+        "kernels": torch.zeros(3, 34, 34),
+        "constants": torch.zeros(49),
+        "rows": torch.zeros(1, 4, 2),
+        "classes": torch.zeros(len(parts.class_names), 3),
+        "biases": torch.zeros(len(parts.class_names)),
+    }
+    task = TaskFile("t", tables, parts.class_names, parts.config, parts.encoder, parts.preprocess)
+    task.save(tmp / "seed.task")
+    return parted((tmp / "seed.task").read_bytes())
+
+
 @cache
 def small_clip():
     return load_encoder("demo")
@@ -248,6 +262,7 @@ def decode_fuzzed(content):
 READERS = {
     "checkpoint": (checkpoint_seeds, checkpoint_input, "c.safetensors", load_checkpoint),
     "head": (head_seeds, checkpoint_input, "head.safetensors", read_head),
+    "task": (task_seeds, checkpoint_input, "x.task", load_task),
     "state": (state_seeds, checkpoint_input, "last.safetensors", read_state),
     "onnx": (onnx_seeds, onnx_input, "x.onnx", describe_onnx),
     "sidecar": (sidecar_seeds, sidecar_input, "x.engine.json", lambda p: read_sidecar(engine(p))),

@@ -1,6 +1,8 @@
 """Many tasks in one file: each image gets its own task's answer, whatever stands beside it."""
 
 import json
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +13,12 @@ import torch
 
 from adavipro_fast import AdaViPro, PromptConfig, open_artifact, predict, tasks
 from adavipro_fast.artifact.onnx import describe_onnx
-from adavipro_fast.export import to_onnx
-from adavipro_fast.export.tasks import ABSENT, TaskHead
+from adavipro_fast.export import to_onnx, to_task
+from adavipro_fast.export.tasks import TaskHead
 from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export.to_task import TaskConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.files.task import ABSENT, load_task
 from adavipro_fast.predict import PredictConfig
 from adavipro_fast.tasks import TasksConfig
 
@@ -180,3 +184,106 @@ def test_a_hundred_tasks_keep_their_columns_apart(demo_clip):
         own = model.logit_scale * embedding[row] @ model.class_embeddings.T
         torch.testing.assert_close(logits[row, : len(own)], own, rtol=1e-5, atol=1e-4)
         assert (logits[row, len(own) :] < -1e29).all()
+
+
+@pytest.fixture(scope="module")
+def opened(checkpoints, tmp_path_factory):
+    """A file whose tasks are data, and the tasks."""
+    folder = tmp_path_factory.mktemp("open")
+    some = {name: checkpoints[name] for name in ("flowers", "dtd", "bare", "far", "probe")}
+    first, *more = some.values()
+    config = OnnxConfig(first, folder / "open.onnx", tuple(more), tasks="open", input="uint8")
+    assert to_onnx.command(config)["verified"]
+    for name, path in some.items():
+        to_task.command(TaskConfig(path, folder / f"{name}.task"))
+    return folder
+
+
+def test_tasks_come_and_go_and_are_answered_like_their_checkpoints(opened, checkpoints, pixels):
+    artifact = open_artifact(opened / "open.onnx", device="cpu")
+    with pytest.raises(ValueError, match="the file holds no task yet"):
+        artifact(pixels, "dtd")
+    for name in ("far", "dtd", "probe"):
+        assert artifact.add(opened / f"{name}.task") == name
+    names = ["dtd", "far", "probe", "far"] * 3
+    mixed = artifact(pixels, names)
+    for row, name in enumerate(names):
+        own = open_artifact(checkpoints[name], device="cpu")(pixels[row : row + 1])
+        torch.testing.assert_close(mixed.embedding[row], own.embedding[0], rtol=0, atol=1e-5)
+        count = KINDS[name][0]
+        torch.testing.assert_close(mixed.logits[row, :count], own.logits[0], rtol=1e-4, atol=1e-3)
+        assert (mixed.logits[row, count:] <= ABSENT).all()
+        assert torch.equal(mixed.mask[row].int(), own.mask[0].int())
+    artifact.remove("far")
+    with pytest.raises(ValueError, match="asks for 'far'; the file holds dtd, probe"):
+        artifact(pixels, names)
+    with pytest.raises(ValueError, match="asks for 'far'"):
+        artifact.remove("far")
+    with pytest.raises(ValueError, match="there is a task 'dtd' already; remove it first"):
+        artifact.add(opened / "dtd.task")
+
+
+def test_adding_and_removing_disturbs_no_running_call(opened, pixels):
+    artifact = open_artifact(opened / "open.onnx", device="cpu")
+    artifact.add(opened / "dtd.task")
+    expected, stop, calls = artifact(pixels, "dtd").logits, threading.Event(), []
+
+    def call():
+        while not stop.is_set():
+            calls.append(torch.equal(artifact(pixels, "dtd").logits, expected))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    task, longest = load_task(opened / "far.task"), 0.0
+    for _ in range(1000):
+        began = time.perf_counter()
+        artifact.add(task)
+        longest = max(longest, time.perf_counter() - began)
+        artifact.remove("far")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(calls) > 2
+    assert all(calls)
+    assert longest < 0.1
+    assert [known.name for known in artifact.about.tasks] == ["dtd"]
+
+
+def test_a_task_that_does_not_fit_is_refused(opened, checkpoints, tmp_path):
+    artifact = open_artifact(opened / "open.onnx", device="cpu")
+    task = load_task(opened / "flowers.task")
+    wrong = {
+        "is of the encoder": {"encoder": replace(task.encoder, sha256="0" * 64)},
+        "images of task 'flowers' are prepared": {"preprocess": replace(task.preprocess, margin=3)},
+        "regions of 16 pixels, the file of 32": {"config": replace(task.config, region_size=16)},
+        "decides on edges sobel": {"config": replace(task.config, edge="sobel")},
+        "table 'rows' .* does not fit": {
+            "tables": task.tables | {"rows": task.tables["rows"][:, :3]}
+        },
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            artifact.add(replace(task, **change))
+    assert not artifact.about.tasks
+    for damage in (lambda c: c[:-1], lambda c: c.replace(b"kernels", b"kernelz")):
+        path = tmp_path / "damaged.task"
+        path.write_bytes(damage((opened / "flowers.task").read_bytes()))
+        with pytest.raises(ValueError, match="damaged.task"):
+            artifact.add(path)
+    with pytest.raises(ValueError, match="does not end in .task; name a file F.task"):
+        to_task.command(TaskConfig(checkpoints["dtd"], tmp_path / "dtd.bin"))
+    near = OnnxConfig(
+        checkpoints["flowers"], tmp_path / "f.onnx", (checkpoints["near"],), tasks="open"
+    )
+    with pytest.raises(ValueError, match="forms edges of one kind; the checkpoints have several"):
+        to_onnx.command(near)
+
+
+def test_the_commands_take_a_task_file(opened, folder):
+    image = next((folder / "test").rglob("*.*"))
+    flags = {"task": str(opened / "dtd.task"), "device": "cpu"}
+    answer = predict.command(PredictConfig(opened / "open.onnx", (image,), **flags))
+    assert answer["predictions"][0]["classes"][0]["name"].startswith("dtd ")
+    with pytest.raises(ValueError, match="needs a task; name one with --task F.task"):
+        predict.command(PredictConfig(opened / "open.onnx", (image,), device="cpu"))

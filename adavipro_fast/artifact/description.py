@@ -92,12 +92,12 @@ class Description:
             ValueError: it describes another graph.
         """
         side, grid = self.preprocess.size, self.preprocess.size // self.config.region_size
-        wanted: dict[str, list[int]] = {"image": [3, side, side]}
+        needed: dict[str, list[int]] = {"image": [3, side, side]}
         if self.open_for is None:
-            wanted["logits"] = [self.most_classes]
+            needed["logits"] = [self.most_classes]
         if not self.baseline:
-            wanted["mask"] = [grid, grid]
-        for name, shape in wanted.items():
+            needed["mask"] = [grid, grid]
+        for name, shape in needed.items():
             got = list(shapes.get(name, ()))[1:]
             if got != shape:
                 raise ValueError(
@@ -128,6 +128,14 @@ class Description:
             )
         return [names.index(name) for name in each]
 
+    def check_one_task(self, path: Path) -> None:
+        """Raise ValueError where a file waits for the name of a task."""
+        if self.tasks:
+            names = ", ".join(task.name for task in self.tasks)
+            raise ValueError(f"{path} holds the tasks {names}; name one with --task")
+        if self.open_for is not None:
+            raise ValueError(f"{path} needs a task; name one with --task F.task")
+
     def of_task(self, name: str) -> "Description":
         """Describe one of the tasks as a file of its own would.
 
@@ -143,6 +151,7 @@ class Description:
             config=task.config,
             calibration=task.calibration,
             tasks=(),
+            open_for=None,
         )
 
     def image(self, pixels: Tensor) -> Tensor:

@@ -99,12 +99,12 @@ class OpenArtifact:
     def _check(self, task: TaskFile) -> None:
         """Raise ValueError unless a task's tables fit the graph."""
         about = self.file.about
-        wanted = about.open_for
-        assert wanted is not None
-        if task.encoder.sha256 != wanted.encoder_sha256:
+        graph = about.open_for
+        assert graph is not None
+        if task.encoder.sha256 != graph.encoder_sha256:
             raise ValueError(
                 f"task {task.name!r} is of the encoder {task.encoder.name!r} "
-                f"({task.encoder.sha256[:12]}), the file holds {wanted.encoder_sha256[:12]}"
+                f"({task.encoder.sha256[:12]}), the file holds {graph.encoder_sha256[:12]}"
             )
         if task.preprocess != about.preprocess:
             raise ValueError(f"images of task {task.name!r} are prepared otherwise than the file's")
@@ -114,10 +114,10 @@ class OpenArtifact:
                 f"{about.config.region_size}"
             )
         edges = (task.config.edge, task.config.edge_padding)
-        if task.config.method == "adavipro" and edges != (wanted.edge, wanted.edge_padding):
+        if task.config.method == "adavipro" and edges != (graph.edge, graph.edge_padding):
             raise ValueError(
                 f"task {task.name!r} decides on edges {' '.join(edges)}, the file forms "
-                f"{wanted.edge} {wanted.edge_padding}"
+                f"{graph.edge} {graph.edge_padding}"
             )
         shapes = {part.name: part.shape for part in self.file.session.get_inputs()}
         for name, table in task.tables.items():

@@ -82,13 +82,13 @@ def coop_sources(layout: Coop, root: Path) -> tuple[tuple[str, ...], dict[str, S
         ValueError: the json is not what it should be.
     """
     folder = root / layout.folder
-    wanted = (
+    expected = (
         f"expected {folder / layout.images}/... from {layout.origin} and {folder / layout.split} "
         "from CoOp (github.com/KaiyangZhou/CoOp); name the folder above with --data-root"
     )
     for path in (folder / layout.split, folder / layout.images):
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing; {wanted}")
+            raise FileNotFoundError(f"{path} is missing; {expected}")
     splits = read_split(folder / layout.split)
     names: dict[int, str] = {}
     for label, name in (entry[1:] for entries in splits.values() for entry in entries):
@@ -103,7 +103,7 @@ def coop_sources(layout: Coop, root: Path) -> tuple[tuple[str, ...], dict[str, S
         paths = [folder / layout.images / entry[0] for entry in entries]
         missing = next((path for path in paths if not path.is_file()), None)
         if missing is not None:
-            raise FileNotFoundError(f"{missing} is missing; {wanted}")
+            raise FileNotFoundError(f"{missing} is missing; {expected}")
         sources[split] = file_source(paths, [entry[1] for entry in entries])
     class_names = tuple(EUROSAT.get(names[i], names[i]) for i in range(len(names)))
     return class_names, sources

@@ -265,8 +265,8 @@ class AdaptivePrompt(nn.Module):
             obstacle = f"it needs a CUDA device, not {device}"
         if self.kernel == "fused" and obstacle:
             raise ValueError(f"the fused kernel cannot run: {obstacle}; use --kernel auto or plain")
-        wanted = self.kernel == "fused" or (self.kernel == "auto" and device.type == "cuda")
-        return "fused" if wanted and obstacle is None else "plain"
+        fused = self.kernel == "fused" or (self.kernel == "auto" and device.type == "cuda")
+        return "fused" if fused and obstacle is None else "plain"
 
     @property
     def mode(self) -> Mode:

@@ -66,15 +66,15 @@ class Group:
         """Return the leading process's path."""
         if self.size == 1:
             return path
-        told = torch.zeros(LONGEST_PATH, dtype=torch.uint8, device=device)
+        message = torch.zeros(LONGEST_PATH, dtype=torch.uint8, device=device)
         if self.leads:
             content = torch.frombuffer(bytearray(os.fsencode(path)), dtype=torch.uint8)
-            told[: len(content)] = content
+            message[: len(content)] = content
         try:
-            dist.broadcast(told, 0)
+            dist.broadcast(message, 0)
         except RuntimeError as error:
             raise ConnectionError(f"another process of this run has ended: {error}") from error
-        return Path(os.fsdecode(bytes(told.tolist()).rstrip(b"\0")))
+        return Path(os.fsdecode(bytes(message.tolist()).rstrip(b"\0")))
 
     def keep_folder(self, folder: Path) -> None:
         """Remember the run's folder for a restart."""

@@ -51,22 +51,24 @@ def cpu_name() -> str:
 
 def clocks() -> dict[str, Any]:
     """Read the clocks as they are now and what slows them down, where the machine tells it."""
-    told: dict[str, Any] = {"load_average": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    about: dict[str, Any] = {}
+    if hasattr(os, "getloadavg"):
+        about["load_average"] = os.getloadavg()[0]
     with contextlib.suppress(OSError):
         cores = re.findall(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text())
         if cores:
-            told["cpu_mhz"] = max(map(float, cores))
+            about["cpu_mhz"] = max(map(float, cores))
     folder = Path("/sys/devices/system/cpu/cpu0")
     for name in ("cpufreq/cpuinfo_max_freq", "thermal_throttle/core_throttle_count"):
         with contextlib.suppress(OSError, ValueError):
-            told[name.split("/")[1]] = int((folder / name).read_text())
+            about[name.split("/")[1]] = int((folder / name).read_text())
     if torch.cuda.is_available() and shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         values = done.stdout.split("\n")[0].split(", ")
         if len(values) == len(GPU_FIELDS):
-            told["gpu"] = dict(zip(GPU_FIELDS, values, strict=True))
-    return told
+            about["gpu"] = dict(zip(GPU_FIELDS, values, strict=True))
+    return about
 
 
 def versions() -> dict[str, str]:

@@ -141,7 +141,7 @@ def write(subject: Subject, path: Path) -> None:
     kind, checkpoint = path.stem.removesuffix("_uint8"), path.with_name("checkpoint.safetensors")
     stored = checkpoint_of(subject.model, CLASS_NAMES)
     stored.save(checkpoint)
-    wanted = to_onnx.OnnxConfig(
+    options = to_onnx.OnnxConfig(
         checkpoint,
         path,
         precision=subject.precision,
@@ -153,8 +153,8 @@ def write(subject: Subject, path: Path) -> None:
         subject.model,
         folded=foldable and kind != "pixel",
         dtype=DTYPES[subject.precision],
-        uint8=wanted.input == "uint8",
-        baseline=wanted.baseline,
+        uint8=options.input == "uint8",
+        baseline=options.baseline,
     )
     form: Graph = "folded" if kind == "folded" else "pixel"
     onnx_graph.write(
@@ -162,5 +162,5 @@ def write(subject: Subject, path: Path) -> None:
         path,
         side=subject.model.preprocess.size,
         opset=to_onnx.OPSETS[subject.precision],
-        metadata=to_onnx.describe(stored, wanted, form) | {"baseline": wanted.baseline},
+        metadata=to_onnx.describe(stored, options, form) | {"baseline": options.baseline},
     )

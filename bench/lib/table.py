@@ -65,8 +65,8 @@ def skipped(rows: list[dict[str, Any]], width: int) -> list[str]:
         # What --quick leaves out in particular is the row itself.
         reason = "--quick" if row["skipped"].startswith("--quick") else row["skipped"]
         names.setdefault(reason, {})[row["name"]] = None
-    told = "; ".join(f"{', '.join(some)} ({reason})" for reason, some in names.items())
-    return wrapped(f"skipped: {told}", width) if rows else []
+    named = "; ".join(f"{', '.join(some)} ({reason})" for reason, some in names.items())
+    return wrapped(f"skipped: {named}", width) if rows else []
 
 
 def wrapped(line: str, width: int) -> list[str]:
