@@ -70,7 +70,23 @@ def headline() -> str:
     """Say what comes first in README."""
     demo = json.loads((CPU / "demo.json").read_text())
     folded = latency("latency", "onnx_folded", 16)
-    return prose()["headline"].format(demo=demo, folded=folded, training=named("training"))
+    figures = named("tasks") | {"demo": demo, "folded": folded, "training": named("training")}
+    return prose()["headline"].format(**figures)
+
+
+def tasks() -> str:
+    """Tabulate what many tasks in one file cost."""
+    forms = {
+        "row": "`{name}`",
+        "tasks": "{tasks}",
+        "p50, ms": "{p50_ms:.0f}",
+        "to one task (95 %)": "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
+    }
+    figures = named("tasks")
+    size, whole = figures["tasks_64"]["bytes_a_task"], figures["separate_8"]["bytes_a_task"]
+    sizes = {"kb": size / 1e3, "share": 100 * size / whole, "mb": whole / 1e6}
+    compared = [row for row in figures.values() if "ratio" in row]
+    return columns(compared, forms) + "\n\n" + prose()["tasks"].format(**sizes, **figures)
 
 
 def latency(file: str, name: str, batch: int) -> Row:
@@ -252,7 +268,19 @@ def mean(found: list[Row], figure: str, digits: int = 1) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(headline, results, training, epochs, scaling, costs, curve, accuracy, runs, evidence),
+        *(
+            headline,
+            results,
+            tasks,
+            training,
+            epochs,
+            scaling,
+            costs,
+            curve,
+            accuracy,
+            runs,
+            evidence,
+        ),
     )
 }
 

@@ -26,7 +26,16 @@ KINDS = {
     "flowers": (3, {"edge": "laplacian-magnitude", "edge_padding": "replicate"}),
     "dtd": (5, {"method": "vp", "prompt_size": 60}),
     "bare": (2, {"method": "zero_shot"}),
-    "far": (7, {"head": "linear", "head_input": "features", "prompt_size": 112}),
+    "far": (
+        7,
+        {
+            "head": "linear",
+            "head_input": "features",
+            "prompt_size": 112,
+            "edge": "laplacian-magnitude",
+            "edge_padding": "replicate",
+        },
+    ),
     "near": (4, {"head": "linear", "head_input": "embedding", "edge": "sobel"}),
     "probe": (6, {"method": "linear_probe", "head": "linear", "head_input": "features"}),
 }
@@ -235,8 +244,9 @@ def test_adding_and_removing_disturbs_no_running_call(opened, pixels):
     threads = [threading.Thread(target=call) for _ in range(2)]
     for thread in threads:
         thread.start()
-    task, longest = load_task(opened / "far.task"), 0.0
-    for _ in range(1000):
+    task, longest, added = load_task(opened / "far.task"), 0.0, 0
+    while added < 1000 or len(calls) < 6:
+        added += 1
         began = time.perf_counter()
         artifact.add(task)
         longest = max(longest, time.perf_counter() - began)
@@ -244,7 +254,6 @@ def test_adding_and_removing_disturbs_no_running_call(opened, pixels):
     stop.set()
     for thread in threads:
         thread.join()
-    assert len(calls) > 2
     assert all(calls)
     assert longest < 0.1
     assert [known.name for known in artifact.about.tasks] == ["dtd"]
