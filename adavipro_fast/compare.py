@@ -44,6 +44,12 @@ class Given:
     head: HeadKind | None = None
     prompt_size: int | None = None
     margin: int | None = None
+    epochs: int | None = None
+
+    def allows(self, method: Method, head: HeadKind) -> bool:
+        """Tell whether a method and a head may be tried."""
+        margin = not self.margin or method in PROMPTED
+        return margin and self.method in (None, method) and self.head in (None, head)
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ def command() -> dict[str, Any]:
     place = cli.parse_some(Place)
     flags = sys.argv[1:] if place.resume is None else kept_flags(place.resume)
     config = cli.parse(CompareConfig, CompareConfig(train=recipe("best")), flags)
+    if config.train.recipe != "best":
+        raise ValueError("compare tries variants of the default recipe; leave --recipe out")
     folder, made = place.resume or place.output, list[Path]()
     if folder is None:
         folder, made = make_folder(f"{Path(config.train.data.data).name}-compare")
@@ -120,7 +128,9 @@ def command() -> dict[str, Any]:
         if place.resume is None:
             keep_flags(folder)
         minutes = config.minutes or (DEMO_MINUTES if config.train.data.data == "demo" else MINUTES)
-        result = Search(candidates(config.train, folder, flags), 60 * minutes, folder).run()
+        epochs = cli.parse_some(Given, flags).epochs
+        tried = candidates(config.train, folder, flags)
+        result = Search(tried, 60 * minutes, folder, epochs).run()
         write_whole(folder / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
         write_whole(folder / "compare.md", markdown(result).encode())
         drawn = pictures.comparison(result["rows"], result["winner"])
@@ -150,7 +160,7 @@ def kept_flags(folder: Path) -> list[str]:
     path = folder / FLAGS
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no search; start one with --output {folder}")
-    if len(sys.argv) > 3:
+    if sys.argv[1:] not in (["--resume", str(folder)], [f"--resume={folder}"]):
         raise ValueError("--resume goes on with a search's own flags; leave the others out")
     return list(json.loads(path.read_text()))
 
@@ -164,7 +174,7 @@ def candidates(base: TrainConfig, folder: Path, flags: Sequence[str]) -> list[Ca
         eligible = given.method in (None, method) and given.head in (None, head)
         listed.append(Candidate(method, replace(base, prompt=prompt), eligible))
     for proposal in PROPOSALS:
-        if given.method in (None, proposal.method) and given.head in (None, proposal.head):
+        if given.allows(proposal.method, proposal.head):
             start = proposal.under(given)
             config = cli.parse(CompareConfig, CompareConfig(train=start), flags).train
             listed.append(Candidate(name_of(config, proposal.ending), config))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adavipro_fast.export.encoder import Head, Trunk
+from adavipro_fast.export.encoder import Head, Trunk, folding_obstacle
 from adavipro_fast.export.fold import MaskHead, Plain, TokenTable
 from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.files.task import TABLES, TaskFile
@@ -23,6 +23,8 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
     prompt, config = model.prompt, model.config
     if config.activation != "none":
         raise ValueError(f"activation {config.activation} does not collapse; it is no table")
+    if obstacle := folding_obstacle(model.encoder.visual):
+        raise ValueError(f"this encoder's prompts are no tables: {obstacle}")
     if config.method == "full_finetune":
         raise ValueError("a fine-tuned tower is no table; export it alone")
     region, side = config.region_size, model.preprocess.size

@@ -183,7 +183,8 @@ def open_for(checkpoints: Sequence[Checkpoint]) -> OpenFor:
     if len(kinds) > 1:
         raise ValueError("--tasks open forms edges of one kind; the checkpoints have several")
     first = (configs or [checkpoints[0].config])[0]
-    return OpenFor(checkpoints[0].encoder.sha256, first.edge, first.edge_padding)
+    edge = first.edge if configs else None
+    return OpenFor(checkpoints[0].encoder.sha256, edge, first.edge_padding)
 
 
 def describe_task(name: str, checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
@@ -223,6 +224,7 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
     if config.baseline:
         # A margin is the prompt's.
         preprocess = replace(preprocess, margin=0)
+    alone = config.tasks == "baked" and not config.more
     return {
         "format": FORMAT,
         "class_names": checkpoint.class_names,
@@ -235,8 +237,7 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
         "graph": graph,
         "precision": config.precision,
         "input": config.input,
-        "baseline": config.baseline
-        or (checkpoint.config.method not in PROMPTED and not config.more),
+        "baseline": config.baseline or (alone and checkpoint.config.method not in PROMPTED),
     }
 
 

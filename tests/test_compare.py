@@ -30,6 +30,9 @@ def test_flags_hold_what_they_name(tmp_path):
         ("zero_shot", False), ("linear_probe", False), ("vp-text-30", True)
     ]  # fmt: skip
     assert text[2].config.optimiser.lr_prompt == 7
+    shrunk = tried(tmp_path, "--margin", "30")
+    assert {c.config.prompt.margin for c in shrunk if c.config.prompt.method == "vp"} == {30}
+    assert "full_finetune-text" not in [c.name for c in shrunk]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,16 @@ def test_a_search_is_stopped_goes_on_and_leaves_the_winner(
     assert [[r[k] for k in same] for r in again["rows"]] == [
         [r[k] for k in same] for r in result["rows"]
     ]
+
+
+def test_a_candidate_that_fails_is_left_out(monkeypatch, tmp_path, capsys):
+    every = tried(tmp_path)
+    search_of = Search(every, 60, tmp_path)
+    monkeypatch.setattr(Search, "advance", lambda *_: (_ for _ in ()).throw(ValueError("too wide")))
+    search_of.attempt(every[2], 1, 60.0)
+    assert "adavipro-linear-30 is left out: too wide" in capsys.readouterr().err
+    # Another start knows it.
+    assert Search(every, 60, tmp_path).plan["failed"] == {"adavipro-linear-30": "too wide"}
 
 
 def test_a_budget_of_nothing_is_refused(monkeypatch, capsys):

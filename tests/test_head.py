@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
-from adavipro_fast import evaluate, open_artifact
+from adavipro_fast import AdaViPro, evaluate, open_artifact
 from adavipro_fast.data.metrics import expected_calibration_error
 from adavipro_fast.data.sets import load_dataset, load_test
 from adavipro_fast.evaluate import EvaluateConfig
@@ -120,6 +120,17 @@ def test_bad_heads_are_told_in_one_line(run, small, tmp_path):
     with pytest.raises(ValueError, match="holds no linear head that reads embedding"):
         start_run(replace(config, prompt=prompt, head_from=probe))
     assert recipe("best", 30, "linear").optimiser.lr_prompt == 4
+
+
+def test_the_rows_that_a_head_starts_from_stay_what_they_were(encoder):
+    rows = torch.randn(3, 64)
+    config = PromptConfig(embed_dim=4, head="linear", head_input="embedding")
+    model = AdaViPro(encoder, rows, config, class_bias=torch.zeros(3))
+    before = rows.clone()
+    model.class_embeddings.data.add_(1)
+    assert torch.equal(rows, before)
+    with pytest.raises(ValueError, match="a text head reads embeddings"):
+        PromptConfig(head_input="features")
 
 
 def test_a_temperature_mends_confidence_and_changes_no_answer():

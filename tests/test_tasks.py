@@ -289,6 +289,15 @@ def test_a_task_that_does_not_fit_is_refused(opened, checkpoints, tmp_path):
         to_onnx.command(near)
 
 
+def test_a_file_without_a_mask_path_takes_no_task_that_decides(opened, checkpoints, tmp_path):
+    config = OnnxConfig(checkpoints["dtd"], tmp_path / "open.onnx", tasks="open", input="uint8")
+    assert to_onnx.command(config)["mask_agreement"] == 1
+    artifact = open_artifact(config.output, device="cpu")
+    artifact.add(opened / "dtd.task")
+    with pytest.raises(ValueError, match="decides on edges .*, the file forms none"):
+        artifact.add(opened / "flowers.task")
+
+
 def test_the_commands_take_a_task_file(opened, folder):
     image = next((folder / "test").rglob("*.*"))
     flags = {"task": str(opened / "dtd.task"), "device": "cpu"}

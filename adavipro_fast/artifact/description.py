@@ -35,7 +35,8 @@ class OpenFor:
     """Which tasks a file takes whose tables are inputs."""
 
     encoder_sha256: str
-    edge: Edge
+    edge: Edge | None
+    """that the graph forms; none where it takes prompts without a mask path only"""
     edge_padding: EdgePadding
 
 
@@ -144,7 +145,8 @@ class Description:
         """
         task = self.tasks[self.numbers(name, 1)[0]] if self.tasks else None
         if task is None:
-            raise ValueError(f"the file holds one task without a name, not {name!r}")
+            what = "one task without a name" if self.open_for is None else "no task yet"
+            raise ValueError(f"the file holds {what}, not {name!r}")
         return replace(
             self,
             class_names=task.class_names,

@@ -110,7 +110,8 @@ class OnnxArtifact:
         binding, index = self.session.io_binding(), self.device.index or 0
         torch.cuda.current_stream(self.device).synchronize()
         for name, fed in feeds.items():
-            kind = str(fed.dtype).removeprefix("torch.")
+            # NumPy has no name for bf16; ONNX has a number.
+            kind: Any = 16 if fed.dtype == torch.bfloat16 else str(fed.dtype).split(".")[1]
             binding.bind_input(name, "cuda", index, kind, tuple(fed.shape), fed.data_ptr())
         for name in names:
             binding.bind_output(name, "cuda", index)

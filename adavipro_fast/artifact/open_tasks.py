@@ -117,10 +117,11 @@ class OpenArtifact:
         if task.config.method == "adavipro" and edges != (graph.edge, graph.edge_padding):
             raise ValueError(
                 f"task {task.name!r} decides on edges {' '.join(edges)}, the file forms "
-                f"{graph.edge} {graph.edge_padding}"
+                + (f"{graph.edge} {graph.edge_padding}" if graph.edge else "none")
             )
         shapes = {part.name: part.shape for part in self.file.session.get_inputs()}
         for name, table in task.tables.items():
-            sizes = [size for size in shapes[name][1:] if isinstance(size, int)]
+            # A graph without a mask path takes no kernels.
+            sizes = [size for size in shapes.get(name, ())[1:] if isinstance(size, int)]
             if sizes and sizes != list(table.shape)[-len(sizes) :]:
                 raise ValueError(f"table {name!r} of task {task.name!r} does not fit the graph")

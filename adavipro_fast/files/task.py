@@ -90,6 +90,8 @@ def _check(tables: Mapping[str, Tensor], classes: int, region: int, grid: int) -
         "classes": (classes, None),
         "biases": (classes,),
     }
+    if set(tables) != set(shapes):
+        raise ValueError(f"its tables are {sorted(tables)}; {sorted(shapes)} are needed")
     for name, shape in shapes.items():
         table = tables.get(name)
         if table is None or table.dtype != torch.float32 or table.ndim != len(shape):

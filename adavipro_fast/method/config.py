@@ -59,6 +59,9 @@ class PromptConfig:
             raise ValueError(f"{self.method} has no prompt to leave a --margin for")
         if self.method == "zero_shot" and self.head == "linear":
             raise ValueError("zero_shot learns no head; use --method linear_probe for one alone")
+        text = self.head == "text" and self.method != "linear_probe"
+        if text and self.head_input == "features":
+            raise ValueError("a text head reads embeddings; use --head linear with --head-input")
 
     def stored(self) -> dict[str, Any]:
         """Return what files keep; they keep the margin with the preprocessing."""

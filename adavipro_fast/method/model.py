@@ -57,8 +57,11 @@ class AdaViPro(nn.Module):
             kernel=kernel,
         )
         if self.config.head == "linear":
-            self.class_embeddings = nn.Parameter(class_embeddings.float())
-            self.class_bias = None if class_bias is None else nn.Parameter(class_bias.float())
+            # A copy: the caller's rows do not learn.
+            self.class_embeddings = nn.Parameter(class_embeddings.detach().float().clone())
+            self.class_bias = (
+                None if class_bias is None else nn.Parameter(class_bias.detach().float().clone())
+            )
         else:
             self.register_buffer("class_embeddings", class_embeddings.float(), persistent=False)
             self.class_bias = None

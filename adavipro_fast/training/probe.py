@@ -80,6 +80,10 @@ def fit_head(
         inputs: what the head may read.
         text: (K, E) unit rows, a candidate without fitting.
     """
+    present = set(dataset.train.labels[dataset.train.rows].tolist())
+    absent = [name for label, name in enumerate(dataset.class_names) if label not in present]
+    if absent:
+        raise ValueError(f"class {absent[0]!r} has no training image; a probe needs one of each")
     train, val = (frozen_features(encoder, s, device) for s in (dataset.train, dataset.val))
     candidates = []
     for head_input in inputs:

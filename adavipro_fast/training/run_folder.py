@@ -12,7 +12,7 @@ LOCK = ".lock"
 # What a run writes, and may leave half written when it is killed.
 WRITTEN = (
     *("checkpoint.safetensors", "last.safetensors", "metrics.jsonl", "masks.png", "curves.png"),
-    *("head.safetensors", "encoder.safetensors"),
+    *("head.safetensors", "encoder.safetensors", "start.safetensors"),
 )
 
 

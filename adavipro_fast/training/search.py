@@ -22,7 +22,7 @@ from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.training.calibrate import calibrate
-from adavipro_fast.training.config import OptimiserConfig, TrainConfig
+from adavipro_fast.training.config import TrainConfig
 from adavipro_fast.training.finish import told_to_stop
 from adavipro_fast.training.log import say
 from adavipro_fast.training.parts import FITTED
@@ -114,19 +114,27 @@ class Search:
         candidates: fitted ones first.
         seconds: the budget.
         folder: of the runs and of what is written about them.
+        epochs: of every run (default: as many as fit).
     """
 
-    def __init__(self, candidates: Sequence[Candidate], seconds: float, folder: Path) -> None:
-        self.candidates, self.folder = candidates, folder
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        seconds: float,
+        folder: Path,
+        epochs: int | None = None,
+    ) -> None:
+        self.candidates, self.folder, self.given = candidates, folder, epochs
         self.plan_path = folder / "plan.json"
         self.plan: dict[str, Any] = {
             "candidates": None,
             "epochs": 0,
             "other_s": 0.0,
             "trainable": {},
+            "failed": {},
         }
         if self.plan_path.exists():
-            self.plan = json.loads(self.plan_path.read_text())
+            self.plan |= json.loads(self.plan_path.read_text())
         training = sum(progress.seconds for c in candidates if (progress := progress_of(c)))
         self.clock = Clock(seconds, training + self.plan["other_s"], time.monotonic())
         self.loaded: dict[int, Loaded] = {}
@@ -147,11 +155,12 @@ class Search:
             self.make_plan(trained, speed, reserve)
         alive = trained[: self.plan["candidates"]]
         if not alive:
-            self.clock.say("no candidate can be trained in this time; give it more --minutes")
+            self.clock.say("no candidate can be trained in this time; start one with more")
         for share in RUNGS:
             until = math.ceil(share * self.plan["epochs"])
             for candidate in alive:
-                self.advance(candidate, until, self.clock.left - reserve)
+                self.attempt(candidate, until, self.clock.left - reserve)
+            alive = [c for c in alive if c.name not in self.plan["failed"]]
             ranked = sorted(alive, key=lambda c: best_within(c, until), reverse=True)
             alive = ranked[: half(len(ranked))]
         return self.conclude(fitted)
@@ -160,11 +169,9 @@ class Search:
         self, trained: Sequence[Candidate], speed: tuple[float, float], reserve: float
     ) -> None:
         """Decide once how many candidates train, and for how many epochs."""
-        dataset, given = self.load(self.candidates[0]).dataset, None
-        if trained and trained[0].config.optimiser.epochs != OptimiserConfig.epochs:
-            given = trained[0].config.optimiser.epochs
+        dataset = self.load(self.candidates[0]).dataset
         epoch_s = speed[0] * len(dataset.train) + speed[1] * len(dataset.val)
-        count, epochs = schedule(len(trained), epoch_s, self.clock.left - reserve, given)
+        count, epochs = schedule(len(trained), epoch_s, self.clock.left - reserve, self.given)
         self.plan |= {"candidates": count, "epochs": epochs}
         self.keep_plan()
         self.clock.say(f"{count} of {len(trained)} candidates train, the best for {epochs} epochs")
@@ -187,10 +194,22 @@ class Search:
         config, probe = candidate.config, self.folder / "linear_probe" / FILES["linear_probe"]
         prompt = config.prompt
         linear = prompt.head == "linear" and not prompt.margin and prompt.method not in FITTED
+        linear = linear and prompt.head_input in (None, "features")
         if linear and config.head_from is None and probe.exists():
             config = replace(config, head_from=probe)
         optimiser = replace(config.optimiser, epochs=self.plan["epochs"] or 1)
         return build(replace(config, optimiser=optimiser), self.load(candidate))
+
+    def attempt(self, candidate: Candidate, until: int, seconds: float) -> None:
+        """Advance a candidate; one that cannot be trained is left out, with the reason."""
+        if candidate.name in self.plan["failed"]:
+            return
+        try:
+            self.advance(candidate, until, seconds)
+        except (ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
+            self.plan["failed"][candidate.name] = str(error)
+            self.keep_plan()
+            self.clock.say(f"warning: {candidate.name} is left out: {error}")
 
     def advance(self, candidate: Candidate, until: int, seconds: float) -> None:
         """Train a candidate up to an epoch, or for as long as there is time."""
@@ -200,6 +219,7 @@ class Search:
         began = time.monotonic()
         run = self.build(candidate)
         self.plan["trainable"][candidate.name] = run.trainer.model.trainable_params
+        self.keep_plan()
         if progress is not None:
             run.trainer.restore()
         run.trainer.deadline = time.monotonic() + seconds
@@ -242,7 +262,8 @@ class Search:
     def conclude(self, fitted: Sequence[Candidate]) -> dict[str, Any]:
         """Choose the winner on validation, test the finalists, and write what was reached."""
         images = len(self.load(self.candidates[0]).dataset.val)
-        tried = [c for c in self.candidates if progress_of(c) is not None]
+        failed = self.plan["failed"]
+        tried = [c for c in self.candidates if c.name not in failed and progress_of(c)]
         rows = {c.name: row_of(c, images, self.plan["trainable"][c.name]) for c in tried}
         eligible = [c for c in tried if c.eligible] or tried
         best = max(eligible, key=lambda c: float(rows[c.name]["val_top1"]))
@@ -271,6 +292,7 @@ class Search:
             "rule": "the smallest file within one standard error of the best on validation",
             "checkpoint": str(path_of(winner)),
             "rows": list(rows.values()),
+            "left_out": self.plan["failed"],
             "epochs": self.plan["epochs"],
             "minutes": self.clock.seconds / 60,
             "seconds": self.clock.spent,

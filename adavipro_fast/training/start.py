@@ -12,10 +12,10 @@ from torch import Tensor
 
 from adavipro_fast.data.sets import Dataset, load_dataset
 from adavipro_fast.device import slow_precision
-from adavipro_fast.files.checkpoint import FILES, load_checkpoint
+from adavipro_fast.files.checkpoint import FILES, checkpoint_of, load_checkpoint
 from adavipro_fast.files.whole import read_safetensors
 from adavipro_fast.method.clip import DEFAULT_TEMPLATE, TextTower, check_templates, load_clip
-from adavipro_fast.method.config import PROMPTED, HeadInput
+from adavipro_fast.method.config import PROMPTED, HeadInput, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.training import group as distributed
@@ -28,6 +28,7 @@ from adavipro_fast.training.state import read_state
 from adavipro_fast.training.trainer import Trainer
 
 CALIBRATION_IMAGES = 512
+START = "start.safetensors"
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ def _model(
     """Build what the method trains."""
     prompt, encoder = config.prompt, frozen.to(device)
     rows, bias = embeddings, None
+    if config.head_from is not None and prompt.head != "linear":
+        raise ValueError("--head-from is where a linear head starts; add --head linear")
     if prompt.head == "linear" or prompt.method == "linear_probe":
         head = _head(config, encoder, dataset, embeddings, device)
         prompt = replace(prompt, head="linear", head_input=head.head_input)
@@ -222,23 +225,34 @@ def _head(
     embeddings: Tensor,
     device: torch.device,
 ) -> Head:
-    """Find where a linear head starts."""
-    asked = config.prompt.head_input
-    if config.head_from is not None:
-        probe = load_checkpoint(config.head_from)
-        if probe.class_names != dataset.class_names or probe.encoder.sha256 != frozen.sha256:
-            raise ValueError(
-                f"{config.head_from} is the probe of other classes or of another encoder; leave "
-                "--head-from out to have one fitted"
-            )
-        if probe.config.head_input is None or asked not in (None, probe.config.head_input):
-            raise ValueError(f"{config.head_from} holds no linear head that reads {asked}")
-        tensors = probe.tensors
-        return Head(tensors["class_embeddings"], tensors["class_bias"], probe.config.head_input)
+    """Find where a linear head starts; the leading process fits it once, for all and for good."""
+    asked, output = config.prompt.head_input, config.output
     if config.prompt.method == "linear_probe":
         return fit_head(frozen, dataset, device, (asked or "features",))
-    inputs: tuple[HeadInput, ...] = (asked,) if asked else ("features", "embedding")
-    return fit_head(frozen, dataset, device, inputs, None if asked == "features" else embeddings)
+    assert output is not None
+    group, _ = distributed.join(config.device)
+    source = config.head_from or output / START
+    # A start without a state is of a run that did not begin.
+    begun = source.exists() and (output / "last.safetensors").exists()
+    if config.head_from is None and group.leads and not begun:
+        inputs: tuple[HeadInput, ...] = (asked,) if asked else ("features", "embedding")
+        text = None if asked == "features" else embeddings
+        fitted = fit_head(frozen, dataset, device, inputs, text)
+        settings = PromptConfig("linear_probe", head="linear", head_input=fitted.head_input)
+        settings = replace(settings, region_size=config.prompt.region_size)
+        start = AdaViPro(frozen, fitted.rows, settings, class_bias=fitted.bias)
+        checkpoint_of(start, dataset.class_names).save(source)
+    group.wait()
+    probe = load_checkpoint(source)
+    if probe.class_names != dataset.class_names or probe.encoder.sha256 != frozen.sha256:
+        raise ValueError(
+            f"{source} is the probe of other classes or of another encoder; leave --head-from out "
+            "to have one fitted"
+        )
+    if probe.config.head_input is None or asked not in (None, probe.config.head_input):
+        raise ValueError(f"{source} holds no linear head that reads {asked}")
+    tensors = probe.tensors
+    return Head(tensors["class_embeddings"], tensors["class_bias"], probe.config.head_input)
 
 
 def _class_embeddings(
