@@ -27,11 +27,11 @@ docs: .venv/docs
 	$(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
 
 .venv/docs: .venv/ready
-	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/pip install -qq --editable '.[docs]'
 	touch $@
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install -qq --editable '.[dev]'
 	touch $@
