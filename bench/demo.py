@@ -91,7 +91,7 @@ def summary(result: dict[str, Any]) -> str:
         f"next:    {python} -m adavipro_fast.demo images --output {images}\n"
         f"         {python} -m adavipro_fast.predict {onnx['path']} \\\n"
         f"             {images}/test/*/000?.png --picture {folder / 'predictions.png'}\n"
-        f"         docs/own-data.md: the same on your own images"
+        f"         docs/pages/quickstart.md: the same on your own images"
     )
 
 
