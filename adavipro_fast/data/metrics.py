@@ -1,5 +1,6 @@
 """Accuracy of a classifier and what its masks look like."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,6 +35,12 @@ def mask_figures(masks: Tensor, inside: Tensor) -> MaskFigures:
         adaptivity=decisions.std(0, correction=0).mean().item(),
         placement=placed.std(0, correction=0).mean().item(),
     )
+
+
+def standard_error(top1: float, count: int) -> float:
+    """Return the standard error of a top-1 over `count` images, both percent."""
+    share = top1 / 100
+    return 100 * math.sqrt(share * (1 - share) / count)
 
 
 @dataclass(frozen=True)

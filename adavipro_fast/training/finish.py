@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adavipro_fast.data.metrics import mask_figures
 from adavipro_fast.data.sets import load_test
+from adavipro_fast.data.split import Split
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.method.config import PROMPTED, PromptConfig
@@ -102,7 +103,7 @@ def _result(
     if progress.best_epoch < progress.epoch - 1:
         model = load_checkpoint(path).model(frozen, config.kernel).to(trainer.device)
         best = trainer.evaluate(model, test)
-    _calibrate(trainer, model, path)
+    keep_calibration(trainer, model, trainer.dataset.val, path)
     figures = mask_figures(best.masks, trainer.inside)
     prompted = config.prompt.method in PROMPTED
     if trainer.group.leads and prompted:
@@ -139,11 +140,11 @@ def _result(
     }
 
 
-def _calibrate(trainer: Trainer, model: AdaViPro, path: Path) -> None:
-    """Fit the probabilities of the best model on validation images, and keep them with it."""
-    val = trainer.evaluate(model, trainer.dataset.val)
+def keep_calibration(trainer: Trainer, model: AdaViPro, val: Split, path: Path) -> None:
+    """Fit the probabilities of a model on validation images, and keep them in its file."""
+    evaluation = trainer.evaluate(model, val)
     if trainer.group.leads:
-        fitted = calibrate(val.logits, val.labels)
+        fitted = calibrate(evaluation.logits, evaluation.labels)
         replace(load_checkpoint(path), calibration=fitted).save(path)
 
 

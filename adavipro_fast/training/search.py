@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from adavipro_fast.data.metrics import standard_error
 from adavipro_fast.files.checkpoint import FILES, load_checkpoint
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED
 from adavipro_fast.method.model import AdaViPro
-from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import TrainConfig
-from adavipro_fast.training.finish import told_to_stop
+from adavipro_fast.training.finish import keep_calibration, told_to_stop
 from adavipro_fast.training.log import say
 from adavipro_fast.training.parts import FITTED
 from adavipro_fast.training.start import Loaded, Run, build, load
@@ -135,8 +135,9 @@ class Search:
         }
         if self.plan_path.exists():
             self.plan |= json.loads(self.plan_path.read_text())
-        training = sum(progress.seconds for c in candidates if (progress := progress_of(c)))
-        self.clock = Clock(seconds, training + self.plan["other_s"], time.monotonic())
+        # Read once: a state holds all tensors of its run.
+        self.progress = {c.name: begun for c in candidates if (begun := progress_of(c))}
+        self.clock = Clock(seconds, self.trained_s() + self.plan["other_s"], time.monotonic())
         self.loaded: dict[int, Loaded] = {}
 
     def run(self) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class Search:
             for candidate in alive:
                 self.attempt(candidate, until, self.clock.left - reserve)
             alive = [c for c in alive if c.name not in self.plan["failed"]]
-            ranked = sorted(alive, key=lambda c: best_within(c, until), reverse=True)
+            ranked = sorted(alive, key=lambda c: self.best_within(c, until), reverse=True)
             alive = ranked[: half(len(ranked))]
         return self.conclude(fitted)
 
@@ -176,10 +177,13 @@ class Search:
         self.keep_plan()
         self.clock.say(f"{count} of {len(trained)} candidates train, the best for {epochs} epochs")
 
+    def trained_s(self) -> float:
+        """Return the seconds that all runs have trained for."""
+        return sum(progress.seconds for progress in self.progress.values())
+
     def keep_plan(self) -> None:
         """Write the plan, and the time spent on other things than training."""
-        training = sum(progress.seconds for c in self.candidates if (progress := progress_of(c)))
-        self.plan["other_s"] = max(0.0, self.clock.spent - training)
+        self.plan["other_s"] = max(0.0, self.clock.spent - self.trained_s())
         write_whole(self.plan_path, json.dumps(self.plan).encode())
 
     def load(self, candidate: Candidate) -> Loaded:
@@ -213,7 +217,7 @@ class Search:
 
     def advance(self, candidate: Candidate, until: int, seconds: float) -> None:
         """Train a candidate up to an epoch, or for as long as there is time."""
-        progress = progress_of(candidate)
+        progress = self.progress.get(candidate.name)
         if seconds <= 0 or (progress is not None and progress.epoch >= until):
             return
         began = time.monotonic()
@@ -222,6 +226,7 @@ class Search:
         self.keep_plan()
         if progress is not None:
             run.trainer.restore()
+        self.progress[candidate.name] = run.trainer.progress
         run.trainer.deadline = time.monotonic() + seconds
         try:
             with told_to_stop(run.trainer):
@@ -259,12 +264,22 @@ class Search:
         dataset = self.load(self.candidates[0]).dataset
         return OVERHEAD_S + image_s * (4 * len(dataset.test) + len(dataset.val))
 
+    def best_within(self, candidate: Candidate, epochs: int) -> float:
+        """Return the best validation top-1 of a candidate's first epochs, percent."""
+        progress = self.progress.get(candidate.name)
+        rows = [] if progress is None else progress.rows[:epochs]
+        return max((row["val_top1"] for row in rows), default=0.0)
+
     def conclude(self, fitted: Sequence[Candidate]) -> dict[str, Any]:
         """Choose the winner on validation, test the finalists, and write what was reached."""
         images = len(self.load(self.candidates[0]).dataset.val)
-        failed = self.plan["failed"]
-        tried = [c for c in self.candidates if c.name not in failed and progress_of(c)]
-        rows = {c.name: row_of(c, images, self.plan["trainable"][c.name]) for c in tried}
+        begun = self.progress.keys() - self.plan["failed"]
+        # Fine-tuning that was stopped within its first epoch has left nothing.
+        tried = [c for c in self.candidates if c.name in begun and path_of(c).exists()]
+        rows = {
+            c.name: row_of(c, self.progress[c.name], images, self.plan["trainable"][c.name])
+            for c in tried
+        }
         eligible = [c for c in tried if c.eligible] or tried
         best = max(eligible, key=lambda c: float(rows[c.name]["val_top1"]))
         least = rows[best.name]["val_top1"] - rows[best.name]["val_se"]
@@ -274,12 +289,10 @@ class Search:
         trainer = self.build(fitted[0]).trainer
         for candidate in {c.name: c for c in (*fitted, best, winner)}.values():
             loaded = self.load(candidate)
-            checkpoint = load_checkpoint(path_of(candidate))
-            model = checkpoint.model(loaded.frozen, candidate.config.kernel).to(loaded.device)
+            kept = load_checkpoint(path_of(candidate))
+            model = kept.model(loaded.frozen, candidate.config.kernel).to(loaded.device)
             if candidate is winner:
-                val = trainer.evaluate(model, loaded.dataset.val)
-                fitted_to = calibrate(val.logits, val.labels)
-                replace(checkpoint, calibration=fitted_to).save(path_of(candidate))
+                keep_calibration(trainer, model, loaded.dataset.val, path_of(candidate))
             top1 = trainer.evaluate(model, loaded.dataset.test).top1
             rows[candidate.name] |= {
                 "test_top1": top1,
@@ -310,22 +323,9 @@ def path_of(candidate: Candidate) -> Path:
     return candidate.folder / FILES.get(candidate.config.prompt.method, "checkpoint.safetensors")
 
 
-def best_within(candidate: Candidate, epochs: int) -> float:
-    """Return the best validation top-1 of a candidate's first epochs, percent."""
-    progress = progress_of(candidate)
-    rows = [] if progress is None else progress.rows[:epochs]
-    return max((row["val_top1"] for row in rows), default=0.0)
-
-
-def standard_error(top1: float, count: int) -> float:
-    """Return the standard error of a top-1 over `count` images, both percent."""
-    return 100 * math.sqrt(top1 / 100 * (1 - top1 / 100) / count)
-
-
-def row_of(candidate: Candidate, images: int, trainable: int) -> dict[str, Any]:
+def row_of(candidate: Candidate, progress: Progress, images: int, trainable: int) -> dict[str, Any]:
     """Describe what a candidate reached on `images` validation images."""
-    progress, prompt = progress_of(candidate), candidate.config.prompt
-    assert progress is not None
+    prompt = candidate.config.prompt
     return {
         "name": candidate.name,
         "method": prompt.method,

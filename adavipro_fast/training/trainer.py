@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from adavipro_fast.data.metrics import Evaluation, evaluate, mask_figures
+from adavipro_fast.data.metrics import Evaluation, evaluate, mask_figures, standard_error
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import full_fp32
@@ -227,8 +227,7 @@ class Trainer:
             self.progress.best_val, self.progress.least_val = 0.0, -1.0
             return
         val = self.evaluate(self.model, self.dataset.val)
-        share, count = val.top1 / 100, len(val.labels)
-        self.progress.least_val = val.top1 + 100 * math.sqrt(share * (1 - share) / count)
+        self.progress.least_val = val.top1 + standard_error(val.top1, len(val.labels))
         self._keep(val.top1, epoch=UNTRAINED)
 
     def _keep(self, val_top1: float, epoch: int) -> None:
