@@ -143,6 +143,17 @@ class MaskHead(nn.Module):
         return self.delta(images).squeeze(1) > 0
 
 
+def template_of(model: AdaViPro) -> Tensor:
+    """Return the template (3, S, S); zeros without a prompt."""
+    side, template = model.preprocess.size, model.prompt.template
+    return torch.zeros(3, side, side) if template is None else template().detach()
+
+
+def constant_delta(model: AdaViPro) -> float:
+    """Return a Δ that opens every region of a prompt without a mask path, or closes without one."""
+    return -1.0 if model.prompt.template is None else 1.0
+
+
 class Always(nn.Module):
     """A mask that is open everywhere: images (B, 3, S, S) to (B, G, G) bool."""
 

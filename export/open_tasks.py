@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adavipro_fast.export.encoder import Head, Trunk, folding_obstacle
-from adavipro_fast.export.fold import MaskHead, Plain, TokenTable
+from adavipro_fast.export.fold import MaskHead, Plain, TokenTable, constant_delta, template_of
 from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.files.task import TABLES, TaskFile
 from adavipro_fast.method.model import AdaViPro
@@ -27,14 +27,11 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
         raise ValueError(f"this encoder's prompts are no tables: {obstacle}")
     if config.method == "full_finetune":
         raise ValueError("a fine-tuned tower is no table; export it alone")
-    region, side = config.region_size, model.preprocess.size
-    kernel = torch.zeros(3, region + 2, region + 2)
-    constant = torch.tensor(-1.0 if prompt.template is None else 1.0)
+    kernel = torch.zeros(3, config.region_size + 2, config.region_size + 2)
+    constant = torch.tensor(constant_delta(model))
     if prompt.generator is not None:
         kernel, constant = (part.detach() for part in prompt.generator.collapsed())
-    template = prompt.template
-    image = torch.zeros(3, side, side) if template is None else template().detach()
-    table = TokenTable(model.encoder.visual, image, prompt.grid, torch.float32)
+    table = TokenTable(model.encoder.visual, template_of(model), prompt.grid, torch.float32)
     head = Head(model)
     own, count = head.classes.t(), len(model.class_embeddings)
     widths = head.widths

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adavipro_fast.export.encoder import Head
-from adavipro_fast.export.fold import MaskHead, Plain, TokenTable
+from adavipro_fast.export.fold import MaskHead, Plain, TokenTable, constant_delta, template_of
 from adavipro_fast.files.task import ABSENT
 from adavipro_fast.method.model import AdaViPro
 
@@ -54,7 +54,7 @@ class TaskMasks(nn.Module):
         for number, model in enumerate(models):
             config = model.config
             if model.prompt.generator is None:
-                constant[number] = -1.0 if model.prompt.template is None else 1.0
+                constant[number] = constant_delta(model)
                 continue
             head = MaskHead(model.prompt, scale, shift)
             kind = (config.edge, config.edge_padding)
@@ -94,12 +94,8 @@ class TaskTokens(nn.Module):
 
     def __init__(self, models: Sequence[AdaViPro], dtype: torch.dtype) -> None:
         super().__init__()
-        visual, side = models[0].encoder.visual, models[0].preprocess.size
-        tables = []
-        for model in models:
-            template = model.prompt.template
-            image = torch.zeros(3, side, side) if template is None else template().detach()
-            tables.append(TokenTable(visual, image, model.prompt.grid, dtype))
+        visual, grid = models[0].encoder.visual, models[0].prompt.grid
+        tables = [TokenTable(visual, template_of(model), grid, dtype) for model in models]
         parts = range(len(tables[0].rows))
         stacked = torch.stack(
             [torch.stack([table.rows[part].detach() for table in tables]) for part in parts]
@@ -134,13 +130,8 @@ class TaskPixels(nn.Module):
 
     def __init__(self, models: Sequence[AdaViPro]) -> None:
         super().__init__()
-        side, self.grid = models[0].preprocess.size, models[0].prompt.grid
-        blank = torch.zeros(3, side, side)
-        self.templates = nn.Parameter(
-            torch.stack(
-                [blank if (t := m.prompt.template) is None else t().detach() for m in models]
-            )
-        )
+        self.grid = models[0].prompt.grid
+        self.templates = nn.Parameter(torch.stack([template_of(model) for model in models]))
 
     def forward(self, images: Tensor, mask: Tensor, task: Tensor) -> Tensor:
         """Prompt normalised images (B, 3, S, S)."""

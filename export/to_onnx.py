@@ -31,6 +31,7 @@ from adavipro_fast.export.verify import (
     sample_batches,
 )
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
+from adavipro_fast.files.task import TaskFile
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.calibration import UNCALIBRATED
 from adavipro_fast.method.config import DTYPES, PROMPTED, Input, Precision
@@ -69,6 +70,16 @@ class OnnxConfig:
     model: cli.Model = None
     pretrained: cli.Pretrained = None
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All checkpoints."""
+        return (self.checkpoint, *self.more)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the file holds one task without a name."""
+        return self.tasks == "baked" and not self.more
+
 
 def main() -> None:
     """Parse, export, print."""
@@ -90,8 +101,7 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         )
     if config.output.suffix != ".onnx":
         raise ValueError(f"output {config.output} does not end in .onnx; name a file F.onnx")
-    paths = (config.checkpoint, *config.more)
-    checkpoints = [load_checkpoint(path) for path in paths]
+    checkpoints = [load_checkpoint(path) for path in config.paths]
     encoder = encoder_of(checkpoints[0], config.model, config.pretrained)
     encoder = encoder.with_(precision="fp32")
     models = [checkpoint.model(encoder) for checkpoint in checkpoints]
@@ -103,7 +113,7 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         metadata["open_for"] = asdict(open_for(checkpoints))
     elif names:
         metadata["tasks"] = [
-            describe_task(*task) for task in zip(names, checkpoints, paths, strict=True)
+            describe_task(*task) for task in zip(names, checkpoints, config.paths, strict=True)
         ]
     cpu = torch.device("cpu")
     references = [TorchArtifact.of(*pair, cpu) for pair in zip(checkpoints, models, strict=True)]
@@ -111,7 +121,10 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         side = checkpoints[0].preprocess.size
         nodes = write(module, path, side=side, opset=opset, metadata=metadata)
         check_dtypes(path, config.precision)
-        verdict = verify(references, names, path, config)
+        tasks = []
+        if config.tasks == "open":
+            tasks = [folded_task(*part) for part in zip(names, checkpoints, models, strict=True)]
+        verdict = verify(references, names, path, config, tasks)
         size = sum(file.stat().st_size for file in path.parent.iterdir())
     return {
         "path": str(config.output),
@@ -133,16 +146,17 @@ def task_names(config: OnnxConfig) -> list[str]:
     Raises:
         ValueError: two have one name, or there are other names than checkpoints.
     """
-    paths = (config.checkpoint, *config.more)
-    if len(paths) == 1 and config.tasks == "baked":
+    if config.alone:
         if config.task:
             raise ValueError("--task names one of several checkpoints; leave it out for one")
         return []
     if config.baseline:
         raise ValueError("--baseline is the encoder of one checkpoint; name one")
-    names = list(config.task) or [path.absolute().parent.name for path in paths]
-    if len(names) != len(paths):
-        raise ValueError(f"{len(paths)} checkpoints, but {len(names)} times --task; name each")
+    names = list(config.task) or [path.absolute().parent.name for path in config.paths]
+    if len(names) != len(config.paths):
+        raise ValueError(
+            f"{len(config.paths)} checkpoints, but {len(names)} times --task; name each"
+        )
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or "" in names:
         raise ValueError(f"task {(twice or [''])[0]!r} stands twice or is empty; give --task names")
@@ -156,7 +170,7 @@ def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain
         ValueError: the encoder cannot be folded, or the models cannot share a graph.
     """
     folded, dtype, uint8 = graph == "folded", DTYPES[config.precision], config.input == "uint8"
-    if len(models) == 1 and config.tasks == "baked":
+    if config.alone:
         return deployed(
             models[0], folded=folded, dtype=dtype, uint8=uint8, baseline=config.baseline
         )
@@ -224,7 +238,6 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
     if config.baseline:
         # A margin is the prompt's.
         preprocess = replace(preprocess, margin=0)
-    alone = config.tasks == "baked" and not config.more
     return {
         "format": FORMAT,
         "class_names": checkpoint.class_names,
@@ -237,12 +250,16 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
         "graph": graph,
         "precision": config.precision,
         "input": config.input,
-        "baseline": config.baseline or (alone and checkpoint.config.method not in PROMPTED),
+        "baseline": config.baseline or (config.alone and checkpoint.config.method not in PROMPTED),
     }
 
 
 def verify(
-    references: Sequence[TorchArtifact], names: Sequence[str], path: Path, config: OnnxConfig
+    references: Sequence[TorchArtifact],
+    names: Sequence[str],
+    path: Path,
+    config: OnnxConfig,
+    tasks: Sequence[TaskFile] = (),
 ) -> dict[str, Any]:
     """Compare the file with PyTorch in fp32, where a backend at hand can run it.
 
@@ -251,6 +268,7 @@ def verify(
         names: of the tasks; none where there is one.
         path: of the file.
         config: what was asked for.
+        tasks: that are added to a file whose tasks are data.
 
     Raises:
         VerificationError: it computes something else.
@@ -273,10 +291,8 @@ def verify(
     batches = sample_batches(references[0].about.preprocess, config.images)
     if config.tasks == "open":
         opened = OpenArtifact(candidate)
-        for name, reference, path_of in zip(
-            names, references, (config.checkpoint, *config.more), strict=True
-        ):
-            opened.add(folded_task(name, load_checkpoint(path_of), reference.model))
+        for task in tasks:
+            opened.add(task)
         comparison = compare_tasks(references, names, opened, batches)
     elif names:
         comparison = compare_tasks(references, names, candidate, batches)

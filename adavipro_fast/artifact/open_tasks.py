@@ -29,13 +29,13 @@ class OpenArtifact:
 
     def __init__(self, file: OnnxArtifact) -> None:
         self.file = file
-        self._tasks: Mapping[str, TaskFile] = {}
         self._lock = threading.Lock()
+        self._keep({})
 
     @property
     def about(self) -> Description:
         """What the file says about itself, and its tasks now."""
-        return self._describe(self._tasks)
+        return self._now[1]
 
     @property
     def backend(self) -> str:
@@ -60,9 +60,10 @@ class OpenArtifact:
         # Once on the device, not at every call.
         tables = {name: table.to(self.file.device) for name, table in loaded.tables.items()}
         with self._lock:
-            if loaded.name in self._tasks:
+            tasks, _ = self._now
+            if loaded.name in tasks:
                 raise ValueError(f"there is a task {loaded.name!r} already; remove it first")
-            self._tasks = {**self._tasks, loaded.name: replace(loaded, tables=tables)}
+            self._keep({**tasks, loaded.name: replace(loaded, tables=tables)})
         return loaded.name
 
     def remove(self, name: str) -> None:
@@ -72,15 +73,15 @@ class OpenArtifact:
             ValueError: no such task.
         """
         with self._lock:
-            self.about.numbers(name, 1)
-            self._tasks = {other: task for other, task in self._tasks.items() if other != name}
+            tasks, about = self._now
+            about.numbers(name, 1)
+            self._keep({other: task for other, task in tasks.items() if other != name})
 
     def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels; logits are as wide as the widest task named."""
-        known = self._tasks
+        known, about = self._now
         if not known:
             raise ValueError("the file holds no task yet; add one (export/to_task.py)")
-        about = self._describe(known)
         names = [about.tasks[number].name for number in about.numbers(task, len(pixels))]
         present = list(dict.fromkeys(names))
         device = self.file.device
@@ -92,9 +93,10 @@ class OpenArtifact:
         }
         return about.prediction(self.file.run_on(feeds))
 
-    def _describe(self, known: Mapping[str, TaskFile]) -> Description:
+    def _keep(self, known: Mapping[str, TaskFile]) -> None:
+        """Replace tasks and description together: a call reads both at once."""
         tasks = (Task(t.name, t.class_names, t.config, t.calibration) for t in known.values())
-        return replace(self.file.about, tasks=tuple(tasks))
+        self._now = known, replace(self.file.about, tasks=tuple(tasks))
 
     def _check(self, task: TaskFile) -> None:
         """Raise ValueError unless a task's tables fit the graph."""

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from adavipro_fast.files.checked import read
-from adavipro_fast.files.whole import read_safetensors, safetensors_bytes, write_whole
+from adavipro_fast.files.whole import (
+    check_tensors,
+    read_safetensors,
+    safetensors_bytes,
+    write_whole,
+)
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.config import PROMPTED, Kernel, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -219,13 +224,4 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
             "policy.weight": (2, width, region, region),
             "policy.bias": (2,),
         }
-    for name, shape in expected.items():
-        if name not in checkpoint.tensors:
-            raise ValueError(f"tensor {name!r} is missing")
-        got = tuple(checkpoint.tensors[name].shape)
-        if len(got) != len(shape) or any(
-            w not in (None, g) for w, g in zip(shape, got, strict=True)
-        ):
-            raise ValueError(f"tensor {name!r} has shape {got}; {shape} is needed")
-        if checkpoint.tensors[name].dtype != torch.float32:
-            raise ValueError(f"tensor {name!r} is {checkpoint.tensors[name].dtype}; fp32 is needed")
+    check_tensors(checkpoint.tensors, expected)

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.checkpoint import EncoderIdentity, read_settings
-from adavipro_fast.files.whole import read_safetensors, safetensors_bytes, write_whole
+from adavipro_fast.files.whole import (
+    check_tensors,
+    read_safetensors,
+    safetensors_bytes,
+    write_whole,
+)
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.preprocess import Preprocess
@@ -92,12 +97,7 @@ def _check(tables: Mapping[str, Tensor], classes: int, region: int, grid: int) -
     }
     if set(tables) != set(shapes):
         raise ValueError(f"its tables are {sorted(tables)}; {sorted(shapes)} are needed")
-    for name, shape in shapes.items():
-        table = tables.get(name)
-        if table is None or table.dtype != torch.float32 or table.ndim != len(shape):
-            raise ValueError(f"table {name!r} is missing or no fp32 tensor of {len(shape)} axes")
-        if any(want not in (None, got) for want, got in zip(shape, table.shape, strict=True)):
-            raise ValueError(f"table {name!r} has shape {tuple(table.shape)}; {shape} is needed")
+    check_tensors(tables, shapes)
 
 
 def stacked(tasks: list[TaskFile], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 
@@ -64,6 +65,26 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if value.is_floating_point() and not bool(value.float().isfinite().all()):
             raise ValueError(f"{path}: tensor {name!r} holds NaN or infinity; train it again")
     return tensors, metadata
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int | None, ...]]
+) -> None:
+    """Check that tensors are there, in fp32 and of their shapes, where None stands for any size.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"tensor {name!r} is missing")
+        got = tuple(tensors[name].shape)
+        if len(got) != len(shape) or any(
+            w not in (None, g) for w, g in zip(shape, got, strict=True)
+        ):
+            raise ValueError(f"tensor {name!r} has shape {got}; {shape} is needed")
+        if tensors[name].dtype != torch.float32:
+            raise ValueError(f"tensor {name!r} is {tensors[name].dtype}; fp32 is needed")
 
 
 def file_sha256(path: Path) -> str:
