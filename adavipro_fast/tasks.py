@@ -36,6 +36,7 @@ def command(config: TasksConfig) -> dict[str, Any]:
             "prompt_size": task.config.prompt_size,
             "classes": len(task.class_names),
             "class_names": task.class_names,
+            "bytes": task.bytes,
         }
         for task in about.tasks
     ]
@@ -47,7 +48,8 @@ def summary(result: dict[str, Any]) -> str:
     if not result["tasks"]:
         return f"{result['path']} holds one task, without a name"
     return "\n".join(
-        f"{task['name']}: {task['classes']} classes, {task['method']}, {task['head']} head"
+        f"{task['name']}: {task['classes']} classes, {task['method']}, {task['head']} head, prompt "
+        f"size {task['prompt_size']}, {task['bytes'] / 1e3:.0f} kB"
         for task in result["tasks"]
     )
 

@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib as mpl
 import torch
 import tyro
+from matplotlib.figure import Figure
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, open_artifact
 from adavipro_fast.artifact.description import Artifact
@@ -30,12 +32,14 @@ from adavipro_fast.export.tasks import Tasks
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.model import Prediction
 from lib.subject import Subject
-from lib.table import Json, publish
+from lib.table import Json, Plot, publish
 from lib.timing import compared, percentiles, until_steady
 
 NAMES = tuple(map(str, range(10)))
-# Tasks of the rows where each has a session, or a file, of its own.
-SEPARATE = 8
+# Tasks of the row where they are data.
+OPEN = 8
+# Tasks of the rows where each has a file and a session of its own.
+SEPARATE = (2, 4, 8)
 Work = Callable[[], object]
 
 
@@ -46,7 +50,7 @@ class TasksConfig:
     model: str = "ViT-B-32"
     """open_clip name, random weights, or demo"""
     tasks: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
-    """how many in a file; repeatable (default: 1, 8, 64 and 512)"""
+    """how many in a file; repeatable (default: 1, 8, 64 and 512; 4096 takes minutes to export)"""
     batch: int = 16
     """images in a call"""
     prompt_size: int = 30
@@ -55,6 +59,7 @@ class TasksConfig:
     """longest time to measure for"""
     device: cli.Device = "auto"
     json: Json = None
+    plot: Plot = None
 
 
 def main() -> None:
@@ -69,33 +74,58 @@ def command(config: TasksConfig) -> dict[str, Any]:
     models = [task_model(subject, config, number) for number in range(max(counts))]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        single = exported(subject, models[:1], folder / "single.onnx")
-        rows: list[dict[str, Any]] = [{"name": "single", "tasks": 1}]
+        # All are written before one is opened: thousands of models and of sessions have no room.
+        write(subject, models[:1], folder / "single.onnx")
+        for count in counts:
+            write(subject, models[:count], folder / f"{count}.onnx")
+        models = models[: max(OPEN, *SEPARATE)]
+        single = opened(subject, folder / "single.onnx")
+        size = (folder / "single.onnx").stat().st_size
+        rows: list[dict[str, Any]] = [{"name": "single", "tasks": 1, "bytes": size}]
         works: dict[str, Work] = {"single": lambda: single(subject.sample)}
         for count in counts:
             name, path = f"tasks_{count}", folder / f"{count}.onnx"
-            many = exported(subject, models[:count], path)
+            many = opened(subject, path)
             check(name, many(subject.sample, "0"), single(subject.sample))
-            more = path.stat().st_size - (folder / "single.onnx").stat().st_size
-            rows.append({"name": name, "tasks": count})
+            rows.append({"name": name, "tasks": count, "bytes": path.stat().st_size})
             if count > 1:
-                rows[-1]["bytes_a_task"] = more / count
+                rows[-1]["bytes_a_task"] = (rows[-1]["bytes"] - rows[0]["bytes"]) / count
             works[name] = partial(many, subject.sample, drawn(count, config.batch))
-        for row, work in (
-            opened_row(subject, models, single, folder),
-            separate_row(subject, models, folder),
-        ):
+        files = separate(subject, models[: max(SEPARATE)], folder)
+        more = [separate_row(subject, files[:n], size) for n in SEPARATE if n <= len(files)]
+        for row, work in (open_row(subject, models, single, folder), *more):
             rows.append(row)
             works[row["name"]] = work
         bases = {name: "single" for name in works if name != "single"}
         times = until_steady(works, subject.device, seconds=config.seconds, bases=bases)
     for row in rows:
         row.update(percentiles(times[row["name"]]))
+        row["images_per_s"] = 1e3 * config.batch / row["p50_ms"]
         if row["name"] in bases:
             row.update(compared(times[row["name"]], times["single"]))
     settings = {"model": config.model, "batch": config.batch, "prompt_size": config.prompt_size}
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
+    if config.plot is not None:
+        draw(rows, config.plot)
     return publish(rows, subject.device, config.json, title) | settings
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw memory and time over the number of tasks, in one file and in files of their own."""
+    mpl.rcParams["svg.hashsalt"] = "adavipro_fast"
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    memory, time_ = figure.subplots(1, 2)
+    for kind, label in (("tasks", "one file"), ("separate", "a file and a session each")):
+        own = [row for row in rows if row["name"].startswith(kind)]
+        if kind == "separate":
+            own.insert(0, rows[0])
+        counts = [row["tasks"] for row in own]
+        memory.plot(counts, [row["bytes"] / 1e6 for row in own], "o-", label=label)
+        time_.plot(counts, [row["p50_ms"] for row in own], "o-", label=label)
+    memory.set(xlabel="tasks", ylabel="file, MB", xscale="log", yscale="log")
+    time_.set(xlabel="tasks", ylabel="a mixed batch, ms", xscale="log", ylim=(0, None))
+    memory.legend()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def drawn(count: int, batch: int) -> list[str]:
@@ -104,45 +134,50 @@ def drawn(count: int, batch: int) -> list[str]:
     return [str(n) for n in torch.randint(count, (batch,), generator=generator).tolist()]
 
 
-def opened_row(
+def open_row(
     subject: Subject, models: list[AdaViPro], single: Artifact, folder: Path
 ) -> tuple[dict[str, Any], Work]:
     """Build the row of a file whose tasks are data; say how long adding one takes."""
-    opened = exported(subject, models[:1], folder / "open.onnx")
-    assert isinstance(opened, OpenArtifact)
+    path = folder / "open.onnx"
+    write(subject, models[:1], path)
+    artifact = opened(subject, path)
+    assert isinstance(artifact, OpenArtifact)
     seconds = []
-    for number, model in enumerate(models[:SEPARATE]):
+    for number, model in enumerate(models[:OPEN]):
         path = folder / f"{number}.task"
         folded_task(str(number), checkpoint_of(model, NAMES), model).save(path)
         began = time.perf_counter()
-        opened.add(path)
+        artifact.add(path)
         seconds.append(time.perf_counter() - began)
-    check("open", opened(subject.sample, "0"), single(subject.sample))
+    check("open", artifact(subject.sample, "0"), single(subject.sample))
     size = (folder / "0.task").stat().st_size
-    row = {"name": f"open_{SEPARATE}", "tasks": SEPARATE, "bytes_a_task": size}
-    work = partial(opened, subject.sample, drawn(len(seconds), len(subject.sample)))
+    row = {"name": f"open_{OPEN}", "tasks": len(seconds), "bytes_a_task": size}
+    work = partial(artifact, subject.sample, drawn(len(seconds), len(subject.sample)))
     return row | {"add_ms": 1e3 * statistics.median(seconds)}, work
 
 
-def separate_row(
-    subject: Subject, models: list[AdaViPro], folder: Path
-) -> tuple[dict[str, Any], Work]:
+def separate(subject: Subject, models: list[AdaViPro], folder: Path) -> list[Artifact]:
+    """Open a file and a session for each task."""
+    paths = [folder / f"own-{number}.onnx" for number in range(len(models))]
+    for model, path in zip(models, paths, strict=True):
+        write(subject, [model], path, alone=True)
+    return [opened(subject, path) for path in paths]
+
+
+def separate_row(subject: Subject, files: list[Artifact], size: int) -> tuple[dict[str, Any], Work]:
     """Build the row of one session a task, each called with its own images in turn."""
-    paths = [folder / f"own-{number}.onnx" for number in range(min(SEPARATE, len(models)))]
-    files = {
-        str(n): exported(subject, [models[n]], path, alone=True) for n, path in enumerate(paths)
-    }
     names = drawn(len(files), len(subject.sample))
     shares = {
-        name: subject.sample[[place for place, other in enumerate(names) if other == name]]
+        int(name): subject.sample[[place for place, other in enumerate(names) if other == name]]
         for name in dict.fromkeys(names)
     }
 
     def work() -> list[Prediction]:
-        return [files[name](share) for name, share in shares.items()]
+        return [files[number](share) for number, share in shares.items()]
 
-    size = paths[0].stat().st_size
-    return {"name": f"separate_{SEPARATE}", "tasks": len(files), "bytes_a_task": size}, work
+    count = len(files)
+    row = {"name": f"separate_{count}", "tasks": count, "bytes": size * count, "bytes_a_task": size}
+    return row, work
 
 
 def task_model(subject: Subject, config: TasksConfig, number: int) -> AdaViPro:
@@ -160,10 +195,13 @@ def task_model(subject: Subject, config: TasksConfig, number: int) -> AdaViPro:
     return AdaViPro(subject.model.encoder, rows, prompt).eval()
 
 
-def exported(
-    subject: Subject, models: list[AdaViPro], path: Path, *, alone: bool = False
-) -> Artifact:
-    """Export models, bytes as input, and open the file.
+def opened(subject: Subject, path: Path) -> Artifact:
+    """Open a file where the bench runs."""
+    return open_artifact(path, device=str(subject.device))
+
+
+def write(subject: Subject, models: list[AdaViPro], path: Path, *, alone: bool = False) -> None:
+    """Export models, bytes as input.
 
     Args:
         subject: of the bench.
@@ -190,7 +228,6 @@ def exported(
         ]
     side = subject.model.preprocess.size
     graph.write(module, path, side=side, opset=to_onnx.OPSETS["fp32"], metadata=about)
-    return open_artifact(path, device=str(subject.device))
 
 
 def check(name: str, got: Prediction, own: Prediction) -> None:

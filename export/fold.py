@@ -127,15 +127,18 @@ class MaskHead(nn.Module):
         # |e|, in the form that ONNX Runtime fuses into the convolution.
         return F.leaky_relu(first, -1.0) if self.edge == "laplacian-magnitude" else first
 
+    def edge_map(self, images: Tensor) -> Tensor:
+        """Detect the edges of float32 images u (B, 3, S, S), but for a's magnitude."""
+        return self.edges(images + self.offset if self.centre else images)
+
     def delta(self, images: Tensor) -> Tensor:
         """Compute Δ (B, T, G, G) of float32 images (B, 3, S, S), for T = 1 or as many kernels."""
-        if self.centre:
-            images = images + self.offset
+        edges = self.edge_map(images)
         if self.generator is not None:
-            uncollapsed: Tensor = self.generator(self.edges(images) * self.scale)
+            uncollapsed: Tensor = self.generator(edges * self.scale)
             return uncollapsed[:, None]
         region = self.kernel.shape[-1] - 2
-        delta = F.conv2d(self.edges(images), self.kernel, self.bias, stride=region, padding=1)
+        delta = F.conv2d(edges, self.kernel, self.bias, stride=region, padding=1)
         return delta if self.constant is None else delta + self.constant
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Write a module as one ONNX file, and check what was written."""
 
+import ast
 import json
 import logging
 import tempfile
@@ -25,6 +26,9 @@ ELEMENTS = {
     "fp16": TensorProto.FLOAT16,
     "bf16": TensorProto.BFLOAT16,
 }
+PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+# The mask path and the head, by the names of modules and tables.
+WIDE = ("decide", "head", "edge", "kernels")
 # protobuf ends at 2 GiB; weights of larger encoders go into a second file.
 ONE_FILE_BYTES = 1_900_000_000
 
@@ -103,10 +107,17 @@ def quiet() -> Iterator[None]:
 
 
 def clean(model: onnx.ModelProto) -> None:
-    """Drop stack traces and notes, which hold paths of this machine; softmax in fp32."""
+    """Drop stack traces and notes, which hold paths of this machine; softmax in fp32.
+
+    Nodes are named after the module that they come from.
+    """
     graph = model.graph
     graph.name, model.producer_name = "adavipro_fast", "adavipro_fast"
     del model.metadata_props[:], graph.metadata_props[:]
+    for node in graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+        node.name = "/".join([*scopes[-2:-1], node.name]).lstrip("/")
     for item in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
         item.doc_string = ""
         del item.metadata_props[:]
@@ -135,12 +146,12 @@ def check_dtypes(path: Path, precision: Precision) -> None:
     products: Counter[int] = Counter()
     for node in graph.node:
         kind = kinds.get(node.input[0])
-        wide = node.op_type in safe or any(
-            n.startswith(("decide.", "head.", "edge.", "kernels")) for n in node.input
-        )
+        product = node.op_type in PRODUCTS
+        named = [*node.input, *([node.name] if product else [])]
+        wide = node.op_type in safe or any(name.startswith(WIDE) for name in named)
         if wide and kind not in (TensorProto.FLOAT, TensorProto.INT64):
             raise VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
-        if not wide and node.op_type in ("MatMul", "Gemm", "Conv", "Attention"):
+        if product and not wide:
             products[kind or 0] += 1
     if set(products) != {ELEMENTS[precision]}:
         names = {TensorProto.DataType.Name(k): n for k, n in products.items()}

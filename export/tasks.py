@@ -2,9 +2,11 @@
 
 The encoder is shared; what a task adds are rows of constant tables, gathered by its number t:
 
-    Δ       the collapsed generators of all tasks are the channels of one convolution; channel t
+    Δ       the collapsed generators of all tasks are the channels of one convolution, channel t;
+            of many tasks, the product of each region's pixels and K[t]
     tokens  E(x) + Σ_r m_r T[t, r]
-    logits  scores of all tasks' classes; the columns of task t, -1e30 beyond them
+    logits  scores of all tasks' classes, the columns of task t; of many tasks, the scores of the
+            classes of task t alone; -1e30 beyond them
 
 A prompt without a mask path is a mask of constant sign: open everywhere, or closed without a
 prompt.
@@ -21,6 +23,11 @@ from adavipro_fast.export.encoder import Head
 from adavipro_fast.export.fold import MaskHead, Plain, TokenTable, constant_delta, template_of
 from adavipro_fast.files.task import ABSENT
 from adavipro_fast.method.model import AdaViPro
+
+# Up to here a channel for each task costs less than the windows of each region's pixels.
+MOST_CHANNELS = 96
+# Up to here, times the largest task's classes, scores of all classes cost less than gathering.
+MOST_SCORES = 96
 
 
 def tasks_obstacle(models: Sequence[AdaViPro]) -> str | None:
@@ -41,9 +48,10 @@ def tasks_obstacle(models: Sequence[AdaViPro]) -> str | None:
 
 
 class TaskMasks(nn.Module):
-    """Images (B, 3, S, S) and choices (B, T) of 0 and 1 to masks (B, G, G) bool."""
+    """Images (B, 3, S, S) and tasks (B,) to masks (B, G, G) bool."""
 
     constant: Tensor
+    numbers: Tensor
 
     def __init__(self, models: Sequence[AdaViPro], scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -69,18 +77,36 @@ class TaskMasks(nn.Module):
             # The generator is in the stacked kernels.
             head.kernel, head.bias = nn.Parameter(kernel), nn.Parameter(torch.zeros(len(models)))
             head.constant = None
+        self.by_channels = len(models) <= MOST_CHANNELS
         self.register_buffer("constant", constant.flatten(1))
+        self.register_buffer("numbers", torch.arange(len(models)))
 
-    def forward(self, images: Tensor, chosen: Tensor) -> Tensor:
+    def forward(self, images: Tensor, task: Tensor) -> Tensor:
         """Decide."""
-        delta = chosen @ self.constant
+        delta = self.constant.index_select(0, task)
         for head in self.heads:
             assert isinstance(head, MaskHead)
-            every = head.delta(images).flatten(2)  # (B, T, G²)
-            # Not as a product of matrices: the one that is chosen stays what it is.
-            delta = delta + (every * chosen[..., None]).sum(1)
+            if self.by_channels:
+                every = head.delta(images).flatten(2)  # (B, T, G²)
+                chosen = (task[:, None] == self.numbers).float()
+                # Not as a product of matrices: the one that is chosen stays what it is.
+                delta = delta + (every * chosen[..., None]).sum(1)
+            else:
+                own = head.kernel.index_select(0, task).flatten(1)
+                delta = delta + (windows(head.edge_map(images), self.grid) @ own[..., None])[..., 0]
         decided: Tensor = delta.unflatten(1, (self.grid, self.grid)) > 0
         return decided
+
+
+def windows(edges: Tensor, grid: int) -> Tensor:
+    """Gather what each region's decision reads: (B, 3, S, S) to (B, G², 3 (R + 2)²)."""
+    region = edges.shape[-1] // grid
+    side, starts = region + 2, torch.arange(grid) * region
+    rows = (starts[:, None] + torch.arange(side)).flatten()
+    tall = F.pad(edges, (1, 1, 1, 1)).index_select(2, rows).unflatten(2, (grid, side))
+    cut = [tall[..., start : start + side] for start in starts.tolist()]
+    # (B, Gx, 3, Gy, R + 2, R + 2), rows of regions first.
+    return torch.stack(cut, 1).permute(0, 3, 1, 2, 4, 5).flatten(3).flatten(1, 2)
 
 
 class TaskTokens(nn.Module):
@@ -95,15 +121,17 @@ class TaskTokens(nn.Module):
     def __init__(self, models: Sequence[AdaViPro], dtype: torch.dtype) -> None:
         super().__init__()
         visual, grid = models[0].encoder.visual, models[0].prompt.grid
-        tables = [TokenTable(visual, template_of(model), grid, dtype) for model in models]
-        parts = range(len(tables[0].rows))
-        stacked = torch.stack(
-            [torch.stack([table.rows[part].detach() for table in tables]) for part in parts]
-        )  # (parts, T, N, W)
+        for number, model in enumerate(models):
+            table = TokenTable(visual, template_of(model), grid, dtype)
+            if number == 0:
+                shape = len(table.rows), len(models), *table.rows[0].shape
+                stacked = torch.empty(shape, dtype=dtype)  # (parts, T, N, W)
+            for part, rows in enumerate(table.rows):
+                stacked[part, number] = rows.detach()
         touched = stacked.ne(0).any(-1).any(0).any(0).nonzero()[:, 0]
         count = stacked.shape[2]
         self.rows = nn.ParameterList(list(stacked[:, :, touched]))
-        self.register_buffer("index", tables[0].index[:, touched])
+        self.register_buffer("index", table.index[:, touched])
         # Where each token finds its sum: its own place, or an empty one behind the others.
         place = torch.full((count,), len(touched))
         place[touched] = torch.arange(len(touched))
@@ -143,7 +171,10 @@ class TaskPixels(nn.Module):
 
 
 class TaskHead(Head):
-    """From features (B, F) and tasks (B,) to logits (B, K of the largest task) and embedding."""
+    """From features (B, F) and tasks (B,) to logits (B, K of the largest task) and embedding.
+
+    Classes of all tasks are scored, those of linear heads on features after the others.
+    """
 
     columns: Tensor
     of_embedding: Tensor
@@ -152,28 +183,29 @@ class TaskHead(Head):
     def __init__(self, models: Sequence[AdaViPro]) -> None:
         super().__init__(models[0])
         heads = [Head(model) for model in models]
-        most = max(head.classes.shape[1] for head in heads)
+        counts = [head.classes.shape[1] for head in heads]
         ordered = sorted(range(len(heads)), key=lambda number: heads[number].on_features)
-        columns = torch.zeros(len(heads), most, dtype=torch.int64)
+        # One more column behind all, which is no class.
+        columns = torch.full((len(heads), max(counts)), sum(counts))
         biases, begin = [], 0
         for number in ordered:
-            head, count = heads[number], heads[number].classes.shape[1]
+            head, count = heads[number], counts[number]
             columns[number, :count] = torch.arange(begin, begin + count)
             biases.append(torch.zeros(count) if head.bias is None else head.bias)
             begin += count
-        for number, head in enumerate(heads):
-            # One more column, which is no class.
-            columns[number, head.classes.shape[1] :] = begin
-        for name, on_features, size in (
-            ("of_embedding", False, self.widths[0]),
-            ("of_features", True, self.widths[1]),
-        ):
-            rows = [heads[n].classes for n in ordered if heads[n].on_features is on_features]
-            if on_features:
-                rows.append(torch.zeros(size, 1))
-            self.register_buffer(name, torch.cat([torch.zeros(size, 0), *rows], 1).contiguous())
         self.register_buffer("bias", torch.cat([*biases, torch.tensor([ABSENT])]))
         self.register_buffer("columns", columns)
+        rows = []
+        for on_features, width in zip((False, True), self.widths, strict=True):
+            own = [h.classes.t() for h in heads if h.on_features is on_features]
+            rows.append(torch.cat([torch.zeros(0, width), *own]))
+        self.keep(rows)
+
+    def keep(self, rows: list[Tensor]) -> None:
+        """Keep classes that are scored on the embedding (K, E), and on the features (K, F)."""
+        absent = torch.zeros(self.widths[1], 1)
+        self.register_buffer("of_embedding", rows[0].t().contiguous())
+        self.register_buffer("of_features", torch.cat([rows[1].t(), absent], 1).contiguous())
 
     def forward(  # type: ignore[override]
         self, features: Tensor, task: Tensor
@@ -188,6 +220,47 @@ class TaskHead(Head):
         return logits, embedding
 
 
+class GatheredHead(TaskHead):
+    """The same of many tasks: an image's own classes are gathered, and they alone are scored."""
+
+    rows: Tensor
+    reads_features: Tensor
+
+    def __init__(self, models: Sequence[AdaViPro]) -> None:
+        super().__init__(models)
+        reads = torch.tensor([model.config.head_input == "features" for model in models])
+        self.register_buffer("reads_features", reads)
+
+    def keep(self, rows: list[Tensor]) -> None:
+        """Keep all classes side by side, as wide as the widest."""
+        width = max(w for w, part in zip(self.widths, rows, strict=True) if len(part))
+        padded = [F.pad(part, (0, width - part.shape[1])) for part in rows if len(part)]
+        self.register_buffer("rows", torch.cat([*padded, torch.zeros(1, width)]))
+
+    def forward(  # type: ignore[override]
+        self, features: Tensor, task: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score each image's own classes."""
+        embedding, features = self.embed(features)
+        width, columns = self.rows.shape[1], self.columns.index_select(0, task)
+        read = F.pad(embedding, (0, width - embedding.shape[1]))
+        if width == features.shape[1]:
+            own = self.reads_features.index_select(0, task)
+            read = torch.where(own[:, None], features, read)
+        places = columns.flatten()
+        own = self.rows.index_select(0, places).unflatten(0, (-1, columns.shape[1]))
+        assert self.bias is not None
+        bias = self.bias.index_select(0, places).unflatten(0, (-1, columns.shape[1]))
+        return (own * read[:, None]).sum(2) + bias, embedding
+
+
+def task_head(models: Sequence[AdaViPro]) -> TaskHead:
+    """Take the head that does less work."""
+    counts = [len(model.class_embeddings) for model in models]
+    many = sum(counts) > MOST_SCORES * max(counts)
+    return GatheredHead(models) if many else TaskHead(models)
+
+
 class Tasks(Plain):
     """Image (B, 3, S, S) and task (B,) int64 to logits, mask and embedding.
 
@@ -200,7 +273,6 @@ class Tasks(Plain):
 
     inputs = ("image", "task")
     outputs = ("logits", "mask", "embedding")
-    numbers: Tensor
 
     def __init__(
         self, models: Sequence[AdaViPro], *, folded: bool, dtype: torch.dtype, uint8: bool
@@ -211,25 +283,37 @@ class Tasks(Plain):
             tables = TaskTokens(models, dtype)
         first = copy.deepcopy(models[0]).cpu().eval().requires_grad_(False)
         super().__init__(first, folded=folded, dtype=dtype, uint8=uint8)
-        self.head = TaskHead(models)
+        self.head = task_head(models)
         self.decide = TaskMasks(models, self.scale, self.shift)
         self.prompts: nn.Module = tables or TaskPixels(models)
-        self.folded = folded
-        self.register_buffer("numbers", torch.arange(len(models)))
+        self.folded, self.count = folded, len(models)
+        # Rows and biases.
+        self.class_bytes = [
+            model.class_embeddings.nbytes + 4 * len(model.class_embeddings) for model in models
+        ]
 
     def example(self, side: int) -> tuple[Tensor, ...]:
         """Return inputs of two images."""
         return (*super().example(side), torch.zeros(2, dtype=torch.int64))
 
+    def bytes_of(self, number: int) -> int:
+        """Return the bytes that a task adds to the file."""
+        tables = [head.kernel for head in self.decide.heads] + [self.decide.constant]
+        tables += [*self.prompts.parameters(), self.head.columns]
+        return sum(table[0].nbytes for table in tables) + self.class_bytes[number]
+
     def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Classify."""
         pixels = image.float()
-        chosen = (task[:, None] == self.numbers).float()
-        mask = self.decide(pixels, chosen)
+        # A gather would count numbers below 0 from the end: the answer of another task. Above the
+        # last one it is an error on a CPU; elsewhere there must be no answer.
+        absent = (task < 0) | (task >= self.count)
+        task = torch.where(task < 0, self.count, task)
+        mask = self.decide(pixels, task)
         normalised = self.normalise(pixels)
         if self.folded:
             tokens = self.prompts(self.patches(normalised), mask, task)
         else:
             tokens = self.patches(self.prompts(normalised, mask, task))
         logits, embedding = self.head(self.trunk(tokens), task)
-        return logits, mask.int(), embedding
+        return logits.masked_fill(absent[:, None], ABSENT), mask.int(), embedding

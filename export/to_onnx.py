@@ -112,8 +112,10 @@ def command(config: OnnxConfig) -> dict[str, Any]:
     if config.tasks == "open":
         metadata["open_for"] = asdict(open_for(checkpoints))
     elif names:
+        assert isinstance(module, Tasks)
         metadata["tasks"] = [
-            describe_task(*task) for task in zip(names, checkpoints, config.paths, strict=True)
+            describe_task(*task) | {"bytes": module.bytes_of(number)}
+            for number, task in enumerate(zip(names, checkpoints, config.paths, strict=True))
         ]
     cpu = torch.device("cpu")
     references = [TorchArtifact.of(*pair, cpu) for pair in zip(checkpoints, models, strict=True)]

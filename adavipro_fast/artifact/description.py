@@ -28,6 +28,8 @@ class Task:
     class_names: tuple[str, ...]
     config: PromptConfig
     calibration: Calibration = UNCALIBRATED
+    bytes: int = 0
+    """of its tables; 0 in files of before they were counted"""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,9 @@ class OpenArtifact:
 
     def _keep(self, known: Mapping[str, TaskFile]) -> None:
         """Replace tasks and description together: a call reads both at once."""
-        tasks = (Task(t.name, t.class_names, t.config, t.calibration) for t in known.values())
+        tasks = (
+            Task(t.name, t.class_names, t.config, t.calibration, t.bytes) for t in known.values()
+        )
         self._now = known, replace(self.file.about, tasks=tuple(tasks))
 
     def _check(self, task: TaskFile) -> None:

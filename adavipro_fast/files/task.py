@@ -44,6 +44,11 @@ class TaskFile:
     preprocess: Preprocess
     calibration: Calibration = UNCALIBRATED
 
+    @property
+    def bytes(self) -> int:
+        """What the tables take."""
+        return sum(table.nbytes for table in self.tables.values())
+
     def save(self, path: Path) -> None:
         """Write the file when it is whole."""
         metadata = {
