@@ -26,12 +26,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from adavipro_fast import cli
-from adavipro_fast.data.metrics import evaluate
 from adavipro_fast.files.whole import write_whole
-from adavipro_fast.method.functional import apply_prompt
 from adavipro_fast.training import pictures
-from adavipro_fast.training.trainer import EVAL_BATCH
-from lib.cells import PUBLISHED, Cell, Lines, Sweep, cells_of, opened, run_cells
+from lib.cells import PUBLISHED, Lines, Sweep, cells_of, opened, run_cells, shuffle_masks
 from lib.machine import ROOT
 
 SIZES = (5, 30, 60, 90, 112)
@@ -108,24 +105,6 @@ def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
             )
         text.append(f"| {line} | " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
-
-
-def shuffle_masks(cell: Cell, sweep: Sweep) -> float:
-    """Return a cell's test top-1, percent, with each image under the mask of another one."""
-    model, test = opened(cell, sweep)
-    batches = test.batches(EVAL_BATCH, torch.device("cpu"))
-    with torch.no_grad():
-        masks = torch.cat([model.prompt(pixels).mask for pixels, _ in batches])
-        generator = torch.Generator().manual_seed(cell.seed)
-        shuffled = masks[torch.randperm(len(masks), generator=generator)].split(EVAL_BATCH)
-        others = iter(shuffled)
-
-        def predict(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mask, images = next(others), model.prompt.normalised(pixels)
-            assert model.prompt.template is not None
-            return model.classify(apply_prompt(images, model.prompt.template(), mask), mask)[:2]
-
-        return evaluate(predict, test.batches(EVAL_BATCH, torch.device("cpu"))).top1
 
 
 def compare_recipes(config: PaperConfig) -> dict[str, Any]:

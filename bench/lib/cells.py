@@ -15,10 +15,13 @@ import tyro
 
 from adavipro_fast import AdaViPro
 from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.data.metrics import evaluate
 from adavipro_fast.data.sets import DataConfig, load_test
 from adavipro_fast.data.split import Split
 from adavipro_fast.files.whole import write_whole
+from adavipro_fast.method.functional import apply_prompt
 from adavipro_fast.training.config import recipe
+from adavipro_fast.training.trainer import EVAL_BATCH
 from lib.process import result_of
 
 NINE = (
@@ -61,6 +64,8 @@ class Sweep:
     """defaults of training"""
     seeds: int = 1
     """runs of each cell"""
+    limit_train: int | None = None
+    """training images of each cell (default: all)"""
     jobs: int = 1
     """cells at once; with several GPUs each job takes its own"""
     cells: Path = Path("runs") / "paper"
@@ -118,6 +123,7 @@ def flags_of(sweep: Sweep, data: str, epochs: int, seed: int, flags: dict[str, o
         "prompt-size": sweep.prompt_size,
         "method": "adavipro",
         "seed": seed,
+        "limit-train": "" if sweep.limit_train is None else sweep.limit_train,
     } | flags
     return tuple(sorted((k, str(v)) for k, v in values.items() if v != ""))
 
@@ -180,3 +186,21 @@ def opened(cell: Cell, sweep: Sweep) -> tuple[AdaViPro, Split]:
     )
     source = DataConfig(cell.data, sweep.data_root)
     return artifact.model, load_test(source, artifact.about.preprocess)[1]
+
+
+def shuffle_masks(cell: Cell, sweep: Sweep) -> float:
+    """Return a cell's test top-1, percent, with each image under the mask of another one."""
+    model, test = opened(cell, sweep)
+    batches = test.batches(EVAL_BATCH, torch.device("cpu"))
+    with torch.no_grad():
+        masks = torch.cat([model.prompt(pixels).mask for pixels, _ in batches])
+        generator = torch.Generator().manual_seed(cell.seed)
+        shuffled = masks[torch.randperm(len(masks), generator=generator)].split(EVAL_BATCH)
+        others = iter(shuffled)
+
+        def predict(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mask, images = next(others), model.prompt.normalised(pixels)
+            assert model.prompt.template is not None
+            return model.classify(apply_prompt(images, model.prompt.template(), mask), mask)[:2]
+
+        return evaluate(predict, test.batches(EVAL_BATCH, torch.device("cpu"))).top1
