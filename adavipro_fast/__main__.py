@@ -3,7 +3,7 @@
 import ast
 from importlib.resources import files
 
-COMMANDS = ("train", "compare", "evaluate", "predict", "tasks", "cache", "demo")
+COMMANDS = ("train", "compare", "evaluate", "predict", "tasks", "serve", "cache", "demo")
 
 
 def main() -> None:

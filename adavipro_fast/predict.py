@@ -6,17 +6,15 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor
 
 from adavipro_fast import cli
+from adavipro_fast.artifact.answers import answers
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.images import read_pixels
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.method.config import Precision
 from adavipro_fast.training import pictures
 
-SHOWN_CLASSES = 5
-UNKNOWN = "unknown"
 BATCH = 64
 
 
@@ -58,17 +56,16 @@ def command(config: PredictConfig) -> dict[str, Any]:
     )
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
-    calibration, predictions, drawn = artifact.about.calibration, [], []
-    least = 0.0 if config.reject is None else calibration.threshold(config.reject)
+    predictions: list[dict[str, Any]] = []
+    drawn = []
     for start in range(0, len(config.images), BATCH):
         paths = config.images[start : start + BATCH]
         pixels = read_pixels(paths, artifact.about.preprocess)
         prediction = artifact(pixels)
+        described = answers(artifact.about, prediction, config.reject)
         predictions += [
-            described(path, row, mask, artifact.about.class_names, least)
-            for path, row, mask in zip(
-                paths, calibration.probabilities(prediction.logits), prediction.mask, strict=True
-            )
+            said({"path": str(path)} | answer)
+            for path, answer in zip(paths, described, strict=True)
         ]
         if config.picture is not None:
             drawn.append((pixels, prediction.mask))
@@ -86,24 +83,13 @@ def command(config: PredictConfig) -> dict[str, Any]:
     return {"predictions": predictions}
 
 
-def described(
-    path: Path, probabilities: Tensor, mask: Tensor, class_names: tuple[str, ...], least: float
-) -> dict[str, Any]:
-    """Describe one prediction, its likeliest classes first, and print the answer.
-
-    Below a confidence of `least` the answer is `unknown`.
-    """
-    top = probabilities.topk(min(SHOWN_CLASSES, len(probabilities)))
-    classes = [
-        {"name": class_names[index], "probability": value}
-        for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    ]
-    nearest = classes[0]
-    known = nearest["probability"] >= least
-    answered = repr(nearest["name"]) if known else f"unknown, nearest {nearest['name']!r}"
-    print(f"{str(path)!r}: {answered} ({nearest['probability']:.1%})")
-    answer = nearest["name"] if known else UNKNOWN
-    return {"path": str(path), "answer": answer, "classes": classes, "mask": mask.int().tolist()}
+def said(described: dict[str, Any]) -> dict[str, Any]:
+    """Print one answer, and return it."""
+    nearest = described["classes"][0]
+    rejected = described["answer"] != nearest["name"]
+    answered = f"unknown, nearest {nearest['name']!r}" if rejected else repr(nearest["name"])
+    print(f"{described['path']!r}: {answered} ({nearest['probability']:.1%})")
+    return described
 
 
 if __name__ == "__main__":

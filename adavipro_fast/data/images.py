@@ -19,8 +19,16 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 LARGEST_RESIZED = 20_000_000
 
 
-def decode_image(content: bytes, name: str, preprocess: Preprocess) -> Image.Image:
+def decode_image(
+    content: bytes, name: str, preprocess: Preprocess, most: int = LARGEST_IMAGE
+) -> Image.Image:
     """Decode a JPEG, PNG, ... completely, as RGB with 8 bits.
+
+    Args:
+        content: the file's bytes.
+        name: what to call it in a message.
+        preprocess: the encoder's preprocessing.
+        most: pixels that it may have.
 
     Raises:
         ValueError: broken, unreadable, of an absurd size now or once it is resized, or of pixels
@@ -29,8 +37,8 @@ def decode_image(content: bytes, name: str, preprocess: Preprocess) -> Image.Ima
     try:
         image = Image.open(BytesIO(content), formats=FORMATS)
         # Both sizes are told by the header.
-        if image.width * image.height > LARGEST_IMAGE:
-            raise ValueError(f"{image.width}x{image.height} is more than {LARGEST_IMAGE} pixels")
+        if image.width * image.height > most:
+            raise ValueError(f"{image.width}x{image.height} is more than {most} pixels")
         width, height = preprocess.resized(image.width, image.height)
         if not 0 < width * height <= LARGEST_RESIZED:
             raise ValueError(

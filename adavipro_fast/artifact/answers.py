@@ -1,0 +1,50 @@
+"""What a prediction says in words: class names, probabilities, `unknown`, the mask."""
+
+from typing import Any
+
+from torch import Tensor
+
+from adavipro_fast.artifact.description import Description
+from adavipro_fast.method.model import Prediction
+
+SHOWN_CLASSES = 5
+UNKNOWN = "unknown"
+
+
+def answers(
+    about: Description,
+    prediction: Prediction,
+    reject: float | None = None,
+    shown: int = SHOWN_CLASSES,
+) -> list[dict[str, Any]]:
+    """Describe each image's prediction, its likeliest classes first.
+
+    Args:
+        about: the artifact, of one task.
+        prediction: of B images.
+        reject: share of known images that may be answered `unknown`; none answers all.
+        shown: how many classes.
+
+    Raises:
+        ValueError: `reject` is no share, or the file holds no calibration.
+    """
+    least = 0.0 if reject is None else about.calibration.threshold(reject)
+    probabilities = about.calibration.probabilities(prediction.logits)
+    return [
+        described(row, mask, about.class_names, least, shown)
+        for row, mask in zip(probabilities, prediction.mask, strict=True)
+    ]
+
+
+def described(
+    probabilities: Tensor, mask: Tensor, class_names: tuple[str, ...], least: float, shown: int
+) -> dict[str, Any]:
+    """Describe one prediction; below a confidence of `least` the answer is `unknown`."""
+    top = probabilities.topk(min(shown, len(probabilities)))
+    classes = [
+        {"name": class_names[index], "probability": value}
+        for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+    known = classes[0]["probability"] >= least
+    answer = classes[0]["name"] if known else UNKNOWN
+    return {"answer": answer, "classes": classes, "mask": mask.int().tolist()}

@@ -1,0 +1,213 @@
+"""Serve files over HTTP: `python -m adavipro_fast.serve ARTIFACT...`.
+
+    curl -F image=@photo.jpg http://127.0.0.1:8000/classify
+
+Also KServe v2 (`tritonclient` works), an OpenAPI page at /docs and metrics at /metrics.
+"""
+
+import asyncio
+import ipaddress
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from adavipro_fast import cli
+from adavipro_fast.errors import printable
+from adavipro_fast.method.config import Precision
+from adavipro_fast.serving.batcher import Batcher
+from adavipro_fast.serving.served import Served
+
+INSTALL = "serving needs its extra: pip install 'adavipro_fast[serve]'"
+LONGEST_STOP_S = 60
+MOST_CONNECTIONS = 1024
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve trained prompts over HTTP, requests gathered into batches."""
+
+    artifact: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """checkpoint.safetensors, .onnx or .engine; NAME=PATH gives its name in addresses"""
+    host: str = "127.0.0.1"
+    """address to listen on; others than this machine's own need --token-file"""
+    port: int = 8000
+    """0 takes a free one"""
+    token_file: Path | None = None
+    """file with the token that clients must show"""
+    tasks_folder: Path | None = None
+    """folder of .task files for a file whose tasks are data; they may come and go"""
+    batch: int = 32
+    """most images in a batch"""
+    delay_ms: float = 2.0
+    """longest wait for other requests while a device is idle"""
+    queue: int = 256
+    """images that may wait or run at once; more are refused with 503 and Retry-After"""
+    images: int = 64
+    """most images in a request"""
+    body_mb: float = 16.0
+    """largest request, 10^6 bytes"""
+    image_megapixels: float = 50.0
+    """largest image"""
+    seconds: float = 30.0
+    """longest time for a request to arrive"""
+    device: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """where to run; repeatable, each runs batches of its own (default: auto)"""
+    model: cli.Model = None
+    pretrained: cli.Pretrained = None
+    precision: Precision = "fp32"
+    """of a checkpoint's encoder"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "queue", "images", "body_mb", "image_megapixels", "seconds"):
+            if not 0 < getattr(self, name) < 1e9:
+                raise ValueError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
+        if not 0 <= self.delay_ms <= 1000:
+            raise ValueError(f"delay_ms is {self.delay_ms}; 0 to 1000 works")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port is {self.port}; 0 to {2**16 - 1} works")
+        if self.images > self.queue:
+            raise ValueError(f"{self.images} images in a request find no room in {self.queue}")
+
+
+def main() -> None:
+    """Parse, serve until a signal comes, print what was served."""
+    cli.main(ServeConfig, command)
+
+
+def command(config: ServeConfig) -> dict[str, Any]:
+    """Serve until a signal comes.
+
+    Raises:
+        ImportError: the extra is not installed.
+        ValueError: a file cannot be served, or the address needs a token.
+    """
+    try:
+        import uvicorn
+
+        from adavipro_fast.serving import web
+        from adavipro_fast.serving.connections import ImpatientProtocol
+    except ImportError as error:
+        raise ImportError(f"{INSTALL} ({error})") from error
+    token = read_token(config.token_file)
+    if token is None and not is_loopback(config.host):
+        raise ValueError(f"{config.host} can be reached by others; give --token-file")
+    listening = listen(config.host, config.port)
+    devices = config.device or ("auto",)
+    served = opened(config, devices)
+    metrics = web.Metrics()
+    batcher = Batcher(
+        devices=len(devices),
+        largest=config.batch,
+        delay=config.delay_ms / 1e3,
+        room=config.queue,
+        on_batch=metrics.batches.observe,
+    )
+    limits = web.Limits(
+        int(1e6 * config.body_mb), int(1e6 * config.image_megapixels), config.images, config.seconds
+    )
+    application = web.create(served, batcher, limits=limits, token=token, metrics=metrics)
+    settings = uvicorn.Config(
+        application,
+        http=ImpatientProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=LONGEST_STOP_S,
+    )
+    address = "http://{}:{}".format(*listening.getsockname()[:2])
+    say(f"serving {', '.join(each.name for each in served)} at {address}; {address}/docs")
+    # uvicorn stops at these, answers what it took, and raises them again.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    asyncio.run(uvicorn.Server(settings).serve(sockets=[listening]))
+    return {"address": address, "requests": metrics.answered, "models": [s.name for s in served]}
+
+
+def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
+    """Open the files.
+
+    Raises:
+        ValueError: none, two of one name, or no file takes tasks.
+    """
+    if not config.artifact:
+        raise ValueError("no file was named; use serve ARTIFACT [ARTIFACT ...]")
+    options = {
+        "model": config.model,
+        "pretrained": config.pretrained,
+        "precision": config.precision,
+        "say": say,
+    }
+    served: dict[str, Served] = {}
+    for text in config.artifact:
+        name, path = named(text)
+        if name in served:
+            raise ValueError(f"two files are called {name!r}; name one as NAME=PATH")
+        served[name] = Served(name, path, devices, tasks=config.tasks_folder, **options)
+    return list(served.values())
+
+
+def named(text: str) -> tuple[str, Path]:
+    """Split NAME=PATH; a file without a name has its own, a checkpoint that of its folder.
+
+    Raises:
+        ValueError: a name that no address can hold.
+    """
+    name, given, rest = text.partition("=")
+    path = Path(rest if given else text)
+    if not given:
+        name = path.absolute().parent.name if path.suffix == ".safetensors" else path.stem
+    if not name or not all(letter.isalnum() or letter in "-_." for letter in name):
+        raise ValueError(f"{name!r} is no name for an address; give letters, as NAME={path}")
+    return name, path
+
+
+def read_token(path: Path | None) -> str | None:
+    """Read the token that clients must show.
+
+    Raises:
+        ValueError: the file holds none, or one that no header can carry.
+    """
+    if path is None:
+        return None
+    token = path.read_text().strip()
+    if len(token) < 16 or not (token.isascii() and token.isprintable()) or " " in token:
+        raise ValueError(f"{path} holds no token; write 16 or more letters and digits into it")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, before files are opened.
+
+    Raises:
+        OSError: it is taken, or not of this machine.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error}; name another --port") from error
+
+
+def say(line: str) -> None:
+    """Tell the person at the terminal."""
+    print(printable(line), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

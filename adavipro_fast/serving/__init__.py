@@ -1,0 +1,1 @@
+"""Serving: requests of many clients gathered into batches, over HTTP."""

@@ -1,0 +1,174 @@
+"""Gather the images of many requests into batches: a bounded queue, and threads that run it.
+
+A batch is whatever waits when a device becomes idle, up to a largest size; the oldest request waits
+a few milliseconds for others at most. What finds no room is refused at once.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.method.model import Prediction
+
+# Of the estimate of a batch's time, which Retry-After is made of.
+SMOOTHING = 0.8
+
+
+class FullError(Exception):
+    """There is no room for more images."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("too many images are waiting")
+        self.seconds = seconds
+        """until there may be room"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The images of one request, and where its answer goes."""
+
+    artifacts: Sequence[Artifact]
+    """one a device; batches hold jobs of one file alone, also while it is replaced"""
+    pixels: Tensor
+    tasks: Sequence[str] | None
+    answer: "Future[Prediction]" = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
+
+
+class Batcher:
+    """Runs jobs in batches, on each of some devices by a thread of its own.
+
+    Args:
+        devices: how many.
+        largest: images in a batch; a request with more is a batch of its own.
+        delay: seconds that a job may wait for others while a device is idle.
+        room: images that may wait or run at once.
+        on_batch: told the images of each batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        devices: int = 1,
+        largest: int = 32,
+        delay: float = 0.002,
+        room: int = 256,
+        on_batch: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.largest, self.delay, self.room, self.on_batch = largest, delay, room, on_batch
+        self.held = 0
+        """images that have room"""
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._seconds_an_image = 0.0
+        self._threads = [
+            threading.Thread(target=self._work, args=(number,), daemon=True)
+            for number in range(devices)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @contextmanager
+    def place(self, images: int) -> Iterator[None]:
+        """Hold room for images of a request until it is answered.
+
+        Raises:
+            FullError: there is none.
+        """
+        with self._changed:
+            if self.held + images > self.room:
+                raise FullError(self._seconds_an_image * self.held / len(self._threads))
+            self.held += images
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.held -= images
+
+    def submit(self, job: Job) -> "Future[Prediction]":
+        """Run a job that has its place; return where its answer will be.
+
+        Raises:
+            RuntimeError: the batcher was closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the server is stopping")
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.answer
+
+    def close(self) -> None:
+        """Answer what was submitted, then end the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, device: int) -> None:
+        while batch := self._next_batch():
+            # A client that has gone waits no more.
+            batch = [job for job in batch if job.answer.set_running_or_notify_cancel()]
+            if batch:
+                began, images = time.monotonic(), sum(len(job.pixels) for job in batch)
+                run(batch, device)
+                spent = (time.monotonic() - began) / images
+                before = self._seconds_an_image or spent
+                self._seconds_an_image = SMOOTHING * before + (1 - SMOOTHING) * spent
+                self.on_batch(images)
+
+    def _next_batch(self) -> list[Job]:
+        """Wait for jobs and take those that go together; none once the batcher is closed."""
+        with self._changed:
+            while True:
+                if not self._jobs and self._closed:
+                    return []
+                left = self._jobs[0].since + self.delay - time.monotonic() if self._jobs else None
+                full = sum(len(job.pixels) for job in self._jobs) >= self.largest
+                if left is not None and (full or self._closed or left <= 0):
+                    return self._take()
+                self._changed.wait(left)
+
+    def _take(self) -> list[Job]:
+        batch = [self._jobs.popleft()]
+        count = len(batch[0].pixels)
+        while self._jobs:
+            following = self._jobs[0]
+            count += len(following.pixels)
+            if count > self.largest or following.artifacts is not batch[0].artifacts:
+                break
+            batch.append(self._jobs.popleft())
+        return batch
+
+
+def run(batch: Sequence[Job], device: int) -> None:
+    """Answer the jobs of a batch by one call."""
+    artifact = batch[0].artifacts[device]
+    tasks = None
+    if batch[0].tasks is not None:
+        tasks = [task for job in batch for task in job.tasks or ()]
+    try:
+        whole = artifact(torch.cat([job.pixels for job in batch]), tasks)
+    except Exception as error:
+        if len(batch) == 1:
+            batch[0].answer.set_exception(error)
+            return
+        # One request's fault, such as a task that has just been removed, is not the others'.
+        for job in batch:
+            run([job], device)
+        return
+    begin = 0
+    for job in batch:
+        end = begin + len(job.pixels)
+        job.answer.set_result(Prediction(*(part[begin:end] for part in whole)))
+        begin = end

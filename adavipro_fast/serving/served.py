@@ -1,0 +1,129 @@
+"""A file that is served: opened on each device, and opened again when it changes."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adavipro_fast.artifact.description import Artifact, Description
+from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.artifact.open_tasks import OpenArtifact
+
+Stamp = tuple[int, int] | None
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A file as it was opened: one artifact a device, and which opening of the server's life."""
+
+    artifacts: tuple[Artifact, ...]
+    version: int
+
+    @property
+    def about(self) -> Description:
+        """What the file says about itself."""
+        return self.artifacts[0].about
+
+
+class Served:
+    """A file under a name; requests go on with the generation that they began with.
+
+    Args:
+        name: in addresses.
+        path: of the artifact.
+        devices: where it runs.
+        tasks: folder of .task files, of a file whose tasks are data.
+        options: of `open_artifact`.
+        say: told what was opened again, and what could not be.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        devices: Sequence[str] = ("auto",),
+        *,
+        tasks: Path | None = None,
+        say: Say = lambda _: None,
+        **options: Any,
+    ) -> None:
+        self.name, self.path, self.devices, self.tasks, self.say = name, path, devices, tasks, say
+        self._options = options
+        self._lock = threading.Lock()
+        self._known: dict[Path, tuple[Stamp, str]] = {}
+        """task files: what they were when they were added, and the task's name"""
+        self._stamp = stamp(path)
+        self.now = self._opened(1)
+        if tasks is not None and not isinstance(self.now.artifacts[0], OpenArtifact):
+            raise ValueError(f"{path} has its tasks built in; leave --tasks-folder out")
+        self._take_tasks()
+
+    def refresh(self) -> None:
+        """Open the file again where it has changed, and take up tasks that came or went.
+
+        What cannot be opened is told, and the generation before goes on.
+        """
+        with self._lock:
+            now = stamp(self.path)
+            if now is not None and now != self._stamp:
+                self._stamp = now
+                try:
+                    following = self._opened(self.now.version + 1)
+                except (ValueError, OSError) as error:
+                    self.say(f"{self.name}: goes on as it was, {error}")
+                else:
+                    self._known = {}
+                    self._take_tasks(following)
+                    self.now = following
+                    self.say(f"{self.name}: opened again, version {following.version}")
+            self._take_tasks()
+
+    def _opened(self, version: int) -> Generation:
+        artifacts = [
+            open_artifact(self.path, device=device, **self._options) for device in self.devices
+        ]
+        return Generation(tuple(artifacts), version)
+
+    def _take_tasks(self, generation: Generation | None = None) -> None:
+        """Make the tasks of a generation those of the folder."""
+        if self.tasks is None:
+            return
+        artifacts = (generation or self.now).artifacts
+        found = {path: stamp(path) for path in sorted(self.tasks.glob("*.task"))}
+        for path, (known, name) in list(self._known.items()):
+            if found.get(path) != known:
+                del self._known[path]
+                for artifact in artifacts:
+                    # One that could not be added is none.
+                    if name and isinstance(artifact, OpenArtifact):
+                        artifact.remove(name)
+                self.say(f"{self.name}: task {name or path.stem!r} is gone")
+        for path, now in found.items():
+            if path not in self._known:
+                self._known[path] = now, self._add(path, artifacts)
+
+    def _add(self, path: Path, artifacts: Sequence[Artifact]) -> str:
+        added, name = [], ""
+        try:
+            for artifact in artifacts:
+                assert isinstance(artifact, OpenArtifact)
+                name = artifact.add(path)
+                added.append(artifact)
+        except (ValueError, OSError) as error:
+            for artifact in added:
+                artifact.remove(name)
+            self.say(f"{self.name}: {path.name} is no task here, {error}")
+            return ""
+        self.say(f"{self.name}: task {name!r} added")
+        return name
+
+
+def stamp(path: Path) -> Stamp:
+    """Tell one state of a file from another; none where it is absent."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
