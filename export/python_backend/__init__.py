@@ -1,0 +1,1 @@
+"""Models that Triton's Python backend runs around an exported file."""

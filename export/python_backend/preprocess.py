@@ -1,0 +1,58 @@
+"""Triton's Python backend: image files to the graph's pixels, names of tasks to their numbers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    """One instance of the model."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read how images are prepared."""
+        # Not above: Triton imports this file twice, once to complete its configuration.
+        from adavipro_fast.data.images import decode_image
+        from adavipro_fast.method.preprocess import Preprocess
+
+        folder = Path(args["model_repository"], args["model_version"])
+        about = json.loads((folder / "about.json").read_text())
+        self.tasks, self.decode_image = about["tasks"], decode_image
+        self.preprocess = Preprocess(**about["preprocess"])
+        self.transform = self.preprocess.pixels()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer each request; a broken image is an error of its own request alone."""
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request: Any) -> Any:
+        """Prepare the images (B, 1) of a request."""
+        try:
+            encoded = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()
+            images = [
+                self.transform(self.decode_image(content, str(number), self.preprocess))
+                for number, content in enumerate(encoded[:, 0])
+            ]
+            outputs = [pb_utils.Tensor("image", np.stack(images))]
+            if self.tasks:
+                named = pb_utils.get_input_tensor_by_name(request, "task").as_numpy()
+                numbers = [[self.number(name)] for name in named[:, 0]]
+                outputs.append(pb_utils.Tensor("number", np.array(numbers, np.int64)))
+        except ValueError as error:
+            reason = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=reason)
+        return pb_utils.InferenceResponse(output_tensors=outputs)
+
+    def number(self, name: bytes) -> int:
+        """Return the number of a task.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        text = name.decode(errors="replace")
+        if text not in self.tasks:
+            raise ValueError(f"no task {text!r}; there are {', '.join(self.tasks)}")
+        return int(self.tasks.index(text))

@@ -1,0 +1,315 @@
+"""A model repository for Triton Inference Server: `python export/to_triton.py F.onnx --output R`.
+
+Four models: the graph, and around it an ensemble from image files to class names, with the two
+Python models that it needs. Another export of the same name is the next version.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import onnx
+import tyro
+
+from adavipro_fast import cli
+from adavipro_fast.artifact.description import Description
+from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.artifact.tensorrt import read_sidecar
+from adavipro_fast.files.whole import write_whole
+
+MODELS = Path(__file__).parent / "python_backend"
+# Names that configuration files, addresses and folders hold as they are.
+LETTERS = "-_."
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """Write a model repository that Triton Inference Server loads as it is."""
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """.onnx (exported with --input uint8) or TensorRT .engine"""
+    output: Path
+    """model repository, a folder"""
+    name: str | None = None
+    """of the model (default: the file's)"""
+    batch: int = 32
+    """most images in a batch; an engine has its profile's"""
+    delay_us: int = 2000
+    """longest wait for other requests, microseconds"""
+    instances: int = 1
+    """of the graph, on each device"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where the graph runs"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("instances", 1), ("delay_us", 0)):
+            if not least <= getattr(self, name) < 10**6:
+                raise ValueError(f"{name} is {getattr(self, name)}; {least} or more is needed")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is served, and how much of it at once."""
+
+    about: Description
+    backend: str
+    file: str
+    batch: int
+    usual: int
+    """batch that an engine is fastest at"""
+    width: int | None
+    """of the embedding, which an engine's files do not tell"""
+
+
+def main() -> None:
+    """Parse, write, print."""
+    cli.main(TritonConfig, command, summary)
+
+
+def command(config: TritonConfig) -> dict[str, Any]:
+    """Write the repository's models, the graph last.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be served by Triton, or is no next version of what is there.
+    """
+    graph, name = graph_of(config), config.name or config.artifact.stem
+    if not name or not all(letter.isalnum() or letter in LETTERS for letter in name):
+        raise ValueError(f"{name!r} is no name for a model; give letters with --name")
+    about, repository = graph.about, config.output
+    facts = facts_of(about)
+    folders = {kind: repository / (name + kind) for kind in ("_preprocess", "_postprocess", "")}
+    version = next_version(folders[""], facts)
+    kind = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}[config.device]
+    texts = configurations(name, graph, kind, config)
+    if not about.tasks:
+        labels = "".join(f"{each}\n" for each in facts["class_names"][0])
+        write_whole(folders[""] / "labels.txt", labels.encode())
+    files = {
+        "_preprocess": {"model.py": MODELS / "preprocess.py"},
+        "_postprocess": {"model.py": MODELS / "postprocess.py"},
+        "": {graph.file: config.artifact},
+    }
+    data = config.artifact.with_name(config.artifact.name + ".data")
+    if data.exists():
+        files[""][data.name] = data
+    for kind, folder in folders.items():
+        place(folder, version, texts[kind], files[kind], facts)
+    place(repository / f"{name}_classify", version, texts["_classify"], {}, facts)
+    return {
+        "repository": str(repository),
+        "model": name,
+        "ensemble": f"{name}_classify",
+        "version": version,
+        "backend": graph.backend,
+        "max_batch_size": graph.batch,
+        "tasks": facts["tasks"],
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say what lies where, and how to serve it."""
+    return (
+        f"{result['repository']}: {result['model']} version {result['version']}, batches up to "
+        f"{result['max_batch_size']}\n"
+        f"image files to class names: model {result['ensemble']}\n"
+        f"serve: tritonserver --model-repository={result['repository']}"
+    )
+
+
+def graph_of(config: TritonConfig) -> Graph:
+    """Read what a file is.
+
+    Raises:
+        ValueError: Triton cannot serve it.
+    """
+    path = config.artifact
+    if path.suffix == ".engine":
+        values = read_sidecar(path)
+        if values["runtime"] != "tensorrt":
+            raise ValueError(
+                f"{path} is an engine of {values['runtime']}, which Triton does not load; serve "
+                "the .onnx file, or build with --runtime tensorrt"
+            )
+        smallest, usual, largest = values["batch"]
+        if smallest > 1:
+            raise ValueError(f"{path} takes {smallest} images or more; build with --batch 1,...")
+        about = Description.of(values, path)
+        graph = Graph(about, "tensorrt", "model.plan", largest, usual, None)
+    elif path.suffix == ".onnx":
+        about = describe_onnx(path)
+        width = embedding_width(path)
+        graph = Graph(about, "onnxruntime", "model.onnx", config.batch, config.batch, width)
+    else:
+        raise ValueError(f"{path} is no .onnx or .engine file; export it with export/to_onnx.py")
+    if about.input == "float32":
+        raise ValueError(f"{path} takes normalised floats; export it with --input uint8")
+    if about.open_for is not None:
+        raise ValueError(
+            f"{path} takes its tasks while it runs; Triton serves tasks that are baked"
+        )
+    return graph
+
+
+def embedding_width(path: Path) -> int:
+    """Read from an .onnx file how many numbers an embedding has."""
+    model = onnx.load(path, load_external_data=False)
+    shapes = {each.name: each.type.tensor_type.shape for each in model.graph.output}
+    return int(shapes["embedding"].dim[1].dim_value)
+
+
+def facts_of(about: Description) -> dict[str, Any]:
+    """Collect what the Python models need; lists have an entry a task."""
+    tasks = about.tasks or (about,)
+    return {
+        "preprocess": about.preprocess.stored(),
+        "tasks": [task.name for task in about.tasks],
+        "class_names": [list(task.class_names) for task in tasks],
+        "temperatures": [task.calibration.temperature for task in tasks],
+    }
+
+
+def next_version(folder: Path, facts: dict[str, Any]) -> int:
+    """Return the number of the next version.
+
+    Raises:
+        ValueError: the versions before are of other classes or tasks, whose clients would not know.
+    """
+    if not folder.exists():
+        return 1
+    known = json.loads((folder / "about.json").read_text())
+    for what in ("tasks", "class_names"):
+        if known[what] != facts[what]:
+            raise ValueError(
+                f"{folder.name} has other {what.replace('_', ' ')}; give another --name"
+            )
+    return 1 + max(int(each.name) for each in folder.iterdir() if each.name.isdigit())
+
+
+def place(
+    folder: Path, version: int, config: str, files: dict[str, Path], facts: dict[str, Any]
+) -> None:
+    """Write a model's configuration and one version, which gets its number when it is whole."""
+    partial = folder / f"{version}.part"
+    partial.mkdir(parents=True)
+    about = (json.dumps(facts) + "\n").encode()
+    for name, source in files.items():
+        shutil.copyfile(source, partial / name)
+    write_whole(partial / "about.json", about)
+    write_whole(folder / "about.json", about)
+    # Only what changes is written: Triton would load the model again.
+    path = folder / "config.pbtxt"
+    if not path.exists() or path.read_text() != config:
+        write_whole(path, config.encode())
+    partial.replace(folder / str(version))
+
+
+def configurations(name: str, graph: Graph, kind: str, config: TritonConfig) -> dict[str, str]:
+    """Write the configuration of each model, by the ending of its name."""
+    about = graph.about
+    side, grid = about.preprocess.size, about.preprocess.size // about.config.region_size
+    # Several tasks have labels of their own; one task's are Triton's to give.
+    labels = "" if about.tasks else ' label_filename: "labels.txt"'
+    image = ("image", "UINT8", [3, side, side] if about.input == "uint8" else [3, -1, -1])
+    number = ("task", "INT64", [1])
+    task = [("task", "STRING", [1])] if about.tasks else []
+    found = [("class", "STRING", [1]), ("probability", "FP32", [1])]
+    classes = ("logits", "FP32", [about.most_classes])
+    shared = f"max_batch_size: {graph.batch}\n"
+    latest = "version_policy { latest { num_versions: 1 } }\n"
+    python = f'backend: "python"\n{shared}{latest}instance_group [ {{ kind: KIND_CPU }} ]\n'
+    outputs = [line("logits", "FP32", [about.most_classes], labels)]
+    if not about.baseline:
+        outputs.append(line("mask", "INT32", [grid, grid]))
+    if graph.width is not None:
+        outputs.append(line("embedding", "FP32", [graph.width]))
+    inputs = [line(*image)]
+    if about.tasks:
+        inputs.append(line(*number, " reshape { shape: [ ] }"))
+    preferred = sorted({size for size in (8, 16, graph.usual, graph.batch) if size <= graph.batch})
+    texts = {
+        "": f'backend: "{graph.backend}"\n{shared}'
+        + tensors("input", inputs)
+        + tensors("output", outputs)
+        + latest
+        + f"instance_group [ {{ kind: {kind} count: {config.instances} }} ]\n"
+        f"dynamic_batching {{ preferred_batch_size: {preferred} "
+        f"max_queue_delay_microseconds: {config.delay_us} }}\n"
+        "response_cache { enable: false }\n" + warm_up(side, graph),
+        "_preprocess": python
+        + tensors("input", [line("encoded", "STRING", [1]), *(line(*each) for each in task)])
+        + tensors(
+            "output",
+            [line("image", "UINT8", [3, side, side])]
+            + ([line("number", "INT64", [1])] if task else []),
+        )
+        + "dynamic_batching { }\n",
+        "_postprocess": python
+        + tensors("input", [line(*classes), *([line(*number)] if task else [])])
+        + tensors("output", [line(*each) for each in found])
+        + "dynamic_batching { }\n",
+        "_classify": f'platform: "ensemble"\n{shared}{latest}'
+        + tensors("input", [line("encoded", "STRING", [1]), *(line(*each) for each in task)])
+        + tensors("output", [line(*each) for each in found])
+        + ensemble(name, several=bool(task)),
+    }
+    return {ending: f'name: "{name}{ending}"\n{text}' for ending, text in texts.items()}
+
+
+def line(name: str, kind: str, dims: Sequence[int], more: str = "") -> str:
+    """Configure one tensor; the batch is not among its dimensions."""
+    return f'{{ name: "{name}" data_type: TYPE_{kind} dims: {list(dims)}{more} }}'
+
+
+def tensors(kind: str, lines: Sequence[str]) -> str:
+    """Configure the inputs or outputs of a model."""
+    return f"{kind} [\n  " + ",\n  ".join(lines) + "\n]\n"
+
+
+def warm_up(side: int, graph: Graph) -> str:
+    """Let a model run once before it is ready, with one image and with a full batch."""
+    shapes = [("image", "UINT8", [3, side, side])]
+    shapes += [("task", "INT64", [1])] if graph.about.tasks else []
+    fed = " ".join(
+        f'inputs {{ key: "{name}" value {{ data_type: TYPE_{kind} dims: {dims} '
+        "zero_data: true } }"
+        for name, kind, dims in shapes
+    )
+    sizes = sorted({1, graph.batch})
+    samples = [f'{{ name: "batch_{size}" batch_size: {size} {fed} }}' for size in sizes]
+    return "model_warmup [\n  " + ",\n  ".join(samples) + "\n]\n"
+
+
+def ensemble(name: str, *, several: bool) -> str:
+    """Lead image files through the models; tasks are named outside and numbered inside."""
+
+    def step(ending: str, inputs: dict[str, str], outputs: dict[str, str]) -> str:
+        maps = [
+            f'{kind}_map {{ key: "{key}" value: "{value}" }}'
+            for kind, mapped in (("input", inputs), ("output", outputs))
+            for key, value in mapped.items()
+        ]
+        return f'{{ model_name: "{name}{ending}" model_version: -1 {" ".join(maps)} }}'
+
+    number = {"task": "number"} if several else {}
+    steps = [
+        step(
+            "_preprocess",
+            {"encoded": "encoded"} | ({"task": "task"} if several else {}),
+            {"image": "image"} | ({"number": "number"} if several else {}),
+        ),
+        step("", {"image": "image"} | number, {"logits": "logits"}),
+        step(
+            "_postprocess",
+            {"logits": "logits"} | number,
+            {"class": "class", "probability": "probability"},
+        ),
+    ]
+    return "ensemble_scheduling { step [\n  " + ",\n  ".join(steps) + "\n] }\n"
+
+
+if __name__ == "__main__":
+    main()
