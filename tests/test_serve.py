@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -496,3 +497,146 @@ def test_a_stopped_server_answers_what_it_took(files, images):
     assert all(answer.status_code == 200 for answer in answers)
     assert json.loads(out.splitlines()[-1])["requests"] == len(answers)
     assert "Traceback" not in err
+
+
+def resident_mib(pid):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_request_is_lost_or_answered_twice(files, images):
+    """10,000 requests, 100 clients that hang up, 20 servers that are killed and started again."""
+    draw = random.Random(0)
+    contents = [image.read_bytes() for image in images]
+    expected, sent, answered, gone = {}, 0, 0, 0
+    for _ in range(20):
+        process, address = spawned(files)
+        url = f"{address}/classify?model=m&task=shapes&top=1"
+        host, _, port = address.removeprefix("http://").rpartition(":")
+        for number, content in enumerate(contents):
+            expected[number] = httpx.post(url, content=content).json()["predictions"][0]
+        with httpx.Client(limits=httpx.Limits(max_connections=16)) as session:
+
+            def ask(number, session=session, url=url):
+                answer = session.post(url, content=contents[number], timeout=60)
+                assert answer.status_code == 200
+                (got,) = answer.json()["predictions"]
+                assert got["answer"] == expected[number]["answer"]
+                own = expected[number]["classes"][0]["probability"]
+                assert got["classes"][0]["probability"] == pytest.approx(own, abs=1e-5)
+
+            with ThreadPoolExecutor(16) as pool:
+                asked = [pool.submit(ask, draw.randrange(len(contents))) for _ in range(500)]
+                sent += len(asked)
+                for _ in range(5):
+                    with socket.create_connection((host, int(port))) as client:
+                        head = (
+                            f"POST /classify?model=m HTTP/1.1\r\nHost: a\r\nContent-Length: {9**5}"
+                        )
+                        client.sendall(f"{head}\r\n\r\n".encode() + bytes(draw.randrange(9**4)))
+                        gone += 1
+                for request in asked:
+                    request.result()
+                    answered += 1
+            held = session.get(f"{address}/metrics").text
+        assert "adavipro_images_held 0.0" in held or until(
+            lambda a=address: "adavipro_images_held 0.0" in httpx.get(f"{a}/metrics").text
+        )
+        process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.communicate()
+    assert (sent, answered, gone) == (10_000, 10_000, 100)
+
+
+def hostile(draw, good):
+    """Make one request that should be refused: method, path, headers, body."""
+    kind = draw.randrange(7)
+    names = ("m", "../m", "m%00", "%2e%2e", "a" * 3000, "m/../../etc/passwd", "m_classify")
+    infer_path = f"/v2/models/{draw.choice(names)}/infer"
+    if kind == 0:
+        return "POST", infer_path, {}, bytes(draw.randrange(256) for _ in range(draw.randrange(99)))
+    if kind == 1:
+        shape = [draw.choice([-1, 0, 1, 2**40, 3, 224, 1.5, None, "3"]) for _ in range(4)]
+        entry = {"name": "image", "shape": shape, "datatype": draw.choice(["UINT8", "FP32", 3])}
+        if draw.random() < 0.5:
+            entry["parameters"] = {"binary_data_size": draw.choice([-1, 10**12, "x", 10])}
+        else:
+            entry["data"] = draw.choice([[], [1, 2], "text", [[[1]]], {"a": 1}])
+        return "POST", infer_path, {}, json.dumps({"inputs": [entry]}).encode()
+    if kind == 2:
+        cut = bytearray(good)
+        for _ in range(draw.randrange(1, 30)):
+            cut[draw.randrange(len(cut))] = draw.randrange(256)
+        # Damage may leave an image that can be read: it is asked for no task, and refused.
+        return "POST", "/classify?model=m", {}, bytes(cut[: draw.randrange(len(cut))])
+    if kind == 3:
+        return "POST", "/classify", {"Inference-Header-Content-Length": "-5"}, b"{" * 50
+    if kind == 4:
+        boundary = {
+            "Content-Type": f"multipart/form-data; boundary={draw.choice(['x', 'y' * 200])}"
+        }
+        body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="../../x"\r\n\r\n'
+        return "POST", "/classify", boundary, body + bytes(draw.randrange(50)) + b"\r\n--x--\r\n"
+    if kind == 5:
+        length = {connections_header(): str(draw.choice([-1, 0, 5, 10**9, "x"]))}
+        return "POST", infer_path, length, b'{"inputs": []}' + bytes(20)
+    return (
+        draw.choice(["GET", "PUT", "DELETE", "POST"]),
+        f"/v2/models/{draw.choice(names)}",
+        {},
+        b"",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_thousand_hostile_requests_change_nothing(files, images):
+    process, address = spawned(files, "--seconds", "2", "--image-megapixels", "1")
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    good, draw = images[0].read_bytes(), random.Random(1)
+    big, codes = bomb(3000), set()
+
+    def attack(requests):
+        seen = set()
+        with httpx.Client(base_url=address, timeout=60) as session:
+            for method, path, headers, body in requests:
+                try:
+                    answer = session.request(method, path, headers=headers, content=body)
+                except (httpx.InvalidURL, httpx.RemoteProtocolError, httpx.LocalProtocolError):
+                    continue
+                seen.add(answer.status_code)
+                assert "Traceback" not in answer.text
+                assert answer.status_code < 500 or answer.status_code == 503
+        return seen
+
+    try:
+        settled = None
+        for turn in range(50):
+            slow_senders = [socket.create_connection((host, int(port))) for _ in range(4)]
+            for sender in slow_senders:
+                sender.sendall(
+                    b"POST /classify HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\na"
+                )
+            with ThreadPoolExecutor(4) as pool:
+                parts = [
+                    [hostile(draw, good) for _ in range(249)]
+                    + [("POST", "/classify?model=m", {}, big)]
+                    for _ in range(4)
+                ]
+                for seen in pool.map(attack, parts):
+                    codes |= seen
+            for sender in slow_senders:
+                sender.close()
+            right = httpx.post(f"{address}/classify?model=m&task=signs", content=good, timeout=60)
+            assert right.status_code == 200
+            if turn == 9:
+                settled = resident_mib(process.pid)
+        assert resident_mib(process.pid) < settled + 50
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    assert {400, 404, 405} <= codes
