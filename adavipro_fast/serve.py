@@ -7,6 +7,7 @@ Also KServe v2 (`tritonclient` works), an OpenAPI page at /docs and metrics at /
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,38 @@ def command(config: ServeConfig) -> dict[str, Any]:
         ImportError: the extra is not installed.
         ValueError: a file cannot be served, or the address needs a token.
     """
+    server = prepared(config)
+    names, address = [each.name for each in server.served], server.address
+    say(f"serving {', '.join(names)} at {address}; {address}/docs")
+    # uvicorn stops at these, answers what it took, and raises them again.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    server.run()
+    return {"address": address, "requests": server.metrics.answered, "models": names}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A server that listens; `run` answers."""
+
+    uvicorn: Any
+    listening: socket.socket
+    served: list[Served]
+    batcher: Batcher
+    metrics: Any
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return url(self.listening)
+
+    def run(self) -> None:
+        """Answer until uvicorn is told to stop."""
+        asyncio.run(self.uvicorn.serve(sockets=[self.listening]))
+
+
+def prepared(config: ServeConfig) -> Prepared:
+    """Listen, and open the files; errors are `command`'s."""
     try:
         import uvicorn
 
@@ -120,13 +153,7 @@ def command(config: ServeConfig) -> dict[str, Any]:
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=LONGEST_STOP_S,
     )
-    address = url(listening)
-    say(f"serving {', '.join(each.name for each in served)} at {address}; {address}/docs")
-    # uvicorn stops at these, answers what it took, and raises them again.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    asyncio.run(uvicorn.Server(settings).serve(sockets=[listening]))
-    return {"address": address, "requests": metrics.answered, "models": [s.name for s in served]}
+    return Prepared(uvicorn.Server(settings), listening, served, batcher, metrics)
 
 
 def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
@@ -149,6 +176,8 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
         if name in served:
             raise ValueError(f"two files are called {name!r}; name one as NAME=PATH")
         served[name] = Served(name, path, devices, tasks=config.tasks_folder, **options)
+    if config.tasks_folder is not None and not any(each.open for each in served.values()):
+        raise ValueError("no file has its tasks as data; leave --tasks-folder out")
     return list(served.values())
 
 

@@ -18,6 +18,7 @@ from onnx import TensorProto
 from adavipro_fast.artifact.onnx import SEAL_KEY, UNSEALED, seal
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.fold import Plain
+from adavipro_fast.export.resize import AnySize
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.config import Precision
 
@@ -27,8 +28,8 @@ ELEMENTS = {
     "bf16": TensorProto.BFLOAT16,
 }
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-# The mask path and the head, by the names of modules and tables.
-WIDE = ("decide", "head", "edge", "kernels")
+# Resize, mask path and head, by the names of modules and tables.
+WIDE = ("decide", "head", "edge", "kernels", "resize")
 # protobuf ends at 2 GiB; weights of larger encoders go into a second file.
 ONE_FILE_BYTES = 1_900_000_000
 
@@ -45,7 +46,9 @@ def named_when_whole(output: Path) -> Iterator[Path]:
             file.replace(output.parent / file.name)
 
 
-def write(module: Plain, path: Path, *, side: int, opset: int, metadata: dict[str, Any]) -> int:
+def write(
+    module: Plain | AnySize, path: Path, *, side: int, opset: int, metadata: dict[str, Any]
+) -> int:
     """Export a module as ONNX, stripped of the exporter's notes; return its number of nodes."""
     weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
     apart = weights > ONE_FILE_BYTES
@@ -148,7 +151,9 @@ def check_dtypes(path: Path, precision: Precision) -> None:
         kind = kinds.get(node.input[0])
         product = node.op_type in PRODUCTS
         named = [*node.input, *([node.name] if product else [])]
-        wide = node.op_type in safe or any(name.startswith(WIDE) for name in named)
+        wide = node.op_type in safe or any(
+            name.removeprefix("module.").startswith(WIDE) for name in named
+        )
         if wide and kind not in (TensorProto.FLOAT, TensorProto.INT64):
             raise VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
         if product and not wide:

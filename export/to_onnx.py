@@ -22,11 +22,13 @@ from adavipro_fast.export.encoder import folding_obstacle
 from adavipro_fast.export.fold import Plain, deployed
 from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
 from adavipro_fast.export.open_tasks import OpenTasks, folded_task
+from adavipro_fast.export.resize import AnySize, AnySizeTasks, any_size_obstacle
 from adavipro_fast.export.tasks import Tasks, tasks_obstacle
 from adavipro_fast.export.verify import (
     Comparison,
     Unprompted,
     compare,
+    compare_sizes,
     compare_tasks,
     sample_batches,
 )
@@ -61,7 +63,7 @@ class OnnxConfig:
     precision: Precision = "fp32"
     """of the encoder; the mask path stays in fp32"""
     input: Input = "float32"
-    """normalised floats, or RGB bytes 0-255"""
+    """normalised floats, RGB bytes 0-255, or bytes of any height and width, resized in the graph"""
     baseline: bool = False
     """the frozen encoder without a prompt, in the same form"""
     opset: int | None = None
@@ -108,6 +110,7 @@ def command(config: OnnxConfig) -> dict[str, Any]:
     names = task_names(config)
     graph = config.graph or _default_graph(models[0])
     module = build(models, config, graph)
+    whole = resizing(module, models[0], config)
     metadata = describe(checkpoints[0], config, graph)
     if config.tasks == "open":
         metadata["open_for"] = asdict(open_for(checkpoints))
@@ -121,7 +124,7 @@ def command(config: OnnxConfig) -> dict[str, Any]:
     references = [TorchArtifact.of(*pair, cpu) for pair in zip(checkpoints, models, strict=True)]
     with named_when_whole(config.output) as path:
         side = checkpoints[0].preprocess.size
-        nodes = write(module, path, side=side, opset=opset, metadata=metadata)
+        nodes = write(whole, path, side=side, opset=opset, metadata=metadata)
         check_dtypes(path, config.precision)
         tasks = []
         if config.tasks == "open":
@@ -171,7 +174,7 @@ def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain
     Raises:
         ValueError: the encoder cannot be folded, or the models cannot share a graph.
     """
-    folded, dtype, uint8 = graph == "folded", DTYPES[config.precision], config.input == "uint8"
+    folded, dtype, uint8 = graph == "folded", DTYPES[config.precision], config.input != "float32"
     if config.alone:
         return deployed(
             models[0], folded=folded, dtype=dtype, uint8=uint8, baseline=config.baseline
@@ -186,6 +189,25 @@ def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain
         raise ValueError("--tasks open has its prompts as tokens; use --graph folded")
     prompted = [model for model in models if model.prompt.generator is not None]
     return OpenTasks((prompted or models)[0], dtype=dtype, uint8=uint8)
+
+
+def resizing(module: Plain, model: AdaViPro, config: OnnxConfig) -> Plain | AnySize:
+    """Put a resize before a module, where images of any size are asked for.
+
+    Raises:
+        ValueError: the encoder's preprocessing cannot be in the graph.
+    """
+    if config.input != "any":
+        return module
+    if config.tasks == "open":
+        raise ValueError("--tasks open takes resized images; use --input uint8")
+    if obstacle := any_size_obstacle(model.preprocess):
+        raise ValueError(f"--input any is not offered here: {obstacle}; use --input uint8")
+    kind = AnySize if config.alone else AnySizeTasks
+    preprocess = model.preprocess
+    if config.baseline:
+        preprocess = replace(preprocess, margin=0)
+    return kind(module, preprocess)
 
 
 def open_for(checkpoints: Sequence[Checkpoint]) -> OpenFor:
@@ -304,7 +326,10 @@ def verify(
         comparison = compare(model, expected, candidate, batches)
     if complaint := comparison.complaint(config.precision):
         raise VerificationError(f"{path.name} was not written: {complaint}")
-    figures = asdict(comparison)
+    figures: dict[str, Any] = asdict(comparison)
+    if config.input == "any":
+        reference = Unprompted(references[0].model) if config.baseline else references[0]
+        figures["any_size_cosine"] = compare_sizes(reference, candidate, config.images)
     if candidate.about.baseline:
         figures |= {"mask_agreement": None, "mask_ties": None}
     return {"verified": True, "reason": "", **figures}

@@ -95,6 +95,11 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
                     f"{config.source} takes its tasks while it runs, which an engine cannot; "
                     "export the checkpoints without --tasks open"
                 )
+            if about.input == "any":
+                raise ValueError(
+                    "an engine's memory is planned for its largest image; export with --input "
+                    "uint8, and resize before"
+                )
             began = time.perf_counter()
             network = Network(trt, runtime, source)
             plan = network.build(

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adavipro_fast import cli
 from adavipro_fast.artifact.description import Artifact, OneTask
+from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data import world
@@ -31,6 +34,8 @@ Classify = Callable[[Tensor], Prediction]
 BATCHES = (1, 3, 16)
 LARGEST_ERROR_FP32 = 1e-5
 SMALLEST_COSINE = 0.9999
+# Of images that a graph resizes itself: wide, tall, tiny, of its own side.
+SIZES = ((640, 480), (300, 500), (37, 53), (224, 224), (1, 9), (1920, 270))
 # Δ sums some thousand products; a few roundings of its largest terms decide nothing.
 TIE = 4e-6
 
@@ -83,7 +88,11 @@ def sample_batches(preprocess: Preprocess, images: Path | None) -> list[Tensor]:
     noise = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=generator)
     # Every third image is noise.
     mixed = torch.where((torch.arange(count) % 3 == 2).view(-1, 1, 1, 1), noise, real)
-    return list(mixed.split(BATCHES))
+    margin, side = preprocess.margin, preprocess.size
+    framed = preprocess.colour.view(3, 1, 1).expand_as(mixed).clone()
+    inner = (..., slice(margin, side - margin), slice(margin, side - margin))
+    framed[inner] = mixed[inner]
+    return list(framed.split(BATCHES))
 
 
 def ties(model: AdaViPro, pixels: Tensor) -> Tensor:
@@ -160,6 +169,29 @@ def compare_tasks(
         mask_agreement=min(each.mask_agreement for each in compared),
         mask_ties=sum(each.mask_ties for each in compared),
     )
+
+
+def compare_sizes(reference: Classify, candidate: OnnxArtifact, images: Path | None) -> float:
+    """Compare a graph that resizes with our preprocessing: the worst cosine of embeddings.
+
+    Raises:
+        VerificationError: pixels are not resized alike.
+    """
+    about, cosines = candidate.about, []
+    pixels = sample_batches(about.preprocess, images)[-1]
+    transform = about.preprocess.pixels()
+    for image, size in zip(pixels, SIZES, strict=False):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size)
+        resized = reference(torch.from_numpy(transform(picture).copy())[None])
+        whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+        outputs = candidate.run(whole.to(candidate.device), [0] if about.tasks else [])
+        got = outputs["embedding"].cpu()
+        cosines.append(F.cosine_similarity(resized.embedding, got, dim=-1).item())
+    if not min(cosines) >= SMALLEST_COSINE:
+        raise VerificationError(
+            f"the graph resizes otherwise than our preprocessing: worst cosine {min(cosines):.6f}"
+        )
+    return min(cosines)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Description:
     precision: Precision
     """of the encoder"""
     input: Input
-    """float32 (normalised) or uint8 (RGB 0-255)"""
+    """float32 (normalised), uint8 (RGB 0-255), or any: uint8 of any height and width"""
     baseline: bool
     """the encoder alone, without a prompt"""
     calibration: Calibration = UNCALIBRATED
@@ -95,7 +95,9 @@ class Description:
             ValueError: it describes another graph.
         """
         side, grid = self.preprocess.size, self.preprocess.size // self.config.region_size
-        needed: dict[str, list[int]] = {"image": [3, side, side]}
+        needed: dict[str, list[Any]] = {"image": [3, side, side]}
+        if self.input == "any":
+            needed["image"] = [3, "height", "width"]
         if self.open_for is None:
             needed["logits"] = [self.most_classes]
         if not self.baseline:
@@ -162,6 +164,10 @@ class Description:
         """Turn (B, 3, S, S) uint8 RGB pixels into the graph's input."""
         if self.input == "uint8":
             return pixels
+        if self.input == "any":
+            # Of the size that a resize leaves as it is; the graph adds the margin.
+            margin, side = self.preprocess.margin, self.preprocess.size
+            return pixels[..., margin : side - margin, margin : side - margin]
         mean, std = (
             torch.tensor(v, device=pixels.device)
             for v in (self.preprocess.mean, self.preprocess.std)

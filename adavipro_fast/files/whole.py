@@ -55,7 +55,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(str(path), "pt") as file:
             metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: what is mapped would end the process when the file is written anew in place.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     # Not only SafetensorError: types that torch lacks, nesting without end, ...
     except Exception as error:
         raise ValueError(

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import open_clip
 import open_clip.transform
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from adavipro_fast.method.config import LARGEST_SIDE
 
@@ -53,6 +55,11 @@ class Preprocess:
             del values["margin"]
         return values
 
+    @property
+    def colour(self) -> Tensor:
+        """The margin's: the mean, (3,) uint8."""
+        return (255 * torch.tensor(self.mean).double().clamp(0, 1)).round().to(torch.uint8)
+
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Return the size that an image has once it is resized and not yet cropped."""
         side = self.size - 2 * self.margin
@@ -70,7 +77,7 @@ class Preprocess:
         resize, last = whole.transforms[:-2], [type(t).__name__ for t in whole.transforms[-2:]]
         assert last[0].endswith("ToTensor"), last
         assert last[1] == "Normalize", last
-        colour = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in self.mean)
+        colour = tuple(self.colour.tolist())
 
         def apply(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
             for step in resize:

@@ -56,9 +56,12 @@ class Served:
         """task files: what they were when they were added, and the task's name"""
         self._stamp = stamp(path)
         self.now = self._opened(1)
-        if tasks is not None and not isinstance(self.now.artifacts[0], OpenArtifact):
-            raise ValueError(f"{path} has its tasks built in; leave --tasks-folder out")
         self._take_tasks()
+
+    @property
+    def open(self) -> bool:
+        """Whether its tasks are data."""
+        return isinstance(self.now.artifacts[0], OpenArtifact)
 
     def refresh(self) -> None:
         """Open the file again where it has changed, and take up tasks that came or went.
@@ -88,9 +91,9 @@ class Served:
 
     def _take_tasks(self, generation: Generation | None = None) -> None:
         """Make the tasks of a generation those of the folder."""
-        if self.tasks is None:
-            return
         artifacts = (generation or self.now).artifacts
+        if self.tasks is None or not isinstance(artifacts[0], OpenArtifact):
+            return
         found = {path: stamp(path) for path in sorted(self.tasks.glob("*.task"))}
         for path, (known, name) in list(self._known.items()):
             if found.get(path) != known:

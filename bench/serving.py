@@ -1,0 +1,289 @@
+"""What serving costs: requests per second and latency of closed loops of clients on loopback.
+
+    python bench/serving.py --json bench/results/cpu-2-cores/serving.json
+
+The server is a process of its own, as `python -m adavipro_fast.serve` starts it. The limit is the
+bare runner, called with full batches of pixels while the server is idle; servers with batching and
+without it take turns with it. Every answer is compared with the runner's.
+"""
+
+import asyncio
+import io
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from adavipro_fast import cli, open_artifact
+from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.data.images import decode_image
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.export import graph, to_onnx
+from adavipro_fast.export.fold import deployed
+from adavipro_fast.files.checkpoint import checkpoint_of
+from lib.subject import CLASS_NAMES, Subject
+from lib.table import Json, publish
+
+IMAGES = 32
+# Between answers of other batches; probabilities, which are what is sent.
+LARGEST_DIFFERENCE = 1e-4
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """Measure a server under closed loops of clients."""
+
+    model: str = "ViT-B-32"
+    """open_clip name, random weights, or demo"""
+    clients: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
+    """how many at once; repeatable (default: 1, 8, 32 and 128)"""
+    send: Literal["jpeg", "pixels"] = "jpeg"
+    """image files of 224 x 224 to /classify, or resized pixels by KServe"""
+    batch: int = 32
+    """of the server, and of the bare runner"""
+    seconds: float = 10.0
+    """of each measurement"""
+    rounds: int = 3
+    """measurements of each row, in turn"""
+    json: Json = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are ready to be sent, and the right answers."""
+
+    path: str
+    requests: list[bytes]
+    expected: list[list[float]]
+    """what each answer's first list of numbers should be"""
+    read: re.Pattern[bytes]
+    """finds the numbers"""
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    cli.main(ServingConfig, command)
+
+
+def command(config: ServingConfig) -> dict[str, Any]:
+    """Export, serve with and without batching, and take turns."""
+    subject = Subject(config.model, images=IMAGES, device="cpu")
+    counts = config.clients or (1, 8, 32, 128)
+    with tempfile.TemporaryDirectory() as place:
+        path = exported(subject, Path(place))
+        artifact = open_artifact(path, device="cpu")
+        load = load_of(config, subject, artifact)
+        pixels = subject.sample[torch.arange(config.batch) % IMAGES]
+        results: dict[str, list[dict[str, Any]]] = {"runner": []}
+        with (
+            server(path, "--batch", str(config.batch)) as batching,
+            server(path, "--batch", "1", "--delay-ms", "0") as single,
+        ):
+            for _ in range(config.rounds):
+                results["runner"].append(bare(artifact, pixels, config.seconds))
+                for name, address in (("serve", batching), ("serve_batch_1", single)):
+                    for count in counts:
+                        row = measured(address, load, count, config.seconds)
+                        results.setdefault(f"{name}_{count}", []).append(row)
+    limit = statistics.median(row["images_per_s"] for row in results["runner"])
+    rows = [{"name": name, **middle(of), "errors": errors(of)} for name, of in results.items()]
+    for row in rows:
+        row["of_runner"] = row["images_per_s"] / limit
+    settings = {"model": config.model, "batch": config.batch, "send": config.send}
+    title = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return publish(rows, torch.device("cpu"), config.json, title) | settings
+
+
+def middle(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Take the median of each figure over rounds."""
+    return {
+        name: statistics.median(row[name] for row in rows) for name in rows[0] if name != "errors"
+    }
+
+
+def errors(rows: list[dict[str, Any]]) -> int:
+    """Sum the answers that were no answers."""
+    return sum(int(row.get("errors", 0)) for row in rows)
+
+
+def exported(subject: Subject, folder: Path) -> Path:
+    """Export the subject, bytes as input."""
+    checkpoint, path = checkpoint_of(subject.model, CLASS_NAMES), folder / "served.onnx"
+    stored = folder / checkpoint.file_name
+    checkpoint.save(stored)
+    about = to_onnx.describe(checkpoint, to_onnx.OnnxConfig(stored, path, input="uint8"), "folded")
+    module, side = deployed(subject.model, uint8=True), subject.model.preprocess.size
+    graph.write(module, path, side=side, opset=to_onnx.OPSETS["fp32"], metadata=about)
+    return path
+
+
+def load_of(config: ServingConfig, subject: Subject, artifact: Artifact) -> Load:
+    """Make the requests, and what they should be answered."""
+    contents = []
+    for pixels in subject.sample:
+        content = io.BytesIO()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(content, "JPEG", quality=90)
+        contents.append(content.getvalue())
+    if config.send == "pixels":
+        prediction = artifact(subject.sample)
+        return Load(
+            "/v2/models/served/infer",
+            [kserve(pixels.numpy()) for pixels in subject.sample],
+            prediction.logits.tolist(),
+            re.compile(rb'"logits".*?"data": ?\[([^\]]*)\]'),
+        )
+    transform = artifact.about.preprocess.pixels()
+    decoded = [transform(decode_image(c, "", artifact.about.preprocess)) for c in contents]
+    logits = artifact(torch.from_numpy(np.stack(decoded))).logits
+    best = artifact.about.calibration.probabilities(logits).amax(1)
+    return Load(
+        "/classify?top=1",
+        contents,
+        [[value] for value in best.tolist()],
+        re.compile(rb'"probability":([^}]*)\}'),
+    )
+
+
+def kserve(pixels: Any) -> bytes:
+    """Write a KServe request, its JSON's length before it."""
+    size = {"binary_data_size": pixels.size}
+    tensor = {"name": "image", "shape": [1, *pixels.shape], "datatype": "UINT8", "parameters": size}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    return len(head).to_bytes(4, "little") + head + pixels.tobytes()
+
+
+@contextmanager
+def server(path: Path, *flags: str) -> Iterator[str]:
+    """Serve a file in a process of its own; give its address."""
+    command = [sys.executable, "-m", "adavipro_fast.serve", str(path), "--port", "0", *flags]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    try:
+        address = next(line for line in process.stderr if line.startswith("serving"))
+        yield address.split(" at ")[1].split(";")[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def bare(artifact: Artifact, pixels: torch.Tensor, seconds: float) -> dict[str, Any]:
+    """Call the runner with full batches."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        artifact(pixels)
+        times.append(1e3 * (time.perf_counter() - began))
+    images = len(pixels)
+    rate = 1e3 * images / statistics.median(times)
+    p99 = float(np.percentile(times, 99))
+    return {
+        "images_per_s": rate,
+        "p50_ms": statistics.median(times),
+        "p99_ms": p99,
+        "mean_batch": float(images),
+        "largest_difference": 0.0,
+    }
+
+
+def measured(address: str, load: Load, clients: int, seconds: float) -> dict[str, Any]:
+    """Run a closed loop of clients.
+
+    Raises:
+        VerificationError: an answer is not the runner's.
+    """
+    before = batches(address)
+    times, differences, failed, spent = asyncio.run(drive(address, load, clients, seconds))
+    images, calls = (now - then for now, then in zip(batches(address), before, strict=True))
+    largest = max(differences, default=0.0)
+    if not largest <= LARGEST_DIFFERENCE * max(1.0, *map(abs, load.expected[0])):
+        raise VerificationError(f"{address} answers other than the runner by {largest:.1e}")
+    return {
+        "images_per_s": len(times) / spent,
+        "p50_ms": float(np.percentile(times, 50)),
+        "p99_ms": float(np.percentile(times, 99)),
+        "mean_batch": images / max(calls, 1),
+        "largest_difference": largest,
+        "errors": failed,
+    }
+
+
+def batches(address: str) -> tuple[float, float]:
+    """Read from the server's metrics how many images it ran, in how many batches."""
+    with urllib.request.urlopen(f"{address}/metrics") as answer:
+        text = answer.read().decode()
+    found = [re.findall(rf"adavipro_batch_images_{kind} (\S+)", text) for kind in ("sum", "count")]
+    return float(found[0][0]), float(found[1][0])
+
+
+async def drive(
+    address: str, load: Load, clients: int, seconds: float
+) -> tuple[list[float], list[float], int, float]:
+    """Let clients send one request after another; times (ms), differences, errors, seconds."""
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    times: list[float] = []
+    differences: list[float] = []
+    failed, began = 0, time.perf_counter()
+
+    async def client(number: int) -> None:
+        nonlocal failed
+        reader, writer = await asyncio.open_connection(host, int(port))
+        turn = number
+        while time.perf_counter() - began < seconds:
+            content = load.requests[turn % len(load.requests)]
+            sent = time.perf_counter()
+            writer.write(framed(load.path, content))
+            status, body = await answered(reader)
+            times.append(1e3 * (time.perf_counter() - sent))
+            if status != 200:
+                failed += 1
+            else:
+                found = load.read.search(body)
+                got = json.loads(b"[" + found[1] + b"]") if found else [float("inf")]
+                right = load.expected[turn % len(load.expected)]
+                pairs = zip(got, right, strict=True)
+                differences.append(max(abs(a - b) for a, b in pairs))
+            turn += clients
+        writer.close()
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return times, differences, failed, time.perf_counter() - began
+
+
+def framed(path: str, content: bytes) -> bytes:
+    """Write an HTTP request."""
+    extra = ""
+    if path.startswith("/v2"):
+        extra = f"Inference-Header-Content-Length: {int.from_bytes(content[:4], 'little')}\r\n"
+        content = content[4:]
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\n{extra}Content-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+async def answered(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """Read an HTTP answer."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    status = int(head.split(b" ", 2)[1])
+    found = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    return status, await reader.readexactly(int(found[1]) if found else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Images of any size in the graph: Pillow's antialiased resize as two matrix products.
+
+Pillow filters the columns, rounds to bytes, then the rows. The weights of both passes are formed
+from height and width in the graph; what the centre crop leaves out is never computed.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adavipro_fast.export.fold import Plain
+from adavipro_fast.method.preprocess import Preprocess
+
+# Pillow's filters, and how many pixels of the coarser image they reach.
+REACH = {"bicubic": 2.0, "bilinear": 1.0}
+# Of a weight in Pillow's whole numbers.
+PRECISION = 2.0**22
+LARGEST_SIDE = 16384
+# Of the example that is traced; no size of the model's.
+EXAMPLE = (37, 53)
+
+
+def any_size_obstacle(preprocess: Preprocess) -> str | None:
+    """Say what keeps a preprocessing from the graph."""
+    if preprocess.interpolation not in REACH:
+        return f"interpolation {preprocess.interpolation!r} is not {' or '.join(REACH)}"
+    if preprocess.resize_mode == "longest":
+        return "resize mode 'longest' pads images, which the graph does not know"
+    return None
+
+
+class Resize(nn.Module):
+    """Images (B, 3, H, W) uint8 to the encoder's pixels (B, 3, S, S), whole numbers in fp32.
+
+    Args:
+        preprocess: the encoder's; `any_size_obstacle` must have nothing against it.
+    """
+
+    outputs_at: Tensor
+    colour: Tensor
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.margin, self.side = preprocess.margin, preprocess.size - 2 * preprocess.margin
+        self.squash = preprocess.resize_mode == "squash"
+        self.interpolation, self.reach = preprocess.interpolation, REACH[preprocess.interpolation]
+        self.register_buffer("outputs_at", torch.arange(self.side))
+        self.register_buffer("colour", preprocess.colour.float().view(3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Resize, crop and add the margin."""
+        height, width = image.shape[2:]
+        by = torch.sym_min(height, width)
+        across = self.weights(width, self.side if self.squash else self.side * width // by)
+        down = self.weights(height, self.side if self.squash else self.side * height // by)
+        columns = to_bytes(image.float() @ across.t())
+        pixels = to_bytes(down @ columns)
+        if not self.margin:
+            return pixels
+        return F.pad(pixels - self.colour, (self.margin,) * 4) + self.colour
+
+    def weights(self, size: Any, resized: Any) -> Tensor:
+        """Return the rows (side, size) that turn a line of pixels into its resized, cropped one.
+
+        Args:
+            size: pixels of the line.
+            resized: pixels before the crop.
+        """
+        over = resized - self.side
+        # Halves go to the even number, as torchvision's centre crop has it.
+        begin = over // 2 + (over % 2) * ((over // 2) % 2)
+        scale = size / resized
+        stretch = torch.sym_max(scale, 1.0)
+        centres = (self.outputs_at.double() + begin + 0.5) * scale
+        away = (torch.arange(size) + 0.5 - centres[:, None]).abs() / stretch
+        weights = self.filtered(away) * (away < self.reach)
+        weights = weights / weights.sum(1, keepdim=True)
+        return (weights * PRECISION).round().float() / PRECISION
+
+    def filtered(self, x: Tensor) -> Tensor:
+        """Evaluate the filter at distances x ≥ 0 inside its reach (Keys, 1981, with a = -1/2)."""
+        if self.interpolation == "bilinear":
+            return 1 - x
+        near = (1.5 * x - 2.5) * x * x + 1
+        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+        return torch.where(x < 1, near, far)
+
+
+def to_bytes(values: Tensor) -> Tensor:
+    """Round to whole numbers from 0 to 255, halves up."""
+    return (values + 0.5).floor().clamp(0, 255)
+
+
+class AnySize(nn.Module):
+    """A deployed module behind a resize: image (B, 3, H, W) uint8 to the module's outputs.
+
+    Args:
+        module: takes pixels 0-255.
+        preprocess: the encoder's.
+    """
+
+    def __init__(self, module: Plain, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.module, self.resize = module, Resize(preprocess)
+        self.inputs, self.outputs = module.inputs, module.outputs
+
+    def example(self, side: int) -> tuple[Tensor, ...]:
+        """Return inputs of two images."""
+        _, *rest = self.module.example(side)
+        return (torch.zeros(2, 3, *EXAMPLE, dtype=torch.uint8), *rest)
+
+    def dynamic(self, batch: Any) -> dict[str, dict[int, Any]]:
+        """Return which axes of the inputs are open."""
+        sides = (torch.export.Dim(name, min=1, max=LARGEST_SIDE) for name in ("height", "width"))
+        axes = self.module.dynamic(batch)
+        return axes | {"image": {0: batch, **dict(enumerate(sides, 2))}}
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Classify."""
+        outputs: tuple[Tensor, ...] = self.module(self.resize(image))
+        return outputs
+
+
+class AnySizeTasks(AnySize):
+    """The same of many tasks."""
+
+    def forward(  # type: ignore[override]
+        self, image: Tensor, task: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Classify each image for its task."""
+        outputs: tuple[Tensor, ...] = self.module(self.resize(image), task)
+        return outputs
