@@ -12,6 +12,7 @@ import gradio
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 
 from adavipro_fast import AdaViPro, PromptConfig, app, cli, open_artifact, predict
 from adavipro_fast.app import AppConfig
@@ -54,6 +55,12 @@ def files(demo_clip, tmp_path_factory):
     bare = AdaViPro(encoder, torch.eye(3, 64), PromptConfig(method="zero_shot"))
     checkpoint_of(bare, NAMES["shapes"]).save(root / "zero_shot.safetensors")
     return {**paths, "both": both, "bare": root / "zero_shot.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def uploads(tmp_path_factory, monkeypatch):
+    """Uploads lie apart from the pictures of the test, as they do under the command."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +156,22 @@ def test_a_file_that_is_no_picture_is_one_line(files, tmp_path):
     with pytest.raises(gradio.Error, match="12000x12000 is more than"):
         page.drop(str(tmp_path / "huge.png"), None)
     assert page.shown == 0
+
+
+def test_paths_of_this_machine_are_not_read_and_other_hosts_are_refused(files, image):
+    page = page_of(files["shapes"])
+    client = TestClient(page.application("127.0.0.1"), base_url="http://127.0.0.1:7860")
+    named = {"path": str(image), "meta": {"_type": "gradio.FileData"}}
+    refused = client.post("/gradio_api/run/drop", json={"data": [named, None]})
+    assert refused.status_code == 500
+    assert page.shown == 0
+    assert client.get(f"/gradio_api/file={image}").status_code == 403
+    with image.open("rb") as content:
+        (uploaded,) = client.post("/gradio_api/upload", files={"files": content}).json()
+    taken = client.post("/gradio_api/run/drop", json={"data": [{**named, "path": uploaded}, None]})
+    assert taken.status_code == 200
+    assert page.shown == 1
+    assert client.get("/", headers={"Host": "rebound.example"}).status_code == 400
 
 
 def test_a_picture_is_kept_for_other_tasks(files, image):

@@ -125,6 +125,8 @@ class Page:
             mcp_server=False,
             theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=FONTS_MONO),
         )
+        # Without it Gradio takes any path of this machine for a file that was dropped.
+        self.blocks.has_launched = True
         return mounted
 
 
