@@ -3,7 +3,7 @@
 import ast
 from importlib.resources import files
 
-COMMANDS = ("train", "compare", "evaluate", "predict", "tasks", "serve", "cache", "demo")
+COMMANDS = ("train", "compare", "evaluate", "predict", "tasks", "serve", "app", "cache", "demo")
 
 
 def main() -> None:

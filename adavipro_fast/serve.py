@@ -6,7 +6,6 @@ Also KServe v2 (`tritonclient` works), an OpenAPI page at /docs and metrics at /
 """
 
 import asyncio
-import ipaddress
 import signal
 import socket
 import sys
@@ -20,12 +19,12 @@ import tyro
 from adavipro_fast import cli
 from adavipro_fast.errors import printable
 from adavipro_fast.method.config import Precision
+from adavipro_fast.serving.address import MOST_CONNECTIONS, is_loopback, listen, url
 from adavipro_fast.serving.batcher import Batcher
 from adavipro_fast.serving.served import Served
 
 INSTALL = "serving needs its extra: pip install 'adavipro_fast[serve]'"
 LONGEST_STOP_S = 60
-MOST_CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,7 @@ class Prepared:
     @property
     def address(self) -> str:
         """Where it listens."""
-        host, port = self.listening.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return url(self.listening)
 
     def run(self) -> None:
         """Answer until uvicorn is told to stop."""
@@ -210,27 +208,6 @@ def read_token(path: Path | None) -> str | None:
     if len(token) < 16 or not (token.isascii() and token.isprintable()) or " " in token:
         raise ValueError(f"{path} holds no token; write 16 or more letters and digits into it")
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether an address is of this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Take an address, before files are opened.
-
-    Raises:
-        OSError: it is taken, or not of this machine.
-    """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error}; name another --port") from error
 
 
 def say(line: str) -> None:

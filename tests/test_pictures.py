@@ -62,6 +62,16 @@ def test_without_a_prompt_images_are_drawn_alone(config):
     assert not figure.legends
 
 
+@pytest.mark.parametrize("config", [None, PromptConfig(method="zero_shot"), PromptConfig()])
+def test_one_image_alone_is_drawn_as_beside_its_original(config):
+    pixels, mask = images(1), torch.randint(0, 2, (1, 7, 7))
+    (axis,) = pictures.masked(pixels[0], mask[0], config).axes
+    expected = pictures.overlay(pixels, mask, ["a"], config).axes[-1]
+    assert np.array_equal(*(a.images[0].get_array() for a in (axis, expected)))
+    assert len(axis.collections) == len(expected.collections)
+    assert axis.get_position().bounds == (0, 0, 1, 1)
+
+
 def test_many_images_wrap_into_rows_of_four():
     figure = pictures.overlay(images(6), torch.ones(6, 7, 7), ["a"] * 6, PromptConfig())
     corners = [axis.get_position().bounds[:2] for axis in figure.axes[::2]]

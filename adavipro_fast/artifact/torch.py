@@ -1,6 +1,6 @@
 """Run what training keeps with PyTorch: a checkpoint in front of its encoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from adavipro_fast.artifact.description import Description, Tasks
 from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
+from adavipro_fast.method.calibration import UNCALIBRATED
 from adavipro_fast.method.clip import load_encoder
 from adavipro_fast.method.config import PROMPTED, Precision
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -62,6 +63,45 @@ class TorchArtifact:
         self.about.numbers(task, len(pixels))
         with full_fp32():
             return Prediction(*(part.cpu() for part in self.model(pixels.to(self.provider))))
+
+    @torch.inference_mode()
+    def prompted(self, pixels: Tensor) -> Tensor:
+        """Return what the encoder sees of (B, 3, S, S) uint8 RGB pixels, as such pixels.
+
+        A prompt may leave the range of a byte; what does is cut off.
+        """
+        prompt = self.model.prompt
+        images = prompt(pixels.to(self.provider)).images
+        mean, std = (values.view(3, 1, 1) for values in (prompt.mean, prompt.std))
+        seen: Tensor = (255 * (images * std + mean)).round().clamp(0, 255)
+        return seen.to(torch.uint8).cpu()
+
+    def unprompted(self) -> "TorchArtifact":
+        """Return the same encoder and head without the prompt, as a baseline of its own.
+
+        A margin is the prompt's, and so is the calibration.
+        """
+        model = self.model
+        config = replace(
+            model.config,
+            method="zero_shot" if model.config.head == "text" else "linear_probe",
+            margin=0,
+        )
+        alone = AdaViPro(
+            model.encoder,
+            model.class_embeddings,
+            config,
+            class_bias=model.class_bias,
+            logit_scale=model.logit_scale,
+        )
+        about = replace(
+            self.about,
+            config=config,
+            preprocess=replace(self.about.preprocess, margin=0),
+            baseline=True,
+            calibration=UNCALIBRATED,
+        )
+        return TorchArtifact(alone.eval().to(self.provider), about, self.provider)
 
 
 def encoder_of(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from adavipro_fast.method.preprocess import Preprocess
@@ -47,6 +47,10 @@ def decode_image(
             )
         image.load()
         return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"cannot read image {name}: it is none of {', '.join(FORMATS)}; replace or remove it"
+        ) from error
     # Decoders raise whatever a hostile file leads them to: struct.error, IndexError, KeyError, ...
     except Exception as error:
         raise ValueError(f"cannot read image {name}: {error}; replace or remove it") from error

@@ -43,6 +43,17 @@ def standard_error(top1: float, count: int) -> float:
     return 100 * math.sqrt(share * (1 - share) / count)
 
 
+def standard_error_of_difference(gained: int, lost: int, count: int) -> float:
+    """Return the standard error of `gained - lost`, two answers to the same `count` images.
+
+    Args:
+        gained: images that only the second got right.
+        lost: images that only the first got right.
+        count: all images (McNemar, 1947).
+    """
+    return math.sqrt(gained + lost - (gained - lost) ** 2 / count)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Predictions for a labelled set: logits (N, K), labels (N,), masks (N, G, G)."""
@@ -57,9 +68,14 @@ class Evaluation:
         return self.logits.argmax(1)
 
     @property
+    def right(self) -> Tensor:
+        """Which predictions are right (N,) bool."""
+        return self.predicted == self.labels
+
+    @property
     def top1(self) -> float:
         """Share of right predictions, percent."""
-        return 100 * (self.predicted == self.labels).double().mean().item()
+        return 100 * self.right.double().mean().item()
 
     def per_class(self, class_names: tuple[str, ...]) -> dict[str, float]:
         """Return the share of right predictions of each class, percent."""

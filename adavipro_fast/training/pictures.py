@@ -115,15 +115,9 @@ def overlay(
         _entitle(axes[0], title, len(axes) * PANEL - 2 * GAP, x=len(axes) / 2)
     if config is None or not prompted:
         return figure
-    inside = frame(images.shape[-1], config.prompt_size)
-    opened = dilate(masks.bool(), config.region_size)
-    closed = inside & ~opened
-    hatched = _hatched(images / 255, closed)
-    for (_, axis), picture, applied in zip(places, _shown(hatched), inside & opened, strict=True):
-        _show(axis, picture)
-        _outline(axis, applied, config)
+    closed = _draw_masks([axes[1] for axes in places], images, masks, config)
     keys = [Patch(facecolor="none", edgecolor=BLUE, linewidth=2, label="open: prompt added")]
-    if closed.any():
+    if closed:
         label = "closed: prompt left out"
         keys.append(Patch(facecolor="0.7", edgecolor="0.2", hatch="////", label=label))
     figure.legend(
@@ -136,6 +130,37 @@ def overlay(
         borderaxespad=0.5,
     )
     return figure
+
+
+def masked(image: Tensor, mask: Tensor, config: PromptConfig | None) -> Figure:
+    """Draw one image (3, S, S) with what `overlay` draws on it, to the figure's borders.
+
+    Args:
+        image: uint8.
+        mask: (G, G) of 0 and 1.
+        config: the prompt's; without a prompt the image is drawn alone.
+    """
+    figure = Figure(figsize=(PANEL, PANEL))
+    axis = figure.add_axes((0, 0, 1, 1))
+    if config is not None and config.method in PROMPTED:
+        _draw_masks([axis], image[None], mask[None], config)
+    else:
+        _show(axis, _shown(image[None] / 255)[0])
+    return figure
+
+
+def _draw_masks(
+    places: Sequence[Axes], images: Tensor, masks: Tensor, config: PromptConfig
+) -> bool:
+    """Draw what the prompt does to each image, and tell whether any part is closed."""
+    inside = frame(images.shape[-1], config.prompt_size)
+    opened = dilate(masks.bool(), config.region_size)
+    closed = inside & ~opened
+    hatched = _hatched(images / 255, closed)
+    for axis, picture, applied in zip(places, _shown(hatched), inside & opened, strict=True):
+        _show(axis, picture)
+        _outline(axis, applied, config)
+    return bool(closed.any())
 
 
 def _places(count: int, panels: int) -> tuple[Figure, list[list[Axes]]]:

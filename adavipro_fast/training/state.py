@@ -39,7 +39,9 @@ class Progress:
     seconds: float = 0.0
     best_val: float = -1.0
     least_val: float = 0.0
-    """what an epoch must exceed to take the untrained prompt's place"""
+    """what an epoch must exceed, whatever came before"""
+    untrained_right: str = ""
+    """0 or 1 for each validation image: whether the untrained model was right"""
     best_epoch: int = UNTRAINED
     scaler: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from adavipro_fast.data.metrics import Evaluation, evaluate, mask_figures, standard_error
+from adavipro_fast.data.metrics import (
+    Evaluation,
+    evaluate,
+    mask_figures,
+    standard_error_of_difference,
+)
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import full_fp32
@@ -211,7 +216,7 @@ class Trainer:
             }
         )
         # Among equals the later epoch has trained for longer.
-        if val.top1 >= progress.best_val and val.top1 > progress.least_val:
+        if val.top1 >= progress.best_val and self._beats_untrained(val):
             self._keep(val.top1, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.correct = 0.0, 0
@@ -219,16 +224,24 @@ class Trainer:
     def _keep_untrained(self) -> None:
         """Take the untrained model as a candidate: a prompt that starts from zero does no harm.
 
-        A trained one takes its place only if it is better by a standard error of the validation
-        accuracy, for less is luck (Breiman et al., 1984). Fine-tuning is a yardstick: its best
-        epoch is kept whatever it is.
+        A trained one takes its place only if it is better by a standard error, for less is luck
+        (Breiman et al., 1984): that of the difference, since both see the same images. Fine-tuning
+        is a yardstick: its best epoch is kept whatever it is.
         """
         if self.model.config.method == "full_finetune":
             self.progress.best_val, self.progress.least_val = 0.0, -1.0
             return
         val = self.evaluate(self.model, self.dataset.val)
-        self.progress.least_val = val.top1 + standard_error(val.top1, len(val.labels))
+        self.progress.untrained_right = "".join("01"[right] for right in val.right.tolist())
         self._keep(val.top1, epoch=UNTRAINED)
+
+    def _beats_untrained(self, val: Evaluation) -> bool:
+        before = self.progress.untrained_right
+        if not before:
+            return val.top1 > self.progress.least_val
+        right = torch.tensor([letter == "1" for letter in before])
+        gained, lost = int((val.right & ~right).sum()), int((right & ~val.right).sum())
+        return gained - lost > standard_error_of_difference(gained, lost, len(right))
 
     def _keep(self, val_top1: float, epoch: int) -> None:
         """Write the best model so far."""

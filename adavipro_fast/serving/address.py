@@ -1,0 +1,33 @@
+"""Where a server listens, and whether others can reach it."""
+
+import ipaddress
+import socket
+
+MOST_CONNECTIONS = 1024
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, before files are opened.
+
+    Raises:
+        OSError: it is taken, or not of this machine.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error}; name another --port") from error
+
+
+def url(listening: socket.socket) -> str:
+    """Return what a browser calls the address."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
