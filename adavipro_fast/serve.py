@@ -164,7 +164,7 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
     """
     if not config.artifact:
         raise ValueError("no file was named; use serve ARTIFACT [ARTIFACT ...]")
-    options = {
+    options: dict[str, Any] = {
         "model": config.model,
         "pretrained": config.pretrained,
         "precision": config.precision,

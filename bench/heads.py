@@ -21,8 +21,8 @@ from adavipro_fast.files.whole import write_whole
 from lib.cells import Lines, Sweep, cells_of, run_cells, shuffle_masks
 from lib.table import Json, publish
 
-LINEAR = {"head": "linear"}
-GENTLE = {"lr-prompt": 0.4, "lr-head": 3e-4}
+LINEAR: dict[str, object] = {"head": "linear"}
+GENTLE: dict[str, object] = {"lr-prompt": 0.4, "lr-head": 3e-4}
 LINES: Lines = [
     ("linear probe", {"method": "linear_probe"}),
     ("adavipro", LINEAR),

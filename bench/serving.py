@@ -164,7 +164,7 @@ def kserve(pixels: Any) -> bytes:
     size = {"binary_data_size": pixels.size}
     tensor = {"name": "image", "shape": [1, *pixels.shape], "datatype": "UINT8", "parameters": size}
     head = json.dumps({"inputs": [tensor]}).encode()
-    return len(head).to_bytes(4, "little") + head + pixels.tobytes()
+    return b"".join([len(head).to_bytes(4, "little"), head, pixels.tobytes()])
 
 
 @contextmanager

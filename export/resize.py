@@ -77,7 +77,8 @@ class Resize(nn.Module):
         away = (torch.arange(size) + 0.5 - centres[:, None]).abs() / stretch
         weights = self.filtered(away) * (away < self.reach)
         weights = weights / weights.sum(1, keepdim=True)
-        return (weights * PRECISION).round().float() / PRECISION
+        rounded: Tensor = (weights * PRECISION).round().float() / PRECISION
+        return rounded
 
     def filtered(self, x: Tensor) -> Tensor:
         """Evaluate the filter at distances x ≥ 0 inside its reach (Keys, 1981, with a = -1/2)."""
@@ -90,7 +91,8 @@ class Resize(nn.Module):
 
 def to_bytes(values: Tensor) -> Tensor:
     """Round to whole numbers from 0 to 255, halves up."""
-    return (values + 0.5).floor().clamp(0, 255)
+    rounded: Tensor = (values + 0.5).floor().clamp(0, 255)
+    return rounded
 
 
 class AnySize(nn.Module):

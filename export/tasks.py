@@ -13,6 +13,7 @@ prompt.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,10 @@ from adavipro_fast.export.fold import MaskHead, Plain, TokenTable, constant_delt
 from adavipro_fast.files.task import ABSENT
 from adavipro_fast.method.model import AdaViPro
 
+# Tables with an entry a task, but for the classes.
+OF_TASKS = re.compile(
+    r"decide\.(constant|heads\.\d+\.kernel)|prompts\.(rows\.\d+|templates)|head\.columns"
+)
 # Up to here a channel for each task costs less than the windows of each region's pixels.
 MOST_CHANNELS = 96
 # Up to here, times the largest task's classes, scores of all classes cost less than gathering.
@@ -298,9 +303,9 @@ class Tasks(Plain):
 
     def bytes_of(self, number: int) -> int:
         """Return the bytes that a task adds to the file."""
-        tables = [head.kernel for head in self.decide.heads] + [self.decide.constant]
-        tables += [*self.prompts.parameters(), self.head.columns]
-        return sum(table[0].nbytes for table in tables) + self.class_bytes[number]
+        own: list[int] = [t[0].nbytes for name, t in self.state_dict().items() if OF_TASKS.fullmatch(name)]
+        tables: int = sum(own) + self.class_bytes[number]
+        return tables
 
     def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Classify."""

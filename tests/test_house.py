@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from adavipro_fast import __main__ as listed
+
 ROOT = Path(__file__).parents[1]
 WINGS = {"adavipro_fast": ROOT / "adavipro_fast"}
 WINGS |= {
@@ -14,7 +16,7 @@ WINGS |= {
 WINGS |= {f"adavipro_fast.{name}": ROOT / name for name in ("kernels", "export")}
 WINGS["lib"] = ROOT / "bench" / "lib"
 BENCHES = {path.stem: path for path in (ROOT / "bench").glob("*.py")}
-COMMANDS = {f"adavipro_fast.{name}" for name in ("train", "evaluate", "predict", "cache", "demo")}
+COMMANDS = {f"adavipro_fast.{name}" for name in listed.COMMANDS}
 
 
 def test_opening_a_file_loads_neither_trainer_nor_scikit_learn_nor_tensorboard():

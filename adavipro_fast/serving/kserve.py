@@ -15,7 +15,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 HEADER = "Inference-Header-Content-Length"
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "UINT8": np.dtype(np.uint8),
     "INT32": np.dtype(np.int32),
     "INT64": np.dtype(np.int64),
@@ -162,7 +162,8 @@ def from_bytes(content: memoryview, spec: TensorSpec, shape: list[int], count: i
         if len(content) != count * dtype.itemsize:
             raise ValueError(f"input {spec.name!r} has {len(content)} bytes, not those of {shape}")
         return np.frombuffer(content, dtype).reshape(shape)
-    parts, place = [], 0
+    parts: list[bytes] = []
+    place = 0
     while place < len(content):
         if len(parts) == count or place + 4 > len(content):
             break
@@ -192,9 +193,10 @@ def from_json(data: Any, spec: TensorSpec, shape: list[int], count: int) -> Arra
     if not all(type(value) in allowed for value in flat):
         raise ValueError(f"input {spec.name!r} holds something else than {spec.datatype}")
     try:
-        return np.array(flat, dtype).reshape(shape)
+        array: Array = np.array(flat, dtype).reshape(shape)
     except OverflowError:
         raise ValueError(f"input {spec.name!r} has values beyond {spec.datatype}") from None
+    return array
 
 
 def flatten(data: Any, flat: list[Any], most: int, depth: int = 0) -> None:

@@ -9,7 +9,7 @@ import hmac
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -460,7 +460,7 @@ async def uploaded(body: bytes, headers: Headers, limits: Limits) -> list[tuple[
     if kind != "multipart/form-data":
         return [("image", body)] if body else []
 
-    async def stream() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     parser = MultiPartParser(
