@@ -15,6 +15,7 @@ from typing import Any
 from adavipro_fast import cli
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED, HeadKind, Method, PromptConfig
+from adavipro_fast.method.timm_encoder import PREFIX
 from adavipro_fast.training import pictures
 from adavipro_fast.training.config import TrainConfig, recipe
 from adavipro_fast.training.run_folder import held, make_folder
@@ -169,12 +170,16 @@ def candidates(base: TrainConfig, folder: Path, flags: Sequence[str]) -> list[Ca
     """List what is tried under the flags that were given."""
     given = cli.parse_some(Given, flags)
     listed = []
+    # An encoder without text has no embeddings of names.
+    mute = base.model.startswith(PREFIX) and base.class_embeddings is None
     for method, head in REFERENCES:
+        if mute and head == "text":
+            continue
         prompt = PromptConfig(method=method, region_size=base.prompt.region_size)
         eligible = given.method in (None, method) and given.head in (None, head)
         listed.append(Candidate(method, replace(base, prompt=prompt), eligible))
     for proposal in PROPOSALS:
-        if given.allows(proposal.method, proposal.head):
+        if given.allows(proposal.method, proposal.head) and not (mute and proposal.head == "text"):
             start = proposal.under(given)
             config = cli.parse(CompareConfig, CompareConfig(train=start), flags).train
             listed.append(Candidate(name_of(config, proposal.ending), config))

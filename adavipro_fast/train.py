@@ -45,9 +45,11 @@ def parse() -> TrainConfig:
 
 def summary(result: dict[str, Any]) -> str:
     """Say what was reached, where it lies, and what to do next."""
-    path = result["checkpoint"]
+    path, before = result["checkpoint"], "no text tower, so no zero-shot"
+    if result["zero_shot_top1"] is not None:
+        before = f"zero-shot {result['zero_shot_top1']:.1f} %"
     return (
-        f"test top-1 {result['test_top1']:.1f} % (zero-shot {result['zero_shot_top1']:.1f} %), "
+        f"test top-1 {result['test_top1']:.1f} % ({before}), "
         f"{result['trainable_params']} trained parameters, {result['seconds']:.0f} s\n"
         f"kept:    {path}; pictures masks.png and curves.png beside it\n"
         f"measure: python -m adavipro_fast.evaluate {path}\n"

@@ -43,7 +43,8 @@ class Resize(nn.Module):
 
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
-        self.margin, self.side = preprocess.margin, preprocess.size - 2 * preprocess.margin
+        self.preprocess, self.margin = preprocess, preprocess.margin
+        self.side, self.shorter = preprocess.inner, preprocess.shorter
         self.squash = preprocess.resize_mode == "squash"
         self.interpolation, self.reach = preprocess.interpolation, REACH[preprocess.interpolation]
         self.register_buffer("outputs_at", torch.arange(self.side))
@@ -53,8 +54,8 @@ class Resize(nn.Module):
         """Resize, crop and add the margin."""
         height, width = image.shape[2:]
         by = torch.sym_min(height, width)
-        across = self.weights(width, self.side if self.squash else self.side * width // by)
-        down = self.weights(height, self.side if self.squash else self.side * height // by)
+        across = self.weights(width, self.side if self.squash else self.shorter * width // by)
+        down = self.weights(height, self.side if self.squash else self.shorter * height // by)
         columns = to_bytes(image.float() @ across.t())
         pixels = to_bytes(down @ columns)
         if not self.margin:
@@ -68,9 +69,7 @@ class Resize(nn.Module):
             size: pixels of the line.
             resized: pixels before the crop.
         """
-        over = resized - self.side
-        # Halves go to the even number, as torchvision's centre crop has it.
-        begin = over // 2 + (over % 2) * ((over // 2) % 2)
+        begin, _ = self.preprocess.cropped(resized)
         scale = size / resized
         stretch = torch.sym_max(scale, 1.0)
         centres = (self.outputs_at.double() + begin + 0.5) * scale

@@ -303,9 +303,10 @@ class Tasks(Plain):
 
     def bytes_of(self, number: int) -> int:
         """Return the bytes that a task adds to the file."""
-        own: list[int] = [t[0].nbytes for name, t in self.state_dict().items() if OF_TASKS.fullmatch(name)]
-        tables: int = sum(own) + self.class_bytes[number]
-        return tables
+        tables = self.state_dict().items()
+        own: list[int] = [t[0].nbytes for name, t in tables if OF_TASKS.fullmatch(name)]
+        total: int = sum(own) + self.class_bytes[number]
+        return total
 
     def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Classify."""

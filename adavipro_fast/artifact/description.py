@@ -165,9 +165,11 @@ class Description:
         if self.input == "uint8":
             return pixels
         if self.input == "any":
-            # Of the size that a resize leaves as it is; the graph adds the margin.
+            # Of the size that the graph's resize leaves as it is; it crops, and adds the margin.
             margin, side = self.preprocess.margin, self.preprocess.size
-            return pixels[..., margin : side - margin, margin : side - margin]
+            inner = pixels[..., margin : side - margin, margin : side - margin]
+            begin, end = self.preprocess.cropped(self.preprocess.shorter)
+            return torch.nn.functional.pad(inner, (begin, end, begin, end))
         mean, std = (
             torch.tensor(v, device=pixels.device)
             for v in (self.preprocess.mean, self.preprocess.std)

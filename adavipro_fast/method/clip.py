@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.method.timm_encoder import PREFIX, load_timm
 
 DEFAULT_TEMPLATE = "This is a photo of a {}"
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
@@ -51,17 +52,33 @@ class TextTower:
         return F.normalize(torch.stack(rows), dim=-1)
 
 
-def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTower]:
-    """Load a CLIP with open_clip, on the CPU in fp32.
+@dataclass(frozen=True)
+class NoText:
+    """In a text tower's place, of an encoder that has none."""
+
+    name: str
+
+    def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Raise ValueError: names cannot be embedded."""
+        raise ValueError(
+            f"encoder {self.name!r} has no text tower; learn a head with --head linear, or give "
+            "--class-embeddings"
+        )
+
+
+def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTower | NoText]:
+    """Load a CLIP with open_clip, or an encoder without text of timm, on the CPU in fp32.
 
     Args:
-        model: open_clip name, `local-dir:PATH`, or `demo`.
+        model: open_clip name, `local-dir:PATH`, `demo`, or `timm:NAME`.
         pretrained: open_clip tag or path of the weights; empty is random for a built-in name.
 
     Raises:
         ValueError: open_clip does not know the model, cannot load it, or its images are not
             square.
     """
+    if model.startswith(PREFIX):
+        return load_timm(model, pretrained), NoText(model)
     source = f"local-dir:{DEMO_MODEL}" if model == "demo" else model
     known = open_clip.list_models()
     if ":" not in source and source not in known:

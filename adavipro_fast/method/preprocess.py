@@ -29,6 +29,8 @@ class Preprocess:
     resize_mode: str
     margin: int = 0
     """pixels on each side that keep the mean colour, the image shrunk to what is left"""
+    crop: float = 1.0
+    """share of the resized image's shorter side that the centre crop keeps (timm's crop_pct)"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST_SIDE:
@@ -42,6 +44,8 @@ class Preprocess:
             raise ValueError("mean and std need three channels")
         if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} or std {self.std} cannot normalise an image")
+        if not 0.1 <= self.crop <= 1 or (self.crop != 1 and self.resize_mode != "shortest"):
+            raise ValueError(f"crop {self.crop} with resize mode {self.resize_mode!r} is not known")
         if self.interpolation not in INTERPOLATIONS or self.resize_mode not in RESIZE_MODES:
             raise ValueError(
                 f"interpolation {self.interpolation!r} with resize mode {self.resize_mode!r} is "
@@ -49,11 +53,29 @@ class Preprocess:
             )
 
     def stored(self) -> dict[str, Any]:
-        """Return what files keep: open_clip's settings, and the margin where there is one."""
+        """Return what files keep: open_clip's settings, and margin and crop where there are any."""
         values = asdict(self)
-        if not self.margin:
-            del values["margin"]
+        for name, none in (("margin", 0), ("crop", 1)):
+            if values[name] == none:
+                del values[name]
         return values
+
+    @property
+    def inner(self) -> int:
+        """Side of what is not margin."""
+        return self.size - 2 * self.margin
+
+    @property
+    def shorter(self) -> int:
+        """The shorter side of a resized image before it is cropped, as timm rounds it."""
+        return math.floor(self.inner / self.crop)
+
+    def cropped(self, resized: Any) -> tuple[Any, Any]:
+        """Return how many pixels of a resized side the centre crop leaves out before and after."""
+        over = resized - self.inner
+        # Halves go to the even number, as torchvision's crop has it.
+        begin = over // 2 + (over % 2) * ((over // 2) % 2)
+        return begin, over - begin
 
     @property
     def colour(self) -> Tensor:
@@ -62,7 +84,7 @@ class Preprocess:
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Return the size that an image has once it is resized and not yet cropped."""
-        side = self.size - 2 * self.margin
+        side = self.shorter
         if self.resize_mode == "squash":
             return side, side
         by = min(width, height) if self.resize_mode == "shortest" else max(width, height)
@@ -70,13 +92,15 @@ class Preprocess:
 
     def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
         """Return open_clip's preprocessing, then the margin: image to (3, S, S) uint8 pixels."""
-        inner = replace(self, size=self.size - 2 * self.margin, margin=0)
+        inner = replace(self, size=self.inner, margin=0, crop=1.0)
         config = open_clip.transform.PreprocessCfg(**inner.stored())
         whole = open_clip.transform.image_transform_v2(config, is_train=False)
         # The last two steps are ToTensor and Normalize, which run later and on the device.
         resize, last = whole.transforms[:-2], [type(t).__name__ for t in whole.transforms[-2:]]
         assert last[0].endswith("ToTensor"), last
         assert last[1] == "Normalize", last
+        if self.crop != 1:
+            resize[0] = type(resize[0])(self.shorter, resize[0].interpolation)
         colour = tuple(self.colour.tolist())
 
         def apply(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:

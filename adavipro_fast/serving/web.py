@@ -6,6 +6,7 @@ class names and probabilities.
 
 import asyncio
 import hmac
+import logging
 import math
 import os
 import time
@@ -227,6 +228,8 @@ def create(
         metrics: that the batcher counts too.
     """
     own = Application(served, batcher, limits or Limits(), metrics or Metrics())
+    # A line for every broken form, which the client is told of, would be the client's to fill.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:

@@ -96,9 +96,9 @@ class TrainConfig:
     recipe: Literal["paper", "best"] = "best"
     """sets the defaults of the flags below; explicit flags win"""
     model: str = "demo"
-    """open_clip model name, local-dir:PATH, or demo"""
+    """open_clip model name, local-dir:PATH, demo, or timm:NAME with --head linear"""
     pretrained: str = ""
-    """open_clip tag or path of the weights"""
+    """tag of open_clip's or timm's weights, or their path"""
     template: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """text with {} for the name; several make an ensemble (default: This is a photo of a {})"""
     class_embeddings: Path | None = None

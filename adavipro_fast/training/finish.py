@@ -33,22 +33,24 @@ SAME_MASK = 0.01
 
 
 def finish(
-    trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor, config: TrainConfig
+    trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor | None, config: TrainConfig
 ) -> dict[str, Any]:
     """Train to the end and return the figures of the best and of the last model.
 
     Args:
         trainer: at its beginning, or where a run stopped.
         frozen: the encoder in fp32, on the trainer's device; models are tested on it.
-        embeddings: (K, E) of the class names.
+        embeddings: (K, E) of the class names; none of an encoder without text.
         config: of the run.
 
     Raises:
         KeyboardInterrupt: the process was told to stop; the step reached is saved.
         VerificationError: the frozen encoder changed.
     """
-    zero_shot_top1 = _zero_shot(trainer, frozen, embeddings, config)
-    say(f"zero-shot top-1: {zero_shot_top1:.1f} % (test)")
+    zero_shot_top1 = None
+    if embeddings is not None:
+        zero_shot_top1 = _zero_shot(trainer, frozen, embeddings, config)
+        say(f"zero-shot top-1: {zero_shot_top1:.1f} % (test)")
     began = time.perf_counter()
     with told_to_stop(trainer):
         trainer.run()
@@ -90,7 +92,7 @@ def _zero_shot(
 
 
 def _result(
-    trainer: Trainer, frozen: FrozenEncoder, zero_shot_top1: float, config: TrainConfig
+    trainer: Trainer, frozen: FrozenEncoder, zero_shot_top1: float | None, config: TrainConfig
 ) -> dict[str, Any]:
     """Test the best and the last model in fp32, draw the pictures, collect the figures."""
     progress, test = trainer.progress, trainer.dataset.test
@@ -148,7 +150,7 @@ def keep_calibration(trainer: Trainer, model: AdaViPro, val: Split, path: Path) 
         replace(load_checkpoint(path), calibration=fitted).save(path)
 
 
-def _draw(trainer: Trainer, model: AdaViPro, zero_shot_top1: float) -> None:
+def _draw(trainer: Trainer, model: AdaViPro, zero_shot_top1: float | None) -> None:
     val, names = trainer.dataset.val, trainer.dataset.class_names
     spread = torch.linspace(0, len(val) - 1, min(PICTURED, len(val))).long()
     images, labels = val.batch(spread, trainer.device)

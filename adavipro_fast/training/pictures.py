@@ -249,14 +249,15 @@ def _inches(text: str) -> float:
     return float(points) / 72
 
 
-def curves(rows: Sequence[dict[str, float]], zero_shot_top1: float) -> Figure:
+def curves(rows: Sequence[dict[str, float]], zero_shot_top1: float | None) -> Figure:
     """Draw loss, top-1 and mask figures over epochs from the rows of `metrics.jsonl`."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     loss, accuracy, masks = figure.subplots(1, 3)
     _plot(loss, rows, {"loss": "training"})
     loss.set_ylabel("loss")
     _plot(accuracy, rows, {"train_top1": "training", "val_top1": "validation"})
-    accuracy.axhline(zero_shot_top1, color="0.4", linestyle=":", label="zero-shot (test)")
+    if zero_shot_top1 is not None:
+        accuracy.axhline(zero_shot_top1, color="0.4", linestyle=":", label="zero-shot (test)")
     accuracy.set_ylabel("top-1, %")
     _plot(masks, rows, {f"mask_{name}": name for name in ("density", "adaptivity", "placement")})
     masks.set_ylabel("mask")

@@ -14,7 +14,13 @@ from adavipro_fast.data.sets import Dataset, load_dataset
 from adavipro_fast.device import slow_precision
 from adavipro_fast.files.checkpoint import FILES, checkpoint_of, load_checkpoint
 from adavipro_fast.files.whole import read_safetensors
-from adavipro_fast.method.clip import DEFAULT_TEMPLATE, TextTower, check_templates, load_clip
+from adavipro_fast.method.clip import (
+    DEFAULT_TEMPLATE,
+    NoText,
+    TextTower,
+    check_templates,
+    load_clip,
+)
 from adavipro_fast.method.config import PROMPTED, HeadInput, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro
@@ -38,8 +44,8 @@ class Run:
     trainer: Trainer
     frozen: FrozenEncoder
     """in fp32"""
-    embeddings: Tensor
-    """(K, E) of the class names"""
+    embeddings: Tensor | None
+    """(K, E) of the class names; none of an encoder without text"""
     config: TrainConfig
 
 
@@ -136,8 +142,8 @@ class Loaded:
 
     frozen: FrozenEncoder
     """in fp32, on the device"""
-    embeddings: Tensor
-    """(K, E) of the class names"""
+    embeddings: Tensor | None
+    """(K, E) of the class names; none of an encoder without text"""
     dataset: Dataset
     device: torch.device
 
@@ -157,7 +163,9 @@ def load(config: TrainConfig) -> Loaded:
     bare = AdaViPro(frozen, torch.zeros(1, 1), config.prompt, kernel=config.kernel)
     bare.prompt.path(device)
     dataset = load_dataset(config.data, bare.preprocess, seed=config.optimiser.seed)
-    embeddings = _class_embeddings(config, text, dataset.class_names)
+    embeddings = None
+    if isinstance(text, TextTower) or needs_text(config):
+        embeddings = _class_embeddings(config, text, dataset.class_names)
     say(f"encoder {config.model} on {device}, {frozen.preprocess.size} px, frozen")
     counts = (len(split) for split in (dataset.train, dataset.val, dataset.test))
     say("data: {} train, {} val, {} test images".format(*counts))
@@ -179,7 +187,9 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
         identity={
             "data": dataset.sha256,
             "encoder": frozen.sha256,
-            "embeddings": hashlib.sha256(embeddings.numpy().tobytes()).hexdigest(),
+            "embeddings": ""
+            if embeddings is None
+            else hashlib.sha256(embeddings.numpy().tobytes()).hexdigest(),
         },
         group=group,
     )
@@ -195,7 +205,7 @@ def _model(
     config: TrainConfig,
     frozen: FrozenEncoder,
     dataset: Dataset,
-    embeddings: Tensor,
+    embeddings: Tensor | None,
     device: torch.device,
 ) -> AdaViPro:
     """Build what the method trains."""
@@ -207,6 +217,7 @@ def _model(
         head = _head(config, encoder, dataset, embeddings, device)
         prompt = replace(prompt, head="linear", head_input=head.head_input)
         rows, bias = head.rows, head.bias
+    assert rows is not None
     torch.manual_seed(config.optimiser.seed)
     if prompt.method == "full_finetune":
         encoder = frozen.thawed(config.optimiser.precision)
@@ -222,7 +233,7 @@ def _head(
     config: TrainConfig,
     frozen: FrozenEncoder,
     dataset: Dataset,
-    embeddings: Tensor,
+    embeddings: Tensor | None,
     device: torch.device,
 ) -> Head:
     """Find where a linear head starts; the leading process fits it once, for all and for good."""
@@ -255,8 +266,14 @@ def _head(
     return Head(tensors["class_embeddings"], tensors["class_bias"], probe.config.head_input)
 
 
+def needs_text(config: TrainConfig) -> bool:
+    """Tell whether class embeddings are part of what is trained."""
+    learned = config.prompt.head == "linear" or config.prompt.method == "linear_probe"
+    return not learned or config.class_embeddings is not None
+
+
 def _class_embeddings(
-    config: TrainConfig, text: TextTower, class_names: tuple[str, ...]
+    config: TrainConfig, text: TextTower | NoText, class_names: tuple[str, ...]
 ) -> torch.Tensor:
     if config.class_embeddings is None:
         return text.class_embeddings(class_names, config.template or (DEFAULT_TEMPLATE,))
