@@ -89,6 +89,20 @@ def tasks() -> str:
     return columns(compared, forms) + "\n\n" + prose()["tasks"].format(**sizes, **figures)
 
 
+def serving() -> str:
+    """Tabulate what serving costs."""
+    forms = {
+        "row": "`{name}`",
+        "images/s": "{images_per_s:.1f}",
+        "of the runner": "{of_runner:.2f}",
+        "p50, ms": "{p50_ms:.0f}",
+        "p99, ms": "{p99_ms:.0f}",
+        "mean batch": "{mean_batch:.1f}",
+    }
+    figures = named("serving")
+    return columns(list(figures.values()), forms) + "\n\n" + prose()["serving"].format(**figures)
+
+
 def latency(file: str, name: str, batch: int) -> Row:
     """Return a latency row."""
     return next(
@@ -272,6 +286,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
             headline,
             results,
             tasks,
+            serving,
             training,
             epochs,
             scaling,
