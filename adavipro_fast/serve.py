@@ -21,7 +21,7 @@ from adavipro_fast.errors import printable
 from adavipro_fast.method.config import Precision
 from adavipro_fast.serving.address import MOST_CONNECTIONS, is_loopback, listen, url
 from adavipro_fast.serving.batcher import Batcher
-from adavipro_fast.serving.served import Served
+from adavipro_fast.serving.served import CLASSIFY, Served
 
 INSTALL = "serving needs its extra: pip install 'adavipro_fast[serve]'"
 LONGEST_STOP_S = 60
@@ -148,6 +148,8 @@ def prepared(config: ServeConfig) -> Prepared:
         http=ImpatientProtocol,
         ws="none",
         log_config=None,
+        # What clients send wrong is told to them, not to the terminal.
+        log_level="error",
         access_log=False,
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
@@ -170,6 +172,8 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
         "precision": config.precision,
         "say": say,
     }
+    if config.tasks_folder is not None and not config.tasks_folder.is_dir():
+        raise ValueError(f"there is no folder {config.tasks_folder}")
     served: dict[str, Served] = {}
     for text in config.artifact:
         name, path = named(text)
@@ -191,7 +195,8 @@ def named(text: str) -> tuple[str, Path]:
     path = Path(rest if given else text)
     if not given:
         name = path.absolute().parent.name if path.suffix == ".safetensors" else path.stem
-    if not name or not all(letter.isalnum() or letter in "-_." for letter in name):
+    plain = all(letter.isalnum() or letter in "-_." for letter in name)
+    if not plain or not name.strip(".") or name.endswith(CLASSIFY):
         raise ValueError(f"{name!r} is no name for an address; give letters, as NAME={path}")
     return name, path
 

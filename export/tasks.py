@@ -249,9 +249,9 @@ class GatheredHead(TaskHead):
         embedding, features = self.embed(features)
         width, columns = self.rows.shape[1], self.columns.index_select(0, task)
         read = F.pad(embedding, (0, width - embedding.shape[1]))
-        if width == features.shape[1]:
-            own = self.reads_features.index_select(0, task)
-            read = torch.where(own[:, None], features, read)
+        if width >= features.shape[1]:
+            wide = F.pad(features, (0, width - features.shape[1]))
+            read = torch.where(self.reads_features.index_select(0, task)[:, None], wide, read)
         places = columns.flatten()
         own = self.rows.index_select(0, places).unflatten(0, (-1, columns.shape[1]))
         assert self.bias is not None

@@ -77,17 +77,17 @@ def command(config: TritonConfig) -> dict[str, Any]:
         ValueError: the file cannot be served by Triton, or is no next version of what is there.
     """
     graph, name = graph_of(config), config.name or config.artifact.stem
-    if not name or not all(letter.isalnum() or letter in LETTERS for letter in name):
+    plain = all(letter.isalnum() or letter in LETTERS for letter in name)
+    if not plain or not name.strip("."):
         raise ValueError(f"{name!r} is no name for a model; give letters with --name")
     about, repository = graph.about, config.output
     facts = facts_of(about)
     folders = {kind: repository / (name + kind) for kind in ("_preprocess", "_postprocess", "")}
-    version = next_version(folders[""], facts)
+    check_same(folders[""] / "about.json", facts)
+    ensemble_folder = repository / f"{name}_classify"
+    version = next_version([*folders.values(), ensemble_folder])
     kind = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}[config.device]
     texts = configurations(name, graph, kind, config)
-    if not about.tasks:
-        labels = "".join(f"{each}\n" for each in facts["class_names"][0])
-        write_whole(folders[""] / "labels.txt", labels.encode())
     files = {
         "_preprocess": {"model.py": MODELS / "preprocess.py"},
         "_postprocess": {"model.py": MODELS / "postprocess.py"},
@@ -96,9 +96,12 @@ def command(config: TritonConfig) -> dict[str, Any]:
     data = config.artifact.with_name(config.artifact.name + ".data")
     if data.exists():
         files[""][data.name] = data
+    if not about.tasks:
+        labels = "".join(f"{each}\n" for each in facts["class_names"][0])
+        write_whole(folders[""] / "labels.txt", labels.encode())
     for kind, folder in folders.items():
         place(folder, version, texts[kind], files[kind], facts)
-    place(repository / f"{name}_classify", version, texts["_classify"], {}, facts)
+    place(ensemble_folder, version, texts["_classify"], {}, facts)
     return {
         "repository": str(repository),
         "model": name,
@@ -165,28 +168,29 @@ def facts_of(about: Description) -> dict[str, Any]:
     """Collect what the Python models need; lists have an entry a task."""
     tasks = about.tasks or (about,)
     return {
-        "preprocess": about.preprocess.stored(),
+        "preprocess": json.loads(json.dumps(about.preprocess.stored())),
         "tasks": [task.name for task in about.tasks],
         "class_names": [list(task.class_names) for task in tasks],
         "temperatures": [task.calibration.temperature for task in tasks],
     }
 
 
-def next_version(folder: Path, facts: dict[str, Any]) -> int:
-    """Return the number of the next version.
+def check_same(path: Path, facts: dict[str, Any]) -> None:
+    """Raise ValueError where versions before are of other classes, tasks or preparation.
 
-    Raises:
-        ValueError: the versions before are of other classes or tasks, whose clients would not know.
+    Clients would not know, and while Triton changes versions its models mix.
     """
-    if not folder.exists():
-        return 1
-    known = json.loads((folder / "about.json").read_text())
-    for what in ("tasks", "class_names"):
+    known = json.loads(path.read_text()) if path.exists() else facts
+    for what in ("tasks", "class_names", "preprocess"):
         if known[what] != facts[what]:
-            raise ValueError(
-                f"{folder.name} has other {what.replace('_', ' ')}; give another --name"
-            )
-    return 1 + max(int(each.name) for each in folder.iterdir() if each.name.isdigit())
+            model = path.parent.name
+            raise ValueError(f"{model} has other {what.replace('_', ' ')}; give another --name")
+
+
+def next_version(folders: Sequence[Path]) -> int:
+    """Return the number behind the last one of any of a file's models."""
+    found = [each.name for folder in folders if folder.is_dir() for each in folder.iterdir()]
+    return 1 + max((int(name) for name in found if name.isdigit()), default=0)
 
 
 def place(
@@ -194,6 +198,8 @@ def place(
 ) -> None:
     """Write a model's configuration and one version, which gets its number when it is whole."""
     partial = folder / f"{version}.part"
+    # Of a run that was interrupted.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     about = (json.dumps(facts) + "\n").encode()
     for name, source in files.items():

@@ -43,15 +43,14 @@ def standard_error(top1: float, count: int) -> float:
     return 100 * math.sqrt(share * (1 - share) / count)
 
 
-def standard_error_of_difference(gained: int, lost: int, count: int) -> float:
-    """Return the standard error of `gained - lost`, two answers to the same `count` images.
+def standard_error_of_difference(gained: int, lost: int) -> float:
+    """Return the standard error of `gained - lost` where both are as likely (McNemar, 1947).
 
     Args:
-        gained: images that only the second got right.
+        gained: images that only the second of two models got right.
         lost: images that only the first got right.
-        count: all images (McNemar, 1947).
     """
-    return math.sqrt(gained + lost - (gained - lost) ** 2 / count)
+    return math.sqrt(gained + lost)
 
 
 @dataclass(frozen=True)

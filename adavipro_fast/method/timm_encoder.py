@@ -31,12 +31,14 @@ def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
         raise ValueError(
             f"model {model!r} is unknown to timm {timm.__version__}; timm.list_models()"
         )
+    name, _, tag = name.partition(".")
     file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
-    tagged = f"{name}.{pretrained}" if pretrained and file is None else name
+    tag = tag if file is not None or not pretrained else pretrained
+    tagged = f"{name}.{tag}" if tag else name
     overlay = {"file": str(file), "hf_hub_id": None, "url": None} if file else None
     try:
         visual: nn.Module = timm.create_model(
-            tagged, pretrained=bool(pretrained), num_classes=0, pretrained_cfg_overlay=overlay
+            tagged, pretrained=bool(tag or file), num_classes=0, pretrained_cfg_overlay=overlay
         )
     except Exception as error:  # What timm, its hub and torch raise has no common base.
         reason = str(error).split("\n")[0][:300]
@@ -49,14 +51,15 @@ def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
         raise ValueError(f"model {model!r} takes {height}x{width} images; square ones are needed")
     if settings["crop_mode"] not in RESIZE_MODES:
         raise ValueError(f"model {model!r} crops images by {settings['crop_mode']!r}; not known")
-    squash = settings["crop_mode"] == "squash"
+    if settings["crop_mode"] == "squash" and settings["crop_pct"] != 1:
+        raise ValueError(f"model {model!r} crops what it squashed, which is not known")
     preprocess = Preprocess(
         size=height,
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
         interpolation=settings["interpolation"],
         resize_mode=RESIZE_MODES[settings["crop_mode"]],
-        crop=1.0 if squash else settings["crop_pct"],
+        crop=settings["crop_pct"],
     )
     return FrozenEncoder(
         visual, preprocess, name=model, pretrained=pretrained, logit_scale=LOGIT_SCALE

@@ -31,6 +31,10 @@ class FullError(Exception):
         """until there may be room"""
 
 
+class StoppingError(Exception):
+    """Nothing more is taken."""
+
+
 @dataclass(frozen=True)
 class Job:
     """The images of one request, and where its answer goes."""
@@ -98,11 +102,11 @@ class Batcher:
         """Run a job that has its place; return where its answer will be.
 
         Raises:
-            RuntimeError: the batcher was closed.
+            StoppingError: the batcher was closed.
         """
         with self._changed:
             if self._closed:
-                raise RuntimeError("the server is stopping")
+                raise StoppingError("the server is stopping")
             self._jobs.append(job)
             self._changed.notify()
         return job.answer
@@ -117,7 +121,7 @@ class Batcher:
 
     def _work(self, device: int) -> None:
         while batch := self._next_batch():
-            # A client that has gone waits no more.
+            # One that was cancelled has nobody who waits.
             batch = [job for job in batch if job.answer.set_running_or_notify_cancel()]
             if batch:
                 began, images = time.monotonic(), sum(len(job.pixels) for job in batch)
@@ -134,21 +138,26 @@ class Batcher:
                 if not self._jobs and self._closed:
                     return []
                 left = self._jobs[0].since + self.delay - time.monotonic() if self._jobs else None
-                full = sum(len(job.pixels) for job in self._jobs) >= self.largest
+                full = sum(len(job.pixels) for job in self._together()) >= self.largest
                 if left is not None and (full or self._closed or left <= 0):
                     return self._take()
                 self._changed.wait(left)
 
     def _take(self) -> list[Job]:
-        batch = [self._jobs.popleft()]
-        count = len(batch[0].pixels)
-        while self._jobs:
-            following = self._jobs[0]
-            count += len(following.pixels)
-            if count > self.largest or following.artifacts is not batch[0].artifacts:
+        batch: list[Job] = []
+        count = 0
+        for job in self._together():
+            count += len(job.pixels)
+            if batch and count > self.largest:
                 break
-            batch.append(self._jobs.popleft())
+            batch.append(job)
+        taken = set(map(id, batch))
+        self._jobs = deque(job for job in self._jobs if id(job) not in taken)
         return batch
+
+    def _together(self) -> list[Job]:
+        """Return the waiting jobs of the file that is asked for first, in their order."""
+        return [job for job in self._jobs if job.artifacts is self._jobs[0].artifacts]
 
 
 def run(batch: Sequence[Job], device: int) -> None:

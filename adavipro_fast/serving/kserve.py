@@ -23,6 +23,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_TENSORS, MOST_DIMENSIONS = 16, 8
+SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def parse(body: bytes, header_length: str | None, takes: Sequence[TensorSpec]) -
     for entry in objects(values, "inputs"):
         name = entry.get("name")
         if not isinstance(name, str) or name not in known or name in inputs:
-            raise ValueError(f"input {name!r} is unknown or stands twice; {listed(known)}")
+            raise ValueError(f"input {short(name)} is unknown or stands twice; {listed(known)}")
         inputs[name], rest = tensor(entry, known[name], rest)
     if len(rest):
         raise ValueError(f"{len(rest)} bytes follow the last tensor")
@@ -142,8 +143,8 @@ def tensor(
     )
     if datatype != spec.datatype or not fits:
         raise ValueError(
-            f"input {spec.name!r} is {datatype} {shape}, {spec.datatype} {list(spec.shape)} is "
-            "needed"
+            f"input {spec.name!r} is {short(datatype)} {short(shape)}, {spec.datatype} "
+            f"{list(spec.shape)} is needed"
         )
     count, size = math.prod(shape), parameters(entry).get("binary_data_size")
     if size is not None:
@@ -231,7 +232,7 @@ def respond(
     entries, blobs = [], []
     for output in wanted:
         if output.name not in results:
-            raise ValueError(f"output {output.name!r} is unknown; {listed(results)}")
+            raise ValueError(f"output {short(output.name)} is unknown; {listed(results)}")
         array = results[output.name]
         is_text = array.dtype == object
         entry: dict[str, Any] = {
@@ -261,6 +262,11 @@ def respond(
 def packed(array: Array) -> bytes:
     """Write strings as bytes, each behind its length."""
     return b"".join(struct.pack("<I", len(value)) + value for value in array.ravel())
+
+
+def short(value: object) -> str:
+    """Quote what a client wrote, up to a length, in letters that any answer can hold."""
+    return ascii(value)[:SHOWN]
 
 
 def listed(names: Mapping[str, Any]) -> str:

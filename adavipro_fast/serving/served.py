@@ -11,6 +11,10 @@ from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 
 Stamp = tuple[int, int] | None
+# Behind a file's name: the model that takes image files.
+CLASSIFY = "_classify"
+# What lies beside a file and belongs to it: weights of a large graph, an engine's description.
+BESIDE = ("", ".data", ".json")
 Say = Callable[[str], None]
 
 
@@ -54,7 +58,7 @@ class Served:
         self._lock = threading.Lock()
         self._known: dict[Path, tuple[Stamp, str]] = {}
         """task files: what they were when they were added, and the task's name"""
-        self._stamp = stamp(path)
+        self._stamp = self._stamps()
         self.now = self._opened(1)
         self._take_tasks()
 
@@ -69,12 +73,13 @@ class Served:
         What cannot be opened is told, and the generation before goes on.
         """
         with self._lock:
-            now = stamp(self.path)
-            if now is not None and now != self._stamp:
+            now = self._stamps()
+            if now[0] is not None and now != self._stamp:
                 self._stamp = now
                 try:
                     following = self._opened(self.now.version + 1)
-                except (ValueError, OSError) as error:
+                # Whatever it is, memory that ran out too: the server goes on.
+                except Exception as error:
                     self.say(f"{self.name}: goes on as it was, {error}")
                 else:
                     self._known = {}
@@ -82,6 +87,9 @@ class Served:
                     self.now = following
                     self.say(f"{self.name}: opened again, version {following.version}")
             self._take_tasks()
+
+    def _stamps(self) -> tuple[Stamp, ...]:
+        return tuple(stamp(self.path.with_name(self.path.name + end)) for end in BESIDE)
 
     def _opened(self, version: int) -> Generation:
         artifacts = [
@@ -103,6 +111,8 @@ class Served:
                     if name and isinstance(artifact, OpenArtifact):
                         artifact.remove(name)
                 self.say(f"{self.name}: task {name or path.stem!r} is gone")
+                # One of the same name may have waited.
+                self._known = {p: entry for p, entry in self._known.items() if entry[1]}
         for path, now in found.items():
             if path not in self._known:
                 self._known[path] = now, self._add(path, artifacts)
@@ -114,7 +124,7 @@ class Served:
                 assert isinstance(artifact, OpenArtifact)
                 name = artifact.add(path)
                 added.append(artifact)
-        except (ValueError, OSError) as error:
+        except Exception as error:
             for artifact in added:
                 artifact.remove(name)
             self.say(f"{self.name}: {path.name} is no task here, {error}")

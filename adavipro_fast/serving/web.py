@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -31,15 +33,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers
-from adavipro_fast.artifact.description import Description
+from adavipro_fast.artifact.description import Description, NotRunnableError
 from adavipro_fast.data.images import decode_image
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.serving import kserve
-from adavipro_fast.serving.batcher import Batcher, FullError, Job
+from adavipro_fast.serving.batcher import Batcher, FullError, Job, StoppingError
 from adavipro_fast.serving.kserve import TensorSpec
-from adavipro_fast.serving.served import Generation, Served
+from adavipro_fast.serving.served import CLASSIFY, Generation, Served
 
-CLASSIFY = "_classify"
 VERSION = installed("adavipro_fast")
 OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
 FILES = {
@@ -169,13 +170,19 @@ class Application:
             HTTPException: no task is named, or one that is not there.
         """
         try:
+            before = [generation.about.of_task(task) for task in tasks or ()]
             generation.about.numbers(tasks, len(pixels))
             answer = self.batcher.submit(Job(generation.artifacts, pixels, tasks))
-            return await asyncio.wrap_future(answer)
+            prediction = await asyncio.wrap_future(answer)
+            if before != [generation.about.of_task(task) for task in tasks or ()]:
+                raise StoppingError("a task was replaced meanwhile; ask again")
+            return prediction
+        except NotRunnableError as error:
+            raise HTTPException(500, str(error)) from None
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        except RuntimeError as error:
-            raise HTTPException(503, str(error)) from None
+        except StoppingError as error:
+            raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
 
     def check_images(self, count: int) -> None:
         """Raise HTTPException unless a request may have so many images."""
@@ -230,6 +237,7 @@ def create(
     own = Application(served, batcher, limits or Limits(), metrics or Metrics())
     # A line for every broken form, which the client is told of, would be the client's to fill.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -265,13 +273,15 @@ def add_errors(web: FastAPI) -> None:
 
     @web.exception_handler(StarletteHTTPException)
     async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+        told = str(error.detail).encode(errors="replace").decode()
+        return JSONResponse({"error": told}, error.status_code, error.headers)
 
     @web.exception_handler(RequestValidationError)
     async def wrong(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        return JSONResponse({"error": f"{place}: {first['msg']}"}, 400)
+        told = f"{place}: {first['msg']}".encode(errors="replace").decode()
+        return JSONResponse({"error": told}, 400)
 
     @web.exception_handler(FullError)
     async def full(_: Request, error: FullError) -> JSONResponse:
@@ -316,7 +326,7 @@ def add_kserve(web: FastAPI, own: Application) -> None:
         return {
             "name": "adavipro_fast",
             "version": VERSION,
-            "extensions": ["binary_tensor_data", "model_repository"],
+            "extensions": ["binary_tensor_data"],
         }
 
     @web.post("/v2/repository/index")
@@ -382,8 +392,12 @@ async def outputs(
     if not files:
         pixels = torch.from_numpy(asked.inputs["image"].copy())
         prediction = await own.run(now, pixels, tasks)
+        logits = prediction.logits
+        if now.about.open_for is not None:
+            # As wide as this request's tasks, whatever others rode in the batch.
+            logits = logits[:, : max(len(each.class_names) for each in named_tasks(now, tasks))]
         return {
-            "logits": prediction.logits.numpy(),
+            "logits": logits.numpy(),
             "mask": prediction.mask.int().numpy(),
             "embedding": prediction.embedding.numpy(),
         }
@@ -398,6 +412,18 @@ async def outputs(
     }
 
 
+def named_tasks(now: Generation, tasks: Sequence[str] | None) -> list[Description]:
+    """Describe the task of each image.
+
+    Raises:
+        HTTPException: one is not there.
+    """
+    try:
+        return [now.about.of_task(task) for task in tasks or ()]
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+
+
 async def classified(
     own: Application,
     now: Generation,
@@ -407,13 +433,11 @@ async def classified(
     shown: int,
 ) -> list[dict[str, Any]]:
     """Classify pixels and say it in words."""
-    about = now.about
     prediction = await own.run(now, pixels, tasks)
     if tasks is None:
-        return answers(about, prediction, reject, shown)
+        return answers(now.about, prediction, reject, shown)
     found = []
-    for row, task in enumerate(tasks):
-        described = about.of_task(task)
+    for row, described in enumerate(named_tasks(now, tasks)):
         part = Prediction(*(values[row : row + 1] for values in prediction))
         part = part._replace(logits=part.logits[:, : len(described.class_names)])
         found += answers(described, part, reject, shown)
@@ -472,9 +496,14 @@ async def uploaded(body: bytes, headers: Headers, limits: Limits) -> list[tuple[
     try:
         form = await parser.parse()
         files = [each for _, each in form.multi_items() if not isinstance(each, str)]
-        return [(file.filename or "image", await file.read()) for file in files]
-    except (MultiPartException, KeyError, UnicodeDecodeError) as error:
+        return [(clean(file.filename or "image"), await file.read()) for file in files]
+    except (MultiPartException, KeyError, ValueError) as error:
         raise HTTPException(400, f"the form cannot be read: {error}") from None
+
+
+def clean(name: str) -> str:
+    """Make a client's file name one that any answer can hold."""
+    return name.encode(errors="replace").decode()
 
 
 class Guarded:

@@ -241,7 +241,7 @@ class Trainer:
             return val.top1 > self.progress.least_val
         right = torch.tensor([letter == "1" for letter in before])
         gained, lost = int((val.right & ~right).sum()), int((right & ~val.right).sum())
-        return gained - lost > standard_error_of_difference(gained, lost, len(right))
+        return gained - lost > standard_error_of_difference(gained, lost)
 
     def _keep(self, val_top1: float, epoch: int) -> None:
         """Write the best model so far."""
