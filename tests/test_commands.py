@@ -81,7 +81,7 @@ def flags(config):
 @pytest.mark.parametrize(
     ("stop", "optimiser"),
     [
-        (signal.SIGKILL, {}),
+        pytest.param(signal.SIGKILL, {}, marks=pytest.mark.slow),
         pytest.param(
             signal.SIGINT,
             {"generator_optimiser": "adam", "generator_start": 0.3},

@@ -593,6 +593,7 @@ def test_every_name_of_tensorrts_api_exists_in_its_newest_bindings():
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_real_images_and_a_real_encoder_agree_through_every_file(tmp_path):
     encoder, text = load_clip(f"local-dir:{SHARED}/models/vit-tiny-16-aligned")
     model = AdaViPro(

@@ -182,6 +182,7 @@ def test_a_full_disk_is_told_and_the_last_state_stays(small, tmp_path):
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_runs_started_together_get_folders_of_their_own(folder, tmp_path):
     program = (
         "import sys, time\nfrom adavipro_fast import train\nsys.stdin.readline()\ntrain.main()\n"

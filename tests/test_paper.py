@@ -46,6 +46,7 @@ def stop_at(monkeypatch, number):
     return started
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(config, monkeypatch):
     # A run that cannot be resumed was stopped after it had written its head.
     left = (
