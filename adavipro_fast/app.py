@@ -5,7 +5,6 @@ A page of this machine alone: drop a picture on it and see classes, mask and pro
 
 import asyncio
 import os
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.errors import printable
 from adavipro_fast.method.config import Precision
-from adavipro_fast.serving.address import is_loopback, listen, url
+from adavipro_fast.serving.address import is_loopback, leave_signals_to_uvicorn, listen, url
 
 INSTALL = "the page needs its extra: pip install 'adavipro_fast[app]'"
 LONGEST_STOP_S = 1
@@ -101,9 +100,7 @@ def run(config: AppConfig) -> dict[str, Any]:
     )
     address = url(listening)
     print(f"{name} at {address}; Ctrl-C ends it", file=sys.stderr)
-    # uvicorn stops at these, and raises them again.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    leave_signals_to_uvicorn()
     asyncio.run(uvicorn.Server(settings).serve(sockets=[listening]))
     return {"address": address, "pictures": page.shown}
 

@@ -6,7 +6,6 @@ Also KServe v2 (`tritonclient` works), an OpenAPI page at /docs and metrics at /
 """
 
 import asyncio
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,13 @@ import tyro
 from adavipro_fast import cli
 from adavipro_fast.errors import printable
 from adavipro_fast.method.config import Precision
-from adavipro_fast.serving.address import MOST_CONNECTIONS, is_loopback, listen, url
+from adavipro_fast.serving.address import (
+    MOST_CONNECTIONS,
+    is_loopback,
+    leave_signals_to_uvicorn,
+    listen,
+    url,
+)
 from adavipro_fast.serving.batcher import Batcher
 from adavipro_fast.serving.served import CLASSIFY, Served
 
@@ -89,9 +94,7 @@ def command(config: ServeConfig) -> dict[str, Any]:
     server = prepared(config)
     names, address = [each.name for each in server.served], server.address
     say(f"serving {', '.join(names)} at {address}; {address}/docs")
-    # uvicorn stops at these, answers what it took, and raises them again.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    leave_signals_to_uvicorn()
     server.run()
     return {"address": address, "requests": server.metrics.answered, "models": names}
 

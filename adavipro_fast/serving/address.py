@@ -1,6 +1,7 @@
-"""Where a server listens, and whether others can reach it."""
+"""Where a server listens, whether others can reach it, and how it is told to stop."""
 
 import ipaddress
+import signal
 import socket
 
 MOST_CONNECTIONS = 1024
@@ -25,6 +26,12 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}; name another --port") from error
+
+
+def leave_signals_to_uvicorn() -> None:
+    """Let uvicorn stop at signals: it answers what it took, and raises them again, to nobody."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
 
 
 def url(listening: socket.socket) -> str:

@@ -170,11 +170,11 @@ class Application:
             HTTPException: no task is named, or one that is not there.
         """
         try:
-            before = [generation.about.of_task(task) for task in tasks or ()]
+            before = tasks_of(generation.about, tasks)
             generation.about.numbers(tasks, len(pixels))
             answer = self.batcher.submit(Job(generation.artifacts, pixels, tasks))
             prediction = await asyncio.wrap_future(answer)
-            if before != [generation.about.of_task(task) for task in tasks or ()]:
+            if before != tasks_of(generation.about, tasks):
                 raise StoppingError("a task was replaced meanwhile; ask again")
             return prediction
         except NotRunnableError as error:
@@ -191,6 +191,15 @@ class Application:
                 400 if count == 0 else 413,
                 f"a request has 1 to {self.limits.images} images, not {count}",
             )
+
+
+def tasks_of(about: Description, tasks: Sequence[str] | None) -> dict[str, Description]:
+    """Describe each task that a request names, once: finding one goes through all of the file's.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    return {task: about.of_task(task) for task in dict.fromkeys(tasks or ())}
 
 
 def takes(about: Description, files: bool) -> list[TensorSpec]:
@@ -264,7 +273,7 @@ def create(
     add_kserve(web, own)
     add_classify(web, own)
     web.add_middleware(Counted, metrics=own.metrics)
-    web.add_middleware(Guarded, token=token, batcher=batcher)
+    web.add_middleware(Guarded, token=token)
     return web
 
 
@@ -273,15 +282,13 @@ def add_errors(web: FastAPI) -> None:
 
     @web.exception_handler(StarletteHTTPException)
     async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        told = str(error.detail).encode(errors="replace").decode()
-        return JSONResponse({"error": told}, error.status_code, error.headers)
+        return JSONResponse({"error": clean(str(error.detail))}, error.status_code, error.headers)
 
     @web.exception_handler(RequestValidationError)
     async def wrong(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        told = f"{place}: {first['msg']}".encode(errors="replace").decode()
-        return JSONResponse({"error": told}, 400)
+        return JSONResponse({"error": clean(f"{place}: {first['msg']}")}, 400)
 
     @web.exception_handler(FullError)
     async def full(_: Request, error: FullError) -> JSONResponse:
@@ -360,13 +367,13 @@ def add_kserve(web: FastAPI, own: Application) -> None:
         now, files = own.named(model, version)
         with own.batcher.place(1):
             body = await own.read(request)
-            length = request.headers.get(kserve.HEADER)
+            length, inputs = request.headers.get(kserve.HEADER), takes(now.about, files)
             try:
                 # Off the event loop: a large body takes long.
-                asked = await asyncio.to_thread(kserve.parse, body, length, takes(now.about, files))
+                asked = await asyncio.to_thread(kserve.parse, body, length, inputs)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from None
-            first = takes(now.about, files)[0].name
+            first = inputs[0].name
             if first not in asked.inputs:
                 raise HTTPException(400, f"input {first!r} is missing")
             count = len(asked.inputs[first])
@@ -419,9 +426,10 @@ def named_tasks(now: Generation, tasks: Sequence[str] | None) -> list[Descriptio
         HTTPException: one is not there.
     """
     try:
-        return [now.about.of_task(task) for task in tasks or ()]
+        known = tasks_of(now.about, tasks)
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
+    return [known[task] for task in tasks or ()]
 
 
 async def classified(
@@ -501,16 +509,16 @@ async def uploaded(body: bytes, headers: Headers, limits: Limits) -> list[tuple[
         raise HTTPException(400, f"the form cannot be read: {error}") from None
 
 
-def clean(name: str) -> str:
-    """Make a client's file name one that any answer can hold."""
-    return name.encode(errors="replace").decode()
+def clean(text: str) -> str:
+    """Make text that holds a client's words one that any answer can hold."""
+    return text.encode(errors="replace").decode()
 
 
 class Guarded:
-    """Middleware: shows the door to who has no token, and to all when there is no room."""
+    """Middleware: shows the door to who has no token."""
 
-    def __init__(self, app: ASGIApp, token: str | None, batcher: Batcher) -> None:
-        self.app, self.batcher = app, batcher
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self.app = app
         self.expected = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
