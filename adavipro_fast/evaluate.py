@@ -101,7 +101,7 @@ def probability_figures(
 ) -> dict[str, float]:
     """Say how far probabilities can be trusted, before and after calibration."""
     labels, figures = evaluation.labels, {"temperature": calibration.temperature}
-    for ending, scale in (("", calibration), ("_uncalibrated", Calibration())):
+    for ending, scale in (("", calibration), ("_uncalibrated", calibration.without)):
         probabilities = scale.probabilities(evaluation.logits)
         figures["nll" + ending] = negative_log_likelihood(probabilities, labels)
         figures["ece" + ending] = expected_calibration_error(probabilities, labels)

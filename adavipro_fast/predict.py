@@ -80,7 +80,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         figure = pictures.overlay(pixels, masks, titles, prompt)
         pictures.save(figure, config.picture)
         print(f"picture: {str(config.picture)!r}")
-    return {"predictions": predictions}
+    return {"predictions": predictions, "probabilities": artifact.about.calibration.link}
 
 
 def said(described: dict[str, Any]) -> dict[str, Any]:

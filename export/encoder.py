@@ -1,5 +1,6 @@
 """A vision transformer rewritten for deployment; other towers as they are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,21 +11,20 @@ from open_clip.transformer import (
     ResidualAttentionBlock,
     VisionTransformer,
 )
+from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from adavipro_fast.method.model import AdaViPro
 
 
-def folding_obstacle(visual: nn.Module) -> str | None:
-    """Say what keeps an image tower from the folded form."""
-    if not isinstance(visual, VisionTransformer):
-        return f"{type(visual).__name__} has no patch embedding to fold the prompt into"
-    if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
-        return "its pooling attends to tokens, which the folded form does not know"
-    blocks = visual.transformer.resblocks
-    if not all(type(block) is ResidualAttentionBlock for block in blocks):
-        return f"its blocks are {type(blocks[0]).__name__}, which the folded form does not know"
-    return None
+def is_plain(visual: nn.Module) -> bool:
+    """Tell whether a tower is a vision transformer that `Trunk` computes."""
+    return (
+        isinstance(visual, VisionTransformer)
+        and visual.attn_pool is None
+        and visual.pool_type in ("tok", "avg")
+        and all(type(block) is ResidualAttentionBlock for block in visual.transformer.resblocks)
+    )
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -164,39 +164,6 @@ class Head(nn.Module):
         return logits if self.bias is None else logits + self.bias, embedding
 
 
-class PatchEmbedding(nn.Module):
-    """Images (B, 3, S, S) to patch tokens (B, N, W).
-
-    Args:
-        visual: the tower.
-        scale: (3,), a of x = a·u + c, folded into the weights.
-        shift: (3,), c.
-        dtype: of the convolution.
-    """
-
-    def __init__(
-        self, visual: VisionTransformer, scale: Tensor, shift: Tensor, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        weight = visual.conv1.weight.detach().double()
-        self.stride = weight.shape[-1]
-        scaled = weight * scale.double().view(3, 1, 1)
-        self.weight = nn.Parameter(scaled.to(dtype))
-        # Of the rounded weights, so that their rounding meets centred pixels, not bytes.
-        offset = (shift / scale).double().view(3, 1, 1)
-        bias = (self.weight.detach().double() * offset).sum((1, 2, 3))
-        if visual.conv1.bias is not None:
-            bias += visual.conv1.bias.detach().double()
-        # In the convolution, where it is added before the sum is rounded.
-        self.bias = nn.Parameter(bias.to(dtype)) if bool(bias.any()) else None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embed images."""
-        images = images.to(self.weight.dtype)
-        tokens = F.conv2d(images, self.weight, self.bias, stride=self.stride)
-        return tokens.flatten(2).transpose(1, 2)
-
-
 class Whole(nn.Module):
     """Any image tower as it is, in `dtype`, its LayerNorms and last projection in fp32."""
 
@@ -206,7 +173,12 @@ class Whole(nn.Module):
         if isinstance(visual, VisionTransformer):
             # `Head` has it.
             visual.proj = None
-        for kind, deployed in ((AttentionalPooler, Pooler), (nn.LayerNorm, WideLayerNorm)):
+        replaced: list[tuple[type[nn.Module], Callable[[Any], nn.Module]]] = [
+            (AttentionalPooler, Pooler),
+            (AttentionPoolLatent, LatentPooler),
+            (nn.LayerNorm, WideLayerNorm),
+        ]
+        for kind, deployed in replaced:
             for name, module in list(visual.named_modules()):
                 if isinstance(module, kind):
                     parent, _, attribute = name.rpartition(".")
@@ -243,9 +215,35 @@ class Pooler(nn.Module):
             split_heads(F.linear(x, weight, bias), self.heads)
             for weight, bias in zip(self.weights, self.biases, strict=True)
         )
-        weights = (self.query @ key.transpose(2, 3)).float().softmax(-1).to(value.dtype)
-        pooled: Tensor = self.out((weights @ value).transpose(1, 2).flatten(2))
+        pooled: Tensor = self.out(gather(self.query, key, value))
         return pooled
+
+
+class LatentPooler(nn.Module):
+    """timm's attention from latent queries, SigLIP's; they are constants too."""
+
+    def __init__(self, pooler: AttentionPoolLatent) -> None:
+        super().__init__()
+        self.pooler, self.heads = pooler, pooler.num_heads
+        query = split_heads(pooler.q(pooler.latent), self.heads)
+        self.query = nn.Parameter((pooler.q_norm(query) * pooler.scale).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool tokens (B, N, W) into (B, W)."""
+        pooler = self.pooler
+        if pooler.pos_embed is not None:
+            x = x + pooler.pos_embed
+        key, value = (split_heads(part, self.heads) for part in pooler.kv(x).chunk(2, -1))
+        pooled: Tensor = pooler.proj(gather(self.query, pooler.k_norm(key), value))
+        if pooler.mlp is not None:
+            pooled = pooled + pooler.mlp(pooler.norm(pooled))
+        return pooled.mean(1) if pooler.pool == "avg" else pooled[:, 0]
+
+
+def gather(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend from queries (1, H, Q, width) that all images share: (B, Q, H · width)."""
+    weights = (query @ key.transpose(2, 3)).float().softmax(-1).to(value.dtype)
+    return (weights @ value).transpose(1, 2).flatten(2)
 
 
 class WideLayerNorm(nn.Module):

@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import (
-    VisionTransformer,
-)
 from torch import Tensor, nn
 
-from adavipro_fast.export.encoder import Head, PatchEmbedding, Trunk, Whole, folding_obstacle
+from adavipro_fast.export.encoder import Head, Trunk, Whole, is_plain
+from adavipro_fast.export.patches import (
+    PatchEmbedding,
+    foldable,
+    folding_obstacle,
+    patch_convolution,
+    take_tokens,
+)
 from adavipro_fast.method.functional import LAPLACIAN, SOBEL_X, apply_prompt, region_logit
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import AdaptivePrompt
@@ -32,7 +36,7 @@ class TokenTable(nn.Module):
     Only pairs of region and token that overlap are stored: a token touches at most k regions.
 
     Args:
-        visual: the tower.
+        convolution: the tower's, of patches.
         template: (3, S, S), P.
         grid: G.
         dtype: of the table.
@@ -41,10 +45,10 @@ class TokenTable(nn.Module):
     index: Tensor
 
     def __init__(
-        self, visual: VisionTransformer, template: Tensor, grid: int, dtype: torch.dtype
+        self, convolution: nn.Conv2d, template: Tensor, grid: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        weight = visual.conv1.weight.detach().double()
+        weight = convolution.weight.detach().double()
         patch, side = weight.shape[-1], template.shape[-1]
         region = side // grid
         spans = [
@@ -216,11 +220,12 @@ class Plain(nn.Module):
         self.normalise = Affine(self.scale, self.shift) if uint8 and in_graph else nn.Identity()
         self.head = Head(model)
         self.patches: nn.Module = nn.Identity()
-        if folding_obstacle(visual):
-            self.trunk: nn.Module = Whole(visual, dtype)
-        else:
-            self.patches = PatchEmbedding(visual, *affine, dtype)
-            self.trunk = Trunk(visual, dtype)
+        convolution = patch_convolution(visual)
+        if convolution is not None and not folding_obstacle(visual):
+            self.patches = PatchEmbedding(convolution, *affine, dtype)
+            if not is_plain(visual):
+                take_tokens(visual)
+        self.trunk = Trunk(visual, dtype) if is_plain(visual) else Whole(visual, dtype)
 
     def example(self, side: int) -> tuple[Tensor, ...]:
         """Return inputs of two images."""
@@ -246,15 +251,18 @@ class Pixel(Plain):
     outputs = ("logits", "mask", "embedding")
 
     def __init__(self, model: AdaViPro, *, folded: bool, dtype: torch.dtype, uint8: bool) -> None:
+        # Before the tower is taken over.
+        convolution = patch_convolution(model.encoder.visual)
         super().__init__(model, folded=folded, dtype=dtype, uint8=uint8)
         prompt = model.prompt
         assert prompt.template is not None
         self.decide: nn.Module = Always(prompt.grid)
         if prompt.generator is not None:
             self.decide = MaskHead(prompt, self.scale, self.shift)
-        self.prompt_by(model, prompt.template().detach(), dtype)
+        self.grid, self.dtype = prompt.grid, dtype
+        self.prompt_by(prompt.template().detach(), convolution)
 
-    def prompt_by(self, model: AdaViPro, template: Tensor, dtype: torch.dtype) -> None:
+    def prompt_by(self, template: Tensor, convolution: nn.Conv2d | None) -> None:
         """Keep the template (3, S, S)."""
         self.template = nn.Parameter(template)
 
@@ -277,9 +285,10 @@ class Pixel(Plain):
 class Folded(Pixel):
     """The prompt as a table of token rows."""
 
-    def prompt_by(self, model: AdaViPro, template: Tensor, dtype: torch.dtype) -> None:
+    def prompt_by(self, template: Tensor, convolution: nn.Conv2d | None) -> None:
         """Keep what the template (3, S, S) adds to the tokens."""
-        self.table = TokenTable(model.encoder.visual, template, model.prompt.grid, dtype)
+        assert convolution is not None
+        self.table = TokenTable(convolution, template, self.grid, self.dtype)
 
     def prompted(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """Return the tokens of pixels with the open regions' rows added."""
@@ -307,9 +316,8 @@ def deployed(
     Raises:
         ValueError: the encoder cannot be folded.
     """
-    obstacle = folding_obstacle(model.encoder.visual)
-    if folded and obstacle:
-        raise ValueError(f"this encoder cannot be folded: {obstacle}; use --graph pixel")
+    if folded:
+        foldable(model.encoder.visual)
     kind: type[Plain] = Folded if folded else Pixel
     if baseline or model.prompt.template is None:
         kind = Plain

@@ -69,6 +69,7 @@ def write(
     program.save(path, external_data=apart)
     model = onnx.load(path, load_external_data=False)
     clean(model)
+    widen_softmax(model)
     if apart:
         data = path.with_name(path.name + ".data")
         metadata = metadata | {"data_sha256": file_sha256(data)}
@@ -129,6 +130,28 @@ def clean(model: onnx.ModelProto) -> None:
             node.attribute.append(
                 onnx.helper.make_attribute("softmax_precision", TensorProto.FLOAT)
             )
+
+
+def widen_softmax(model: onnx.ModelProto) -> None:
+    """Compute each softmax in fp32 between two casts, where a tower has it in half precision."""
+    graph = model.graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    nodes = []
+    for node in graph.node:
+        kind = kinds.get(node.input[0]) if node.op_type == "Softmax" else None
+        if kind not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            nodes.append(node)
+            continue
+        source, target = node.input[0], node.output[0]
+        node.input[0], node.output[0] = target + "_wide_in", target + "_wide_out"
+        casts = ((source, node.input[0], TensorProto.FLOAT), (node.output[0], target, kind))
+        before, after = (
+            onnx.helper.make_node("Cast", [a], [b], name=f"{node.name}/{b}", to=to)
+            for a, b, to in casts
+        )
+        nodes += [before, node, after]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def check_dtypes(path: Path, precision: Precision) -> None:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adavipro_fast.export.encoder import Head, Trunk, folding_obstacle
+from adavipro_fast.export.encoder import Head
 from adavipro_fast.export.fold import MaskHead, Plain, TokenTable, constant_delta, template_of
+from adavipro_fast.export.patches import foldable
 from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.files.task import TABLES, TaskFile
 from adavipro_fast.method.model import AdaViPro
@@ -23,15 +24,14 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
     prompt, config = model.prompt, model.config
     if config.activation != "none":
         raise ValueError(f"activation {config.activation} does not collapse; it is no table")
-    if obstacle := folding_obstacle(model.encoder.visual):
-        raise ValueError(f"this encoder's prompts are no tables: {obstacle}")
     if config.method == "full_finetune":
         raise ValueError("a fine-tuned tower is no table; export it alone")
     kernel = torch.zeros(3, config.region_size + 2, config.region_size + 2)
     constant = torch.tensor(constant_delta(model))
     if prompt.generator is not None:
         kernel, constant = (part.detach() for part in prompt.generator.collapsed())
-    table = TokenTable(model.encoder.visual, template_of(model), prompt.grid, torch.float32)
+    convolution = foldable(model.encoder.visual)
+    table = TokenTable(convolution, template_of(model), prompt.grid, torch.float32)
     head = Head(model)
     own, count = head.classes.t(), len(model.class_embeddings)
     widths = head.widths
@@ -71,10 +71,11 @@ class OpenTasks(Plain):
         own = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         grid = model.prompt.grid
         blank = torch.zeros(3, model.preprocess.size, model.preprocess.size)
-        table = TokenTable(model.encoder.visual, blank, grid, dtype)
+        table = TokenTable(foldable(model.encoder.visual), blank, grid, dtype)
         # Tables are of normalised images, whatever the input.
         super().__init__(own, folded=True, dtype=dtype, uint8=uint8, in_graph=True)
-        self.grid, self.parts, self.dtype = grid, len(table.rows), dtype
+        self.grid, self.dtype = grid, dtype
+        self.rows = (len(table.rows), *table.rows[0].shape)
         self.register_buffer("index", table.index)
         self.edge: nn.Module | None = None
         if model.prompt.generator is not None:
@@ -84,15 +85,13 @@ class OpenTasks(Plain):
     def example(self, side: int) -> tuple[Tensor, ...]:
         """Return inputs of two images, three tasks and five classes."""
         kernel, widths = self.kernel, self.head.widths
-        assert isinstance(self.trunk, Trunk)
-        tokens, width = self.index.shape[1], self.trunk.positions.shape[1]
         return (
             *super().example(side),
             torch.zeros(2, dtype=torch.int64),
             torch.arange(3),
             torch.zeros(3, 3, kernel, kernel),
             torch.zeros(3, self.grid**2),
-            torch.zeros(3, self.parts, tokens, width, dtype=self.dtype),
+            torch.zeros(3, *self.rows, dtype=self.dtype),
             torch.zeros(3, 5, sum(widths)),
             torch.zeros(3, 5),
         )
@@ -127,7 +126,7 @@ class OpenTasks(Plain):
         mask = delta.unflatten(1, (self.grid, self.grid)) > 0
         tokens, flat = self.patches(pixels), mask.flatten(1).to(self.dtype)
         own = rows.index_select(0, task)
-        for part in range(self.parts):
+        for part in range(self.rows[0]):
             tokens = tokens + flat.index_select(1, self.index[part])[..., None] * own[:, part]
         embedding, features = self.head.embed(self.trunk(tokens))
         both = torch.cat([embedding, features], 1)

@@ -18,10 +18,10 @@ from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export.encoder import folding_obstacle
 from adavipro_fast.export.fold import Plain, deployed
 from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
 from adavipro_fast.export.open_tasks import OpenTasks, folded_task
+from adavipro_fast.export.patches import foldable, folding_obstacle
 from adavipro_fast.export.resize import AnySize, AnySizeTasks, any_size_obstacle
 from adavipro_fast.export.tasks import Tasks, tasks_obstacle
 from adavipro_fast.export.verify import (
@@ -35,7 +35,6 @@ from adavipro_fast.export.verify import (
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
 from adavipro_fast.files.task import TaskFile
 from adavipro_fast.files.whole import file_sha256
-from adavipro_fast.method.calibration import UNCALIBRATED
 from adavipro_fast.method.config import DTYPES, PROMPTED, Input, Precision
 from adavipro_fast.method.model import AdaViPro
 
@@ -181,8 +180,8 @@ def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain
         )
     if obstacle := tasks_obstacle(models):
         raise ValueError(f"the checkpoints cannot share one graph: {obstacle}; export each alone")
-    if folded and (obstacle := folding_obstacle(models[0].encoder.visual)):
-        raise ValueError(f"this encoder cannot be folded: {obstacle}; use --graph pixel")
+    if folded:
+        foldable(models[0].encoder.visual)
     if config.tasks == "baked":
         return Tasks(models, folded=folded, dtype=dtype, uint8=uint8)
     if not folded:
@@ -258,7 +257,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[str, Any]:
     """Collect what the file says about itself."""
-    preprocess = checkpoint.preprocess
+    preprocess, calibration = checkpoint.preprocess, checkpoint.calibration
     if config.baseline:
         # A margin is the prompt's.
         preprocess = replace(preprocess, margin=0)
@@ -269,7 +268,7 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
         "config": checkpoint.config.stored(),
         "encoder": asdict(checkpoint.encoder),
         # The prompt's, whose logits a baseline does not have.
-        "calibration": asdict(UNCALIBRATED if config.baseline else checkpoint.calibration),
+        "calibration": asdict(calibration.without if config.baseline else calibration),
         "checkpoint_sha256": file_sha256(config.checkpoint),
         "graph": graph,
         "precision": config.precision,

@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-from safetensors.torch import save_file
 
 from adavipro_fast import evaluate, train
 from adavipro_fast.artifact import tensorrt as engine
@@ -28,10 +26,11 @@ from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import encoder as encoder_of
 from adavipro_fast.export import fold, network, to_onnx, to_tensorrt, verify
 from adavipro_fast.export import graph as onnx_graph
+from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.export.to_tensorrt import TensorRtConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
-from adavipro_fast.method.clip import load_clip
+from adavipro_fast.method.clip import load_clip, load_encoder
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.functional import normalise
@@ -99,10 +98,26 @@ def test_the_deployed_module_is_the_model(case, folded, uint8):
         assert 0 < expected.mask.mean() <= 1
 
 
-def test_a_tower_that_is_no_plain_vit_is_not_folded():
-    assert "attends" in encoder_of.folding_obstacle(tower(attentional_pool=True).visual)
-    with pytest.raises(ValueError, match="cannot be folded: .* use --graph pixel"):
-        fold.deployed(prompted(tower(attentional_pool=True), region_size=14, prompt_size=3))
+def overlapping():
+    encoder = tower()
+    encoder.visual.conv1.stride = (7, 7)
+    return encoder
+
+
+@pytest.mark.parametrize(
+    ("visual", "reason"),
+    [
+        (lambda: load_encoder("timm:test_resnet"), "ResNet has no patch embedding"),
+        (overlapping, "its patches overlap"),
+    ],
+)
+def test_a_tower_without_patches_is_not_folded(visual, reason):
+    encoder = visual()
+    assert reason in folding_obstacle(encoder.visual)
+    config = PromptConfig(region_size=encoder.preprocess.size // 4, prompt_size=3)
+    model = AdaViPro(encoder, torch.randn(5, 16), config)
+    with pytest.raises(ValueError, match=f"cannot be folded: {reason}.* use --graph pixel"):
+        fold.deployed(model)
 
 
 @pytest.fixture(scope="session")
@@ -242,89 +257,6 @@ def test_a_prompt_that_is_always_open_is_exported(encoder, tmp_path):
     # The test's class embeddings belong to the demo's encoder.
     assert to_onnx.command(replace(config, model="demo"))["verified"] is True
     assert open_artifact(config.output)(torch.zeros(3, 3, 224, 224).byte()).mask.all()
-
-
-@pytest.mark.slow
-def test_a_resnet_is_exported_on_the_pixels(tmp_path):
-    torch.manual_seed(1)
-    encoder, _ = load_clip("RN50")
-    model = prompted(encoder, prompt_size=30, edge="sobel")
-    path = tmp_path / "checkpoint.safetensors"
-    checkpoint_of(model, tuple("abcde")).save(path)
-    identity = {"model": "RN50"}
-    with pytest.MonkeyPatch.context() as patch:
-        # The weights are random: the same encoder cannot be loaded again.
-        patch.setattr("adavipro_fast.artifact.torch.load_encoder", lambda *_: encoder)
-        result = to_onnx.command(
-            OnnxConfig(path, tmp_path / "f.onnx", precision="fp16", **identity)
-        )
-        assert (result["graph"], result["verified"]) == ("pixel", True)
-        with pytest.raises(ValueError, match="ModifiedResNet has no patch embedding"):
-            to_onnx.command(OnnxConfig(path, tmp_path / "g.onnx", graph="folded", **identity))
-
-
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-VIT = {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
-POOLED = VIT | {"attentional_pool": True, "attn_pooler_heads": 2}
-TIMM = {"timm_model_pretrained": False, "timm_drop": 0.0}
-FAMILIES = {
-    "convnext": {
-        "vision_cfg": TIMM
-        | {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear"}
-        | {"image_size": 64}
-    },
-    "attentional pooling": {"vision_cfg": POOLED},
-    "coca": {
-        "custom_text": True,
-        "vision_cfg": POOLED | {"output_tokens": True},
-        "text_cfg": TEXT | {"context_length": 76, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": TEXT | {"context_length": 76, "width": 32, "attn_pooler_heads": 2},
-    },
-    "eva": {
-        "embed_dim": 192,
-        "vision_cfg": TIMM
-        | {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": "none"}
-        | {"image_size": 224},
-    },
-}
-
-
-@pytest.fixture(
-    params=[n if n != "eva" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
-)
-def family(request, tmp_path, monkeypatch):
-    """A small random model of another family, as a folder that open_clip reads."""
-    config = {"embed_dim": 32, "text_cfg": TEXT} | FAMILIES[request.param]
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", config)
-    torch.manual_seed(0)
-    weights = open_clip.create_model("small").state_dict()
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_file(
-        {k: v.contiguous() for k, v in weights.items()}, folder / "open_clip_model.safetensors"
-    )
-    settings = {"model_cfg": config, "preprocess_cfg": preprocess | {"resize_mode": "shortest"}}
-    (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    return f"local-dir:{folder}"
-
-
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
-def test_other_families_are_exported_on_the_pixels(family, tmp_path, precision):
-    encoder, text = load_clip(family)
-    side = encoder.preprocess.size
-    config = PromptConfig(
-        region_size=side // 4, prompt_size=10, embed_dim=3, edge="laplacian-magnitude"
-    )
-    model = AdaViPro(encoder, text.class_embeddings(tuple("abc"), ["{}"]), config).train()
-    model(torch.zeros(2, 3, side, side, dtype=torch.uint8), seed=1).logits.sum().backward()
-    assert model.prompt.template.values.grad.abs().sum() > 0
-    path = tmp_path / "checkpoint.safetensors"
-    checkpoint_of(model, tuple("abc")).save(path)
-    result = to_onnx.command(
-        OnnxConfig(path, tmp_path / "f.onnx", precision=precision, input="uint8")
-    )
-    assert (result["graph"], result["verified"], result["mask_agreement"]) == ("pixel", True, 1)
 
 
 def test_what_torch_cannot_export_is_told_in_one_line(checkpoint, tmp_path, monkeypatch):

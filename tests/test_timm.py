@@ -59,7 +59,7 @@ def test_a_prompt_with_a_head_trains_exports_and_predicts(small, weights, tmp_pa
     assert result["zero_shot_top1"] is None
     config = OnnxConfig(Path(result["checkpoint"]), tmp_path / "f.onnx", input="any")
     exported = to_onnx.command(config)
-    assert (exported["graph"], exported["verified"]) == ("pixel", True)
+    assert (exported["graph"], exported["verified"]) == ("folded", True)
     image = np.array(Image.open(next((folder / "test").rglob("*.png"))).convert("RGB"))
     about = open_artifact(tmp_path / "f.onnx", device="cpu")
     pixels = torch.from_numpy(about.about.preprocess.pixels()(Image.fromarray(image)).copy())[None]

@@ -9,7 +9,6 @@ from torch import Tensor
 from adavipro_fast.artifact.description import Description, Tasks
 from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
-from adavipro_fast.method.calibration import UNCALIBRATED
 from adavipro_fast.method.clip import load_encoder
 from adavipro_fast.method.config import PROMPTED, Precision
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -99,7 +98,7 @@ class TorchArtifact:
             config=config,
             preprocess=replace(self.about.preprocess, margin=0),
             baseline=True,
-            calibration=UNCALIBRATED,
+            calibration=self.about.calibration.without,
         )
         return TorchArtifact(alone.eval().to(self.provider), about, self.provider)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 # The temperature is sought between these; few images that are all right would drive it to 0.
 LEAST, MOST = 0.05, 20.0
 QUANTILES = 101
+Link = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,29 @@ class Calibration:
     """logits are divided by it before the softmax (Guo et al., 2017)"""
     confidences: tuple[float, ...] = ()
     """highest probability on validation images: its quantiles, from the least to the most"""
+    link: Link = "softmax"
+    """sigmoid where names are the head of an encoder that was trained so (Zhai et al., 2023): each
+    class has a probability of its own, and they need not sum to 1"""
 
     def __post_init__(self) -> None:
         if not LEAST <= self.temperature <= MOST:
             raise ValueError(f"temperature is {self.temperature}; {LEAST} to {MOST} works")
+        if self.link not in ("softmax", "sigmoid"):
+            raise ValueError(f"link {self.link!r} is unknown; softmax and sigmoid are not")
         if len(self.confidences) not in (0, QUANTILES):
             raise ValueError(f"{len(self.confidences)} confidences; {QUANTILES} are needed")
         if not all(0 <= value <= 1 for value in self.confidences):
             raise ValueError("confidences are not all from 0 to 1")
 
+    @property
+    def without(self) -> "Calibration":
+        """The same kind of probabilities, nothing fitted."""
+        return Calibration(link=self.link)
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn logits (B, K) into probabilities; the likeliest class stays what it was."""
-        return (logits / self.temperature).softmax(1)
+        scaled = logits / self.temperature
+        return scaled.sigmoid() if self.link == "sigmoid" else scaled.softmax(1)
 
     def threshold(self, rate: float) -> float:
         """Return the confidence that a share `rate` of validation images stays below.

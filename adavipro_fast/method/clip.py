@@ -112,12 +112,14 @@ def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTowe
         interpolation=settings["interpolation"],
         resize_mode=settings["resize_mode"],
     )
+    scale, bias = clip.logit_scale.exp().item(), getattr(clip, "logit_bias", None)
     encoder = FrozenEncoder(
         clip.visual,
         preprocess,
         name=model,
         pretrained=pretrained,
-        logit_scale=min(clip.logit_scale.exp().item(), 100.0),
+        logit_scale=min(scale, 100.0) if bias is None else scale,
+        logit_bias=None if bias is None else bias.item(),
     )
     return encoder, TextTower(clip.eval(), tokenizer)
 

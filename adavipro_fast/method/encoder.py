@@ -56,6 +56,7 @@ class FrozenEncoder(nn.Module):
         name: open_clip model name, `local-dir:PATH` or `demo`.
         pretrained: open_clip's tag of the weights.
         logit_scale: factor of the cosine, at most 100 as in CLIP.
+        logit_bias: added to it where the encoder was trained with a sigmoid, as SigLIP.
         sha256: of its weights, where it is known.
     """
 
@@ -67,12 +68,14 @@ class FrozenEncoder(nn.Module):
         name: str,
         pretrained: str,
         logit_scale: float,
+        logit_bias: float | None = None,
         sha256: str | None = None,
     ) -> None:
         super().__init__()
         self.visual = visual.eval().requires_grad_(False)
         self.preprocess = preprocess
-        self.name, self.pretrained, self.logit_scale = name, pretrained, logit_scale
+        self.name, self.pretrained = name, pretrained
+        self.logit_scale, self.logit_bias = logit_scale, logit_bias
         self.sha256 = sha256 or fingerprint(visual)
         self.precision: Precision = "fp32"
 
@@ -115,6 +118,7 @@ class FrozenEncoder(nn.Module):
             name=self.name,
             pretrained=self.pretrained,
             logit_scale=self.logit_scale,
+            logit_bias=self.logit_bias,
             sha256=self.sha256,
         )
         twin.precision = precision or self.precision

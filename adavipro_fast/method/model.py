@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from adavipro_fast.method.config import DTYPES, Kernel, PromptConfig
@@ -28,7 +29,7 @@ class AdaViPro(nn.Module):
         encoder: frozen CLIP image tower, from `load_encoder`.
         class_embeddings: (K, E), unit rows; (K, F) where the head reads the features.
         config: what the prompt is made of.
-        class_bias: (K,), of a linear head.
+        class_bias: (K,), of a linear head (default: the encoder's bias, or none).
         logit_scale: factor of the cosine (default: the encoder's).
         kernel: see `AdaptivePrompt`.
     """
@@ -64,7 +65,9 @@ class AdaViPro(nn.Module):
             )
         else:
             self.register_buffer("class_embeddings", class_embeddings.float(), persistent=False)
-            self.class_bias = None
+            bias = encoder.logit_bias
+            shared = None if bias is None else torch.full((len(class_embeddings),), bias)
+            self.register_buffer("class_bias", shared, persistent=False)
 
     @property
     def config(self) -> PromptConfig:

@@ -10,7 +10,6 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from adavipro_fast.artifact.answers import SHOWN_CLASSES, UNKNOWN
 from adavipro_fast.errors import printable
-from adavipro_fast.method.calibration import UNCALIBRATED
 from adavipro_fast.serving.viewer import Viewer
 
 LARGEST_FILE = "64mb"
@@ -36,7 +35,7 @@ class Page:
     def __init__(self, viewer: Viewer, *, title: str, beside: str) -> None:
         self.viewer, self.shown = viewer, 0
         self.prompted = not viewer.artifact.about.baseline
-        if viewer.beside is not None and viewer.beside.about.calibration == UNCALIBRATED:
+        if viewer.beside is not None and not viewer.beside.about.calibration.confidences:
             beside += ", not calibrated"
         with gr.Blocks(title=title, analytics_enabled=False) as self.blocks:
             self._lay_out(title, beside)

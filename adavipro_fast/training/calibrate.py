@@ -1,30 +1,37 @@
 """Fit probabilities to validation images."""
 
 import math
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from adavipro_fast.method.calibration import LEAST, MOST, QUANTILES, Calibration
+from adavipro_fast.method.calibration import LEAST, MOST, QUANTILES, Calibration, Link
 
 
-def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
+def calibrate(logits: Tensor, labels: Tensor, link: Link = "softmax") -> Calibration:
     """Fit a temperature, and the confidences under it, to validation images.
 
     Args:
         logits: (N, K).
         labels: (N,).
+        link: what makes probabilities of them.
     """
     logits = logits.double()
 
     def loss(log_temperature: float) -> float:
         scaled = logits / math.exp(log_temperature)
-        return torch.nn.functional.cross_entropy(scaled, labels).item()
+        if link == "sigmoid":
+            own = F.one_hot(labels, logits.shape[1]).double()
+            return F.binary_cross_entropy_with_logits(scaled, own).item()
+        return F.cross_entropy(scaled, labels).item()
 
     bounds = (math.log(LEAST), math.log(MOST))
     temperature = math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
     temperature = min(max(temperature, LEAST), MOST)
-    confidence = (logits / temperature).softmax(1).amax(1)
+    fitted = Calibration(temperature, link=link)
     at = torch.linspace(0, 1, QUANTILES, dtype=torch.double)
-    return Calibration(temperature, tuple(confidence.quantile(at).tolist()))
+    confidence = fitted.probabilities(logits).amax(1)
+    return replace(fitted, confidences=tuple(confidence.quantile(at).tolist()))

@@ -15,8 +15,8 @@ from adavipro_fast.device import torch_device
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import graph as onnx_graph
 from adavipro_fast.export import to_onnx, verify
-from adavipro_fast.export.encoder import folding_obstacle
 from adavipro_fast.export.fold import deployed
+from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.export.to_onnx import Graph
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import DTYPES, Precision
