@@ -20,12 +20,15 @@ from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.fold import Plain
 from adavipro_fast.export.resize import AnySize
 from adavipro_fast.files.whole import file_sha256
-from adavipro_fast.method.config import Precision
+from adavipro_fast.method.config import ExportPrecision
 
 ELEMENTS = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
     "bf16": TensorProto.BFLOAT16,
+    # Between their quantised tensors stands fp32.
+    "int8": TensorProto.FLOAT,
+    "fp8": TensorProto.FLOAT,
 }
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 # Resize, mask path and head, by the names of modules and tables.
@@ -154,7 +157,7 @@ def widen_softmax(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
 
 
-def check_dtypes(path: Path, precision: Precision) -> None:
+def check_dtypes(path: Path, precision: ExportPrecision) -> None:
     """Check that matrix products are in `precision`, and that what must be safe is in fp32.
 
     Raises:

@@ -18,6 +18,7 @@ from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
 from adavipro_fast.errors import VerificationError
+from adavipro_fast.export.calibrate import quantise_file
 from adavipro_fast.export.fold import Plain, deployed
 from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
 from adavipro_fast.export.open_tasks import OpenTasks, folded_task
@@ -35,12 +36,12 @@ from adavipro_fast.export.verify import (
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
 from adavipro_fast.files.task import TaskFile
 from adavipro_fast.files.whole import file_sha256
-from adavipro_fast.method.config import DTYPES, PROMPTED, Input, Precision
+from adavipro_fast.method.config import PROMPTED, QUANTISED, ExportPrecision, Input, working_dtype
 from adavipro_fast.method.model import AdaViPro
 
 Graph = Literal["folded", "pixel"]
 # Attention is one node since opset 23, which TensorRT builds in half precision only.
-OPSETS = {"fp32": 20, "fp16": 23, "bf16": 23}
+OPSETS = {"fp32": 20, "fp16": 23, "bf16": 23, "int8": 20, "fp8": 20}
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class OnnxConfig:
     """tasks in the file, or as inputs: then they are data that export/to_task.py writes"""
     graph: Graph | None = None
     """prompt folded into the tokens, or on the pixels (default: folded for ViTs)"""
-    precision: Precision = "fp32"
-    """of the encoder; the mask path stays in fp32"""
+    precision: ExportPrecision = "fp32"
+    """of the encoder; the mask path stays in fp32. int8 and fp8 take their ranges from --images"""
+    largest_loss: float = 0.5
+    """with int8 and fp8: accuracy that may be lost on --images, points; else there is no file"""
     input: Input = "float32"
     """normalised floats, RGB bytes 0-255, or bytes of any height and width, resized in the graph"""
     baseline: bool = False
@@ -100,6 +103,7 @@ def command(config: OnnxConfig) -> dict[str, Any]:
             f"opset {opset} cannot hold this graph in {config.precision}; "
             f"use {OPSETS[config.precision]} to {OPSETS['fp16']}"
         )
+    check_quantisable(config)
     if config.output.suffix != ".onnx":
         raise ValueError(f"output {config.output} does not end in .onnx; name a file F.onnx")
     checkpoints = [load_checkpoint(path) for path in config.paths]
@@ -124,6 +128,10 @@ def command(config: OnnxConfig) -> dict[str, Any]:
     with named_when_whole(config.output) as path:
         side = checkpoints[0].preprocess.size
         nodes = write(whole, path, side=side, opset=opset, metadata=metadata)
+        quantised = {}
+        if config.precision == "int8" or config.precision == "fp8":
+            assert config.images is not None
+            quantised = quantise_file(path, config.precision, config.images, config.largest_loss)
         check_dtypes(path, config.precision)
         tasks = []
         if config.tasks == "open":
@@ -138,10 +146,26 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         "opset": opset,
         "baseline": metadata["baseline"],
         **({"tasks": names} if names else {}),
+        **quantised,
         **verdict,
         "nodes": nodes,
         "bytes": size,
     }
+
+
+def check_quantisable(config: OnnxConfig) -> None:
+    """Raise ValueError where int8 and fp8 are not offered, or their options mean nothing."""
+    if config.precision not in QUANTISED:
+        return
+    if not config.alone or config.input == "any":
+        what = "--input any" if config.alone else "several tasks"
+        raise ValueError(f"{config.precision} is not offered with {what}; leave one of them out")
+    if not 0 <= config.largest_loss <= 100:
+        raise ValueError(f"largest_loss is {config.largest_loss}; 0 to 100 points work")
+    if config.images is None:
+        raise ValueError(
+            f"{config.precision} takes its ranges from your images; name a folder with --images"
+        )
 
 
 def task_names(config: OnnxConfig) -> list[str]:
@@ -173,7 +197,11 @@ def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain
     Raises:
         ValueError: the encoder cannot be folded, or the models cannot share a graph.
     """
-    folded, dtype, uint8 = graph == "folded", DTYPES[config.precision], config.input != "float32"
+    folded, dtype, uint8 = (
+        graph == "folded",
+        working_dtype(config.precision),
+        config.input != "float32",
+    )
     if config.alone:
         return deployed(
             models[0], folded=folded, dtype=dtype, uint8=uint8, baseline=config.baseline
@@ -247,9 +275,16 @@ def summary(result: dict[str, Any]) -> str:
         if result["verified"]
         else (f"not verified: {result['reason']}")
     )
+    quantised = ""
+    if result["precision"] in QUANTISED:
+        quantised = (
+            f"{result['loss_points']:.1f} points of {result['measure']} lost on "
+            f"{result['judged_images']} images, {len(result['wide'])} of {result['products']} "
+            "products left in fp32\n"
+        )
     return (
         f"{path}: {result['graph']}, {result['precision']}, {result['input']} input, "
-        f"{result['bytes'] / 1e6:.1f} MB\n{checked}\n"
+        f"{result['bytes'] / 1e6:.1f} MB\n{quantised}{checked}\n"
         f"measure:  python -m adavipro_fast.evaluate {path}\n"
         f"classify: python -m adavipro_fast.predict {path} IMAGE"
     )

@@ -33,7 +33,7 @@ from adavipro_fast.export.network import WIDE_PRODUCTS, Network, prove_precision
 from adavipro_fast.export.verify import compare, sample_batches
 from adavipro_fast.files.checkpoint import FORMAT
 from adavipro_fast.files.whole import file_sha256
-from adavipro_fast.method.config import Input, Precision
+from adavipro_fast.method.config import ExportPrecision, Input
 
 Runtime = Literal["auto", "tensorrt", "tensorrt-rtx"]
 
@@ -50,7 +50,7 @@ class TensorRtConfig:
     """tensorrt builds on the GPU it is for; tensorrt-rtx for any; auto: tensorrt with a GPU"""
     compute_capability: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """GPU to build for, such as 8.6 (RTX 3090); repeatable; tensorrt-rtx (default: this GPU)"""
-    precision: Precision | None = None
+    precision: ExportPrecision | None = None
     """of a checkpoint's encoder (default: fp16); an .onnx file has its own"""
     batch: str = "1,16,256"
     """smallest, usual and largest batch: MIN,OPT,MAX"""

@@ -11,7 +11,7 @@ from torch import Tensor
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.checkpoint import FORMAT, read_settings
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
-from adavipro_fast.method.config import Input, Precision, PromptConfig
+from adavipro_fast.method.config import ExportPrecision, Input, PromptConfig
 from adavipro_fast.method.functional import Edge, EdgePadding, normalise
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Preprocess
@@ -52,8 +52,8 @@ class Description:
     """how images become its pixels"""
     config: PromptConfig
     """what the prompt is made of"""
-    precision: Precision
-    """of the encoder"""
+    precision: ExportPrecision
+    """of the encoder; what is not quantised with int8 and fp8 is fp32"""
     input: Input
     """float32 (normalised), uint8 (RGB 0-255), or any: uint8 of any height and width"""
     baseline: bool

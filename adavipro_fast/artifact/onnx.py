@@ -13,6 +13,7 @@ from torch import Tensor
 from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.method.config import ExportPrecision
 from adavipro_fast.method.model import Prediction
 
 # An .onnx file carries its own sha256, computed with zeros in the place of the digest.
@@ -50,20 +51,13 @@ class OnnxArtifact:
                 "Windows) or onnxruntime"
             ) from error
         place = torch_device(device)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        # Its threads would go on spinning and take the cores from what runs next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = session_options(about.precision)
         provider: Any = "CPUExecutionProvider"
         if place.type == "cuda":
             # Without this, what CUDA cannot run would silently run on the CPU.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             # TF32 would turn decisions near 0.
             provider = ("CUDAExecutionProvider", {"device_id": place.index, "use_tf32": "0"})
-        level = onnxruntime.GraphOptimizationLevel
-        if about.precision != "fp32":
-            # The last level crashes on half-precision ViTs (ONNX Runtime 1.31, CPU).
-            options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's exceptions have no common public base.
@@ -117,6 +111,24 @@ class OnnxArtifact:
             binding.bind_output(name, "cuda", index)
         self.session.run_with_iobinding(binding)
         return [torch.from_numpy(array) for array in binding.copy_outputs_to_cpu()]
+
+
+def session_options(precision: ExportPrecision) -> Any:
+    """Return ONNX Runtime's options for a graph in this precision."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    # Its threads would go on spinning and take the cores from what runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if precision in ("fp16", "bf16"):
+        # The last level crashes on half-precision ViTs (ONNX Runtime 1.31, CPU).
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_EXTENDED
+    if precision == "fp8":
+        # The CPU has no products of fp8: it rounds to them, and multiplies in fp32.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
 
 
 def seal(content: bytes) -> bytes:
