@@ -3,7 +3,10 @@
 import ast
 from importlib.resources import files
 
-COMMANDS = ("train", "compare", "evaluate", "predict", "tasks", "serve", "app", "cache", "demo")
+COMMANDS = (
+    *("train", "compare", "evaluate", "predict", "tasks", "serve", "app"),
+    *("push", "cache", "demo"),
+)
 
 
 def main() -> None:

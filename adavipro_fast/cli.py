@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 import tyro
 
 from adavipro_fast.errors import VerificationError, printable
+from adavipro_fast.files import hub
 
 Config = TypeVar("Config")
 Result = dict[str, Any]
@@ -57,7 +59,20 @@ def main(
 ) -> None:
     """Parse the flags, run the command, print its summary for people and its JSON for programs."""
     parsed = parse(config)
-    run(lambda: command(parsed), summary, quiet=quiet)
+    run(lambda: command(on_disk(parsed)), summary, quiet=quiet)
+
+
+def on_disk(config: Any) -> Any:
+    """Fetch what a configuration names as `hub:owner/name`, and name the files there instead."""
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if name == "output":
+            continue
+        if isinstance(value, Path):
+            found[name] = hub.on_disk(value)
+        elif isinstance(value, tuple):
+            found[name] = tuple(hub.on_disk(v) if isinstance(v, Path) else v for v in value)
+    return replace(config, **found)
 
 
 def parse(

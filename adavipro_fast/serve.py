@@ -17,6 +17,7 @@ import tyro
 
 from adavipro_fast import cli
 from adavipro_fast.errors import printable
+from adavipro_fast.files.hub import on_disk, run_name
 from adavipro_fast.method.config import Precision
 from adavipro_fast.serving.address import (
     MOST_CONNECTIONS,
@@ -195,9 +196,9 @@ def named(text: str) -> tuple[str, Path]:
         ValueError: a name that no address can hold.
     """
     name, given, rest = text.partition("=")
-    path = Path(rest if given else text)
+    path = on_disk(Path(rest if given else text))
     if not given:
-        name = path.absolute().parent.name if path.suffix == ".safetensors" else path.stem
+        name = run_name(path) if path.suffix == ".safetensors" else path.stem
     plain = all(letter.isalnum() or letter in "-_." for letter in name)
     if not plain or not name.strip(".") or name.endswith(CLASSIFY):
         raise ValueError(f"{name!r} is no name for an address; give letters, as NAME={path}")

@@ -34,6 +34,7 @@ from adavipro_fast.export.verify import (
     sample_batches,
 )
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
+from adavipro_fast.files.hub import run_name
 from adavipro_fast.files.task import TaskFile
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.config import PROMPTED, QUANTISED, ExportPrecision, Input, working_dtype
@@ -180,7 +181,7 @@ def task_names(config: OnnxConfig) -> list[str]:
         return []
     if config.baseline:
         raise ValueError("--baseline is the encoder of one checkpoint; name one")
-    names = list(config.task) or [path.absolute().parent.name for path in config.paths]
+    names = list(config.task) or [run_name(path) for path in config.paths]
     if len(names) != len(config.paths):
         raise ValueError(
             f"{len(config.paths)} checkpoints, but {len(names)} times --task; name each"

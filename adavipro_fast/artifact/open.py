@@ -6,6 +6,7 @@ from adavipro_fast.artifact.description import Artifact, OneTask
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.files.hub import on_disk
 from adavipro_fast.method.config import Precision
 
 
@@ -21,7 +22,8 @@ def open_artifact(
     """Open a trained prompt for inference.
 
     Args:
-        path: `checkpoint.safetensors`, `.onnx`, `.engine`, or a baseline's file.
+        path: `checkpoint.safetensors`, `.onnx`, `.engine`, or a baseline's file; on the Hub,
+            `hub:owner/name`, with `@revision` or `/FILE` behind it.
         model: where a checkpoint's encoder now lies; its hash must match.
         pretrained: open_clip tag or path of the encoder's weights.
         precision: of a checkpoint's encoder.
@@ -30,6 +32,7 @@ def open_artifact(
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: it cannot be fetched from the Hub, with the reason.
         ValueError: not one of ours, damaged, of another encoder, or not runnable here.
     """
     if task is not None:
@@ -39,7 +42,7 @@ def open_artifact(
         if isinstance(opened, OpenArtifact) and task.endswith(".task"):
             task = opened.add(task)
         return OneTask(opened, task)
-    path = Path(path)
+    path = on_disk(Path(path))
     if path.suffix == ".onnx":
         file = OnnxArtifact.open(path, device)
         return file if file.about.open_for is None else OpenArtifact(file)

@@ -6,12 +6,15 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
+from adavipro_fast.files.card import model_card
 from adavipro_fast.files.checked import read
+from adavipro_fast.files.hub import CHECKPOINT, fetch, told
 from adavipro_fast.files.whole import (
     check_tensors,
     read_safetensors,
@@ -20,7 +23,7 @@ from adavipro_fast.files.whole import (
 )
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.config import PROMPTED, Kernel, PromptConfig
-from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
 from adavipro_fast.method.functional import check_region
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.preprocess import Preprocess
@@ -34,16 +37,7 @@ PROBE = {"head.weight": "class_embeddings", "head.bias": "class_bias"}
 
 
 @dataclass(frozen=True)
-class EncoderIdentity:
-    """Which frozen encoder a checkpoint belongs to."""
-
-    name: str
-    pretrained: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(ModelHubMixin):
     """What was trained, without its encoder.
 
     Tensors: `prompt` (3, S, S) and the generator's weights; `class_embeddings` (K, E);
@@ -57,10 +51,57 @@ class Checkpoint:
     preprocess: Preprocess
     calibration: Calibration = UNCALIBRATED
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Leave out the mixin's, which would keep the settings again for a config.json."""
+        return object.__new__(cls)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> "Checkpoint":
+        """Load a checkpoint from the Hub, or from a folder that `save_pretrained` wrote.
+
+        The mixin's own would ask for a config.json first, and fail offline without one.
+
+        Args:
+            pretrained_model_name_or_path: owner/name, or the folder.
+            options: of `hub.fetch`.
+
+        Raises:
+            OSError: it is not there or cannot be fetched, with the reason.
+            ValueError: not one of ours, or damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            return load_checkpoint(folder / CHECKPOINT)
+        return load_checkpoint(fetch(str(pretrained_model_name_or_path), **options))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Send file and model card to the Hub, and return the commit's address.
+
+        Args:
+            repo_id: owner/name; made where it is not there.
+            options: of `ModelHubMixin.push_to_hub`; `model_card_kwargs` are `model_card`'s.
+
+        Raises:
+            OSError: it cannot be sent, with the reason.
+        """
+        known = {"repository": repo_id} | (options.pop("model_card_kwargs", None) or {})
+        with told(repo_id):
+            return super().push_to_hub(repo_id, model_card_kwargs=known, **options)
+
+    def generate_model_card(self, **known: Any) -> ModelCard:
+        """Write the model card; arguments are `model_card`'s."""
+        known = {"calibrated": bool(self.calibration.confidences)} | known
+        return model_card(self.config, self.class_names, self.encoder, self.preprocess, **known)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory / CHECKPOINT)
+
     @property
     def file_name(self) -> str:
         """What training calls the file."""
-        return FILES.get(self.config.method, "checkpoint.safetensors")
+        return FILES.get(self.config.method, CHECKPOINT)
 
     def save(self, path: Path) -> None:
         """Write the file when it is whole."""

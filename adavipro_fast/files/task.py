@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adavipro_fast.files.checked import read
-from adavipro_fast.files.checkpoint import EncoderIdentity, read_settings
+from adavipro_fast.files.checkpoint import read_settings
 from adavipro_fast.files.whole import (
     check_tensors,
     read_safetensors,
@@ -18,6 +18,7 @@ from adavipro_fast.files.whole import (
 )
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.encoder import EncoderIdentity
 from adavipro_fast.method.preprocess import Preprocess
 
 FORMAT = "adavipro-fast-task/1"

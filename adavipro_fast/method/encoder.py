@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from torch import Tensor, nn
 from adavipro_fast.device import full_fp32
 from adavipro_fast.method.config import DTYPES, Precision
 from adavipro_fast.method.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """Which frozen encoder a checkpoint belongs to."""
+
+    name: str
+    pretrained: str
+    sha256: str
 
 
 class LeanAttention(nn.Module):

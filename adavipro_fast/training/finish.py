@@ -97,6 +97,9 @@ def _result(
 ) -> dict[str, Any]:
     """Test the best and the last model in fp32, draw the pictures, collect the figures."""
     progress, test = trainer.progress, trainer.dataset.test
+    progress.images = {
+        name: len(getattr(trainer.dataset, name)) for name in ("train", "val", "test")
+    }
     kept = checkpoint_of(trainer.model, trainer.dataset.class_names)
     model = kept.model(frozen, config.kernel).to(trainer.device)
     last = best = trainer.evaluate(model, test)

@@ -46,6 +46,8 @@ class Progress:
     scaler: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+    """of each split; none in files of before they were counted"""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""Publish a checkpoint on the Hugging Face Hub: `python -m adavipro_fast.push FILE OWNER/NAME`.
+
+The file goes as it is, with a model card and the run's pictures; HF_TOKEN or `hf auth login` says
+who you are.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import tyro
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from adavipro_fast import cli
+from adavipro_fast.data.coop import COOP
+from adavipro_fast.data.sets import TORCHVISION
+from adavipro_fast.files import hub
+from adavipro_fast.files.card import PICTURES, Run, source_of
+from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
+from adavipro_fast.training.config import read_stored
+from adavipro_fast.training.state import read_state
+
+KNOWN_DATA = {"demo", *TORCHVISION, *COOP}
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Send a checkpoint to the Hub, with a model card written from its run."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """checkpoint.safetensors; the card's figures come from last.safetensors beside it"""
+    repository: Annotated[str, tyro.conf.Positional]
+    """owner/name on the Hub; made where it is not there"""
+    private: bool = False
+    """for you and your organisation alone"""
+    license: str | None = None
+    """that you give what was trained, such as apache-2.0 (default: none is named)"""
+
+
+def main() -> None:
+    """Parse, push, print."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    cli.main(PushConfig, command, summary)
+
+
+def command(config: PushConfig) -> dict[str, Any]:
+    """Lay file, card and pictures together, and send them in one commit.
+
+    Raises:
+        OSError: no such file, or it cannot be sent, with the reason.
+        ValueError: not a checkpoint of ours, or no name of a repository.
+    """
+    hub.check_repository(config.repository)
+    checkpoint = load_checkpoint(config.checkpoint)
+    run = run_of(config.checkpoint, checkpoint)
+    if run is None:
+        cli.warn("no finished run lies beside the checkpoint, so the card tells no figures")
+    if flags := source_of(checkpoint.encoder).flags:
+        names = " and ".join(f"--{name}" for name, _ in flags)
+        cli.warn(
+            f"the encoder is a file of yours ({checkpoint.encoder.name}, "
+            f"{checkpoint.encoder.pretrained or 'no tag'}), and its path is in the checkpoint; "
+            f"others need that encoder, and {names}"
+        )
+    pictures = [name for name in PICTURES if config.checkpoint.with_name(name).is_file()]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        # The file itself, not what was read of it written again.
+        shutil.copyfile(config.checkpoint, folder / hub.CHECKPOINT)
+        for picture in pictures:
+            shutil.copyfile(config.checkpoint.with_name(picture), folder / picture)
+        card = checkpoint.generate_model_card(
+            repository=config.repository, run=run, license=config.license, pictures=pictures
+        )
+        card.save(folder / "README.md")
+        files = sorted(path.name for path in folder.iterdir())
+        commit = hub.send(folder, config.repository, private=config.private)
+    return {
+        "repository": config.repository,
+        "address": hub.SCHEME + config.repository,
+        "commit": commit.oid,
+        "url": str(commit.repo_url),
+        "files": files,
+    }
+
+
+def run_of(path: Path, checkpoint: Checkpoint) -> Run | None:
+    """Return what the run says that wrote a checkpoint; none where it is not there or not done."""
+    beside = path.with_name("last.safetensors")
+    if not beside.is_file():
+        return None
+    _, state = read_state(beside)
+    config, figures = read_stored(state.settings, beside), state.progress.result
+    same = (
+        config.prompt.method == checkpoint.config.method
+        and state.identity.get("encoder") == checkpoint.encoder.sha256
+        and Path(figures.get("checkpoint", "")).name == path.name
+    )
+    if not same:
+        return None
+    data = config.data.data if config.data.data in KNOWN_DATA else None
+    return Run(data, state.progress.images, config.optimiser.seed, figures)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say where it lies, and how others use it."""
+    return (
+        f"pushed: {', '.join(result['files'])} to {result['url']}\n"
+        f"use:    python -m adavipro_fast.predict {result['address']} IMAGE"
+    )
+
+
+if __name__ == "__main__":
+    main()
