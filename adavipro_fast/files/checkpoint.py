@@ -56,6 +56,8 @@ class Checkpoint:
     encoder: EncoderIdentity
     preprocess: Preprocess
     calibration: Calibration = UNCALIBRATED
+    templates: tuple[str, ...] = ()
+    """texts that class names were embedded in; none of other rows, and in files of before"""
 
     @property
     def file_name(self) -> str:
@@ -72,6 +74,7 @@ class Checkpoint:
             "encoder": asdict(self.encoder),
             "preprocess": self.preprocess.stored(),
             "calibration": asdict(self.calibration),
+            "templates": self.templates,
         }
         tensors = self.tensors
         if self.config.method == "linear_probe":
@@ -84,12 +87,7 @@ class Checkpoint:
         Raises:
             ValueError: the encoder's weights or images are not those of the prompt's training.
         """
-        if encoder.sha256 != self.encoder.sha256:
-            raise ValueError(
-                f"the encoder {encoder.name!r} ({encoder.sha256[:12]}) is not the one this "
-                f"checkpoint was trained on, {self.encoder.name!r} ({self.encoder.sha256[:12]}); "
-                "name that one with --model and --pretrained"
-            )
+        self.check_encoder(encoder)
         encoder = encoder.with_(preprocess=replace(self.preprocess, margin=0))
         if self.config.method == "full_finetune":
             encoder = encoder.thawed()
@@ -110,6 +108,15 @@ class Checkpoint:
         load_trained(model, self.tensors)
         model.encoder.requires_grad_(False)
         return model.eval()
+
+    def check_encoder(self, encoder: FrozenEncoder) -> None:
+        """Raise ValueError unless the encoder's weights are those of the prompt's training."""
+        if encoder.sha256 != self.encoder.sha256:
+            raise ValueError(
+                f"the encoder {encoder.name!r} ({encoder.sha256[:12]}) is not the one this "
+                f"checkpoint was trained on, {self.encoder.name!r} ({self.encoder.sha256[:12]}); "
+                "name that one with --model and --pretrained"
+            )
 
 
 def trained_tensors(model: AdaViPro) -> dict[str, Tensor]:
@@ -146,14 +153,18 @@ def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"not the weights of this image tower: {error}") from error
 
 
-def checkpoint_of(model: AdaViPro, class_names: tuple[str, ...]) -> Checkpoint:
+def checkpoint_of(
+    model: AdaViPro, class_names: tuple[str, ...], templates: tuple[str, ...] = ()
+) -> Checkpoint:
     """Take a model's trained prompt as a checkpoint."""
     encoder = model.encoder
     tensors = trained_tensors(model)
     tensors["class_embeddings"] = model.class_embeddings.detach().cpu().clone()
     tensors["logit_scale"] = torch.tensor(model.logit_scale)
     identity = EncoderIdentity(encoder.name, encoder.pretrained, encoder.sha256)
-    return Checkpoint(tensors, model.config, class_names, identity, model.preprocess)
+    return Checkpoint(
+        tensors, model.config, class_names, identity, model.preprocess, templates=templates
+    )
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -184,6 +195,7 @@ def checked_checkpoint(
             read(EncoderIdentity, metadata["encoder"]),
             preprocess,
             read(Calibration, metadata.get("calibration", {})),
+            tuple(str(template) for template in metadata.get("templates", ())),
         )
         _check_shapes(checkpoint)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
