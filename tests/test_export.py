@@ -254,7 +254,7 @@ def test_a_resnet_is_exported_on_the_pixels(tmp_path):
     identity = {"model": "RN50"}
     with pytest.MonkeyPatch.context() as patch:
         # The weights are random: the same encoder cannot be loaded again.
-        patch.setattr("adavipro_fast.artifact.torch.load_encoder", lambda *_: encoder)
+        patch.setattr("adavipro_fast.artifact.torch.load_clip", lambda *_: (encoder, None))
         result = to_onnx.command(
             OnnxConfig(path, tmp_path / "f.onnx", precision="fp16", **identity)
         )
