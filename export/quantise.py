@@ -73,7 +73,7 @@ class Quantiser:
                     nodes += [self.node(True, activation), self.node(False, activation)]
                     done.add(activation)
                 if weight not in done:
-                    nodes.append(self.with_weight(graph, weights[weight], axis=1))
+                    nodes.append(self.with_weight(graph, weights[weight]))
                     done.add(weight)
                 node.input[0], node.input[1] = f"{activation}_dequantised", f"{weight}_dequantised"
             nodes.append(node)
@@ -87,13 +87,11 @@ class Quantiser:
         """The largest number that a quantised element holds."""
         return ELEMENTS[self.kind][1]
 
-    def with_weight(self, graph: onnx.GraphProto, tensor: onnx.TensorProto, axis: int) -> Any:
+    def with_weight(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> onnx.NodeProto:
         """Add a weight's quantised values to a graph; return the node that reads them."""
         values = numpy_helper.to_array(tensor)
-        other = tuple(i for i in range(values.ndim) if i != axis)
-        scale = np.maximum(np.abs(values).max(other), LEAST).astype(np.float32) / self.most
-        shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-        whole = self.cast(values / scale.reshape(shape))
+        scale = np.maximum(np.abs(values).max(0), LEAST).astype(np.float32) / self.most
+        whole = self.cast(values / scale)
         element = ELEMENTS[self.kind][0]
         graph.initializer.append(
             helper.make_tensor(
@@ -101,14 +99,16 @@ class Quantiser:
             )
         )
         graph.initializer.extend(self.constants(tensor.name, scale))
-        return self.node(False, tensor.name, axis=axis)
+        return self.node(False, tensor.name, axis=1)
 
     def cast(self, values: Array) -> Array:
         """Round to what the element type holds."""
         limited = np.clip(values, -self.most, self.most)
-        if self.kind == "int8":
-            return np.rint(limited).astype(np.int8)
-        return limited.astype(ml_dtypes.float8_e4m3fn)
+        whole = self.kind == "int8"
+        rounded: Array = (
+            np.rint(limited).astype(np.int8) if whole else limited.astype(ml_dtypes.float8_e4m3fn)
+        )
+        return rounded
 
     def constants(self, name: str, scale: Any) -> list[onnx.TensorProto]:
         """Make a tensor's scale and its zero."""
@@ -119,7 +119,7 @@ class Quantiser:
             helper.make_tensor(f"{name}_zero", ELEMENTS[self.kind][0], shape, zero, raw=True),
         ]
 
-    def node(self, quantise: bool, name: str, **attributes: int) -> onnx.NodeProto:
+    def node(self, quantise: bool, name: str, axis: int | None = None) -> onnx.NodeProto:
         """Make the node that quantises a tensor, or its counterpart."""
         source, target = ("", "_quantised") if quantise else ("_quantised", "_dequantised")
         return helper.make_node(
@@ -127,13 +127,13 @@ class Quantiser:
             [name + source, f"{name}_scale", f"{name}_zero"],
             [name + target],
             name=name + target,
-            **attributes,
+            axis=axis,
         )
 
 
 def products(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Yield the encoder's products of an activation and a weight (columns, rows last)."""
-    weights = {tensor.name for tensor in model.graph.initializer}
+    """Yield the encoder's products of an activation and a weight, whose columns are channels."""
+    weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     for node in model.graph.node:
         named = (node.name, *node.input)
         if any(name.removeprefix("module.").startswith(WIDE) for name in named):

@@ -13,8 +13,7 @@ import torch
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import NotRunnableError, OpenFor
-from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.description import OpenFor
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
 from adavipro_fast.errors import VerificationError
@@ -31,6 +30,7 @@ from adavipro_fast.export.verify import (
     compare,
     compare_sizes,
     compare_tasks,
+    opened,
     sample_batches,
 )
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
@@ -305,6 +305,7 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
         "encoder": asdict(checkpoint.encoder),
         # The prompt's, whose logits a baseline does not have.
         "calibration": asdict(calibration.without if config.baseline else calibration),
+        "templates": checkpoint.templates,
         "checkpoint_sha256": file_sha256(config.checkpoint),
         "graph": graph,
         "precision": config.precision,
@@ -332,15 +333,7 @@ def verify(
     Raises:
         VerificationError: it computes something else.
     """
-    # ONNX Runtime's CPU provider has no bf16.
-    bf16 = config.precision == "bf16"
-    candidate = None
-    if not bf16 or torch.cuda.is_available():
-        try:
-            candidate = OnnxArtifact.open(path, "cuda" if bf16 else "cpu")
-        except NotRunnableError as error:
-            if not bf16:
-                raise VerificationError(f"{path.name} was not written: {error}") from error
+    candidate = opened(path)
     if candidate is None:
         return {
             "verified": False,
@@ -349,10 +342,10 @@ def verify(
         }
     batches = sample_batches(references[0].about.preprocess, config.images)
     if config.tasks == "open":
-        opened = OpenArtifact(candidate)
+        holder = OpenArtifact(candidate)
         for task in tasks:
-            opened.add(task)
-        comparison = compare_tasks(references, names, opened, batches)
+            holder.add(task)
+        comparison = compare_tasks(references, names, holder, batches)
     elif names:
         comparison = compare_tasks(references, names, candidate, batches)
     else:

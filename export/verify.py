@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Artifact, OneTask
-from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.description import Artifact, NotRunnableError, OneTask
+from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data import world
@@ -68,6 +68,24 @@ class Comparison:
         if not self.min_cosine >= SMALLEST_COSINE:
             return f"the worst cosine is {self.min_cosine:.6f}, less than {SMALLEST_COSINE}"
         return None
+
+
+def opened(path: Path) -> OnnxArtifact | None:
+    """Open a file that was just written; none where no ONNX Runtime here runs bf16.
+
+    Raises:
+        VerificationError: it cannot be run.
+    """
+    # ONNX Runtime's CPU provider has no bf16.
+    bf16 = describe_onnx(path).precision == "bf16"
+    if bf16 and not torch.cuda.is_available():
+        return None
+    try:
+        return OnnxArtifact.open(path, "cuda" if bf16 else "cpu")
+    except NotRunnableError as error:
+        if bf16:
+            return None
+        raise VerificationError(f"{path.name} was not written: {error}") from error
 
 
 def sample_batches(preprocess: Preprocess, images: Path | None) -> list[Tensor]:

@@ -23,7 +23,7 @@ COMMAND = re.compile(
 )
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 # These run where their page has Python, in the page's order; the others are parsed alone.
-RUN = ("evaluate", "to_onnx", "to_task", "verify", "predict")
+RUN = ("evaluate", "to_onnx", "to_task", "relabel", "verify", "predict")
 
 
 def blocks(page):

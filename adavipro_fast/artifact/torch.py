@@ -9,7 +9,7 @@ from torch import Tensor
 from adavipro_fast.artifact.description import Description, Tasks
 from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
-from adavipro_fast.method.clip import load_encoder
+from adavipro_fast.method.clip import NoText, TextTower, load_clip
 from adavipro_fast.method.config import PROMPTED, Precision
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro, Prediction
@@ -106,14 +106,21 @@ class TorchArtifact:
 def encoder_of(
     checkpoint: Checkpoint, model: str | None = None, pretrained: str | None = None
 ) -> FrozenEncoder:
-    """Load the encoder of a checkpoint.
+    """Load the encoder of a checkpoint; arguments are `clip_of`'s."""
+    return clip_of(checkpoint, model, pretrained)[0]
+
+
+def clip_of(
+    checkpoint: Checkpoint, model: str | None = None, pretrained: str | None = None
+) -> tuple[FrozenEncoder, TextTower | NoText]:
+    """Load the encoder of a checkpoint and its text tower.
 
     Args:
         checkpoint: names it.
         model: where it now lies instead.
         pretrained: tag or path of its weights instead.
     """
-    return load_encoder(
+    return load_clip(
         model or checkpoint.encoder.name,
         checkpoint.encoder.pretrained if pretrained is None else pretrained,
     )

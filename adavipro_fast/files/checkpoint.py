@@ -50,6 +50,8 @@ class Checkpoint(ModelHubMixin):
     encoder: EncoderIdentity
     preprocess: Preprocess
     calibration: Calibration = UNCALIBRATED
+    templates: tuple[str, ...] = ()
+    """texts that class names were embedded in; none of other rows, and in files of before"""
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Leave out the mixin's, which would keep the settings again for a config.json."""
@@ -113,6 +115,7 @@ class Checkpoint(ModelHubMixin):
             "encoder": asdict(self.encoder),
             "preprocess": self.preprocess.stored(),
             "calibration": asdict(self.calibration),
+            "templates": self.templates,
         }
         tensors = self.tensors
         if self.config.method == "linear_probe":
@@ -125,12 +128,7 @@ class Checkpoint(ModelHubMixin):
         Raises:
             ValueError: the encoder's weights or images are not those of the prompt's training.
         """
-        if encoder.sha256 != self.encoder.sha256:
-            raise ValueError(
-                f"the encoder {encoder.name!r} ({encoder.sha256[:12]}) is not the one this "
-                f"checkpoint was trained on, {self.encoder.name!r} ({self.encoder.sha256[:12]}); "
-                "name that one with --model and --pretrained"
-            )
+        self.check_encoder(encoder)
         encoder = encoder.with_(preprocess=replace(self.preprocess, margin=0))
         if self.config.method == "full_finetune":
             encoder = encoder.thawed()
@@ -151,6 +149,15 @@ class Checkpoint(ModelHubMixin):
         load_trained(model, self.tensors)
         model.encoder.requires_grad_(False)
         return model.eval()
+
+    def check_encoder(self, encoder: FrozenEncoder) -> None:
+        """Raise ValueError unless the encoder's weights are those of the prompt's training."""
+        if encoder.sha256 != self.encoder.sha256:
+            raise ValueError(
+                f"the encoder {encoder.name!r} ({encoder.sha256[:12]}) is not the one this "
+                f"checkpoint was trained on, {self.encoder.name!r} ({self.encoder.sha256[:12]}); "
+                "name that one with --model and --pretrained"
+            )
 
 
 def trained_tensors(model: AdaViPro) -> dict[str, Tensor]:
@@ -187,14 +194,18 @@ def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"not the weights of this image tower: {error}") from error
 
 
-def checkpoint_of(model: AdaViPro, class_names: tuple[str, ...]) -> Checkpoint:
+def checkpoint_of(
+    model: AdaViPro, class_names: tuple[str, ...], templates: tuple[str, ...] = ()
+) -> Checkpoint:
     """Take a model's trained prompt as a checkpoint."""
     encoder = model.encoder
     tensors = trained_tensors(model)
     tensors["class_embeddings"] = model.class_embeddings.detach().cpu().clone()
     tensors["logit_scale"] = torch.tensor(model.logit_scale)
     identity = EncoderIdentity(encoder.name, encoder.pretrained, encoder.sha256)
-    return Checkpoint(tensors, model.config, class_names, identity, model.preprocess)
+    return Checkpoint(
+        tensors, model.config, class_names, identity, model.preprocess, templates=templates
+    )
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -225,6 +236,7 @@ def checked_checkpoint(
             read(EncoderIdentity, metadata["encoder"]),
             preprocess,
             read(Calibration, metadata.get("calibration", {})),
+            tuple(str(template) for template in metadata.get("templates", ())),
         )
         _check_shapes(checkpoint)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -25,6 +25,11 @@ def check_templates(templates: Sequence[str]) -> None:
             raise ValueError(f"template {template!r} has no {{}} for the class name; add it")
 
 
+def readable(class_name: str) -> str:
+    """Write a raw name as the text tower reads it: `_` and `-` as spaces, in lower case."""
+    return class_name.replace("_", " ").replace("-", " ").lower()
+
+
 @dataclass(frozen=True)
 class TextTower:
     """The text side of a CLIP, needed once to embed the class names."""
@@ -37,7 +42,7 @@ class TextTower:
         """Embed each class as the mean over templates of its text embeddings.
 
         Args:
-            class_names: K raw names; `_` and `-` become spaces and capitals lower case.
+            class_names: K raw names, read as `readable` writes them.
             templates: texts with `{}` in the class name's place.
 
         Returns:
@@ -46,8 +51,7 @@ class TextTower:
         """
         rows = []
         for name in class_names:
-            readable = name.replace("_", " ").replace("-", " ").lower()
-            tokens = self.tokenizer([t.replace("{}", readable) for t in templates])
+            tokens = self.tokenizer([t.replace("{}", readable(name)) for t in templates])
             rows.append(self.model.encode_text(tokens, normalize=True).float().mean(0))
         return F.normalize(torch.stack(rows), dim=-1)
 

@@ -191,6 +191,7 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
             if embeddings is None
             else hashlib.sha256(embeddings.numpy().tobytes()).hexdigest(),
         },
+        templates=templates_of(config),
         group=group,
     )
     if complaint := slow_precision(config.optimiser.precision, device):
@@ -270,6 +271,13 @@ def needs_text(config: TrainConfig) -> bool:
     """Tell whether class embeddings are part of what is trained."""
     learned = config.prompt.head == "linear" or config.prompt.method == "linear_probe"
     return not learned or config.class_embeddings is not None
+
+
+def templates_of(config: TrainConfig) -> tuple[str, ...]:
+    """Return the texts that class names are embedded in; none where their rows are given."""
+    if config.class_embeddings is not None or not needs_text(config):
+        return ()
+    return config.template or (DEFAULT_TEMPLATE,)
 
 
 def _class_embeddings(

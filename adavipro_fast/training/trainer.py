@@ -47,6 +47,7 @@ class Trainer:
         output: folder of checkpoint, state and metrics.
         settings: resolved configuration of the whole run, kept beside the state.
         identity: hashes of what the run depends on; `restore` refuses a state with others.
+        templates: texts that the class names were embedded in, kept in the checkpoint.
         group: the processes that train together.
     """
 
@@ -59,10 +60,11 @@ class Trainer:
         output: Path,
         settings: dict[str, Any],
         identity: dict[str, str] | None = None,
+        templates: tuple[str, ...] = (),
         group: Group | None = None,
     ) -> None:
         self.model, self.dataset, self.config = model, dataset, config
-        self.output, self.settings = output, settings
+        self.output, self.settings, self.templates = output, settings, templates
         self.identity, self.group = identity or {}, group or Group()
         self.device = model.prompt.mean.device
         self.parts = parts_of(model, config)
@@ -247,7 +249,8 @@ class Trainer:
         """Write the best model so far."""
         self.progress.best_val, self.progress.best_epoch = val_top1, epoch
         if self.group.leads:
-            checkpoint = checkpoint_of(self.model, self.dataset.class_names)
+            names = self.dataset.class_names
+            checkpoint = checkpoint_of(self.model, names, self.templates)
             checkpoint.save(self.output / checkpoint.file_name)
 
     def evaluate(self, model: AdaViPro, split: Split) -> Evaluation:
