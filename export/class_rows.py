@@ -14,8 +14,9 @@ from torch import Tensor
 from adavipro_fast.artifact.onnx import SEAL_KEY, describe_onnx, tensors_of
 from adavipro_fast.export.graph import save_sealed
 from adavipro_fast.files.checked import read
-from adavipro_fast.files.checkpoint import Checkpoint, EncoderIdentity
+from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.method.config import PROMPTED
+from adavipro_fast.method.encoder import EncoderIdentity
 
 # As `Head` calls the rows; a graph that resizes holds the head in a module.
 ROWS = ("head.classes", "module.head.classes")
