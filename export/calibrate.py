@@ -16,6 +16,7 @@ from adavipro_fast.data.images import read_pixels
 from adavipro_fast.data.sets import DataConfig, load_dataset
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.quantise import ELEMENTS, Feeds, Kind, Quantiser, runner, search
+from adavipro_fast.method.preprocess import Preprocess
 
 CALIBRATED_ON, JUDGED_ON = 256, 1000
 SAMPLE = 32
@@ -34,19 +35,20 @@ class Judges:
     """(M,); none where the images are of no known class: the graph's own answers are then right"""
 
 
-def judges_of(images: Path, about: Description) -> Judges:
+def judges_of(images: Path, class_names: tuple[str, ...], preprocess: Preprocess) -> Judges:
     """Read a labelled folder's training and validation images, or any images, every other one.
 
     Args:
-        images: as `--data` takes it, with the classes of the file; or a folder of images.
-        about: the file.
+        images: as `--data` takes it; or a folder of images.
+        class_names: that a labelled folder must have.
+        preprocess: how images become pixels.
 
     Raises:
         ValueError: there are too few images.
     """
     if (images / "train").is_dir():
-        data = load_dataset(DataConfig(str(images)), about.preprocess)
-        if data.class_names != about.class_names:
+        data = load_dataset(DataConfig(str(images)), preprocess)
+        if data.class_names != class_names:
             raise ValueError(f"{images} has other classes than the checkpoint")
         cpu = torch.device("cpu")
         ranges, _ = data.train.batch(spread(len(data.train), CALIBRATED_ON), cpu)
@@ -56,7 +58,7 @@ def judges_of(images: Path, about: Description) -> Judges:
     if len(files) < 2:
         raise ValueError(f"{images} holds {len(files)} images; some hundred are needed")
     chosen = spread(len(files), CALIBRATED_ON + JUDGED_ON).tolist()
-    pixels = read_pixels(tuple(files[number] for number in chosen), about.preprocess)
+    pixels = read_pixels(tuple(files[number] for number in chosen), preprocess)
     return Judges(pixels[::2][:CALIBRATED_ON], pixels[1::2], None)
 
 
@@ -65,24 +67,23 @@ def spread(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
-def quantise_file(path: Path, kind: Kind, images: Path, largest_loss: float) -> dict[str, Any]:
+def quantise_file(path: Path, kind: Kind, judges: Judges, largest_loss: float) -> dict[str, Any]:
     """Quantise an exported fp32 graph in place.
 
     Args:
         path: of the file.
         kind: int8 or fp8.
-        images: for ranges and gate.
+        judges: images for ranges and gate.
         largest_loss: points of accuracy that may be lost.
 
     Returns:
         What was done, for the command's JSON.
 
     Raises:
-        ValueError: no images, or no products.
+        ValueError: there are no products.
         VerificationError: more accuracy is lost.
     """
     about = describe_onnx(path)
-    judges = judges_of(images, about)
     model = onnx.load(path)
     quantiser = Quantiser(model, kind, list(feeds_of(judges.ranges, about)))
     exact = answers(quantiser.model, "fp32", judges, about)

@@ -13,9 +13,15 @@ from tqdm import tqdm
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.whole import write_whole
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "fp8": "float8",
+}
 # TensorRT's names of the types.
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8"}
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "ATTENTION", "ATTENTION_INPUT")
 # The mask path's convolutions, the last projection and the logits stay in fp32.
 WIDE_PRODUCTS = 5
@@ -41,6 +47,7 @@ class Network:
             kept = [a for a in node.attribute if a.name != "softmax_precision"]
             del node.attribute[:]
             node.attribute.extend(kept)
+        self.dequantised = sum(node.op_type == "DequantizeLinear" for node in model.graph.node)
         if not self.parser.parse(model.SerializeToString(), str(source)):
             errors = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
             raise ValueError(f"{runtime} cannot import {source}: {'; '.join(errors[:3])}")
@@ -110,20 +117,28 @@ class Network:
         return plan
 
     def types(self) -> dict[str, Counter[str]]:
-        """Count the types of tensors, and those of matrix products.
+        """Count the types of tensors, of matrix products, and of what is dequantised.
 
         A strongly typed engine keeps the types of its network.
         """
         tensors: Counter[str] = Counter()
         products: Counter[str] = Counter()
+        quantised: Counter[str] = Counter()
         for index in range(self.definition.num_layers):
             layer = self.definition.get_layer(index)
-            kind = layer.get_output(0).dtype.name
-            name = TYPES.get(kind, kind.lower())
+            name = type_of(layer.get_output(0))
             tensors[name] += 1
+            if layer.type.name == "DEQUANTIZE":
+                quantised[type_of(layer.get_input(0))] += 1
             if layer.type.name in PRODUCTS:
                 products[name] += 1
-        return {"tensors": tensors, "products": products}
+        return {"tensors": tensors, "products": products, "quantised": quantised}
+
+
+def type_of(tensor: Any) -> str:
+    """Name a tensor's type as sidecars do."""
+    kind: str = tensor.dtype.name
+    return TYPES.get(kind, kind.lower())
 
 
 def write_timings(path: Path, timings: bytes) -> None:
@@ -167,6 +182,16 @@ def progress(trt: ModuleType) -> Any:
             return True
 
     return Progress()
+
+
+def prove_quantised(types: dict[str, Counter[str]], precision: str, dequantised: int) -> None:
+    """Raise VerificationError unless as many tensors are quantised as in the graph."""
+    dtype = DTYPES[precision]
+    if not dequantised or types["quantised"] != {dtype: dequantised}:
+        raise VerificationError(
+            f"the engine dequantises {dict(types['quantised'])}; {dequantised} of {dtype} were "
+            "asked for"
+        )
 
 
 def prove_precision(products: Counter[str], precision: str, wide: int = WIDE_PRODUCTS) -> None:

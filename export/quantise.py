@@ -248,11 +248,10 @@ def search(
 
     errors = {name: moved(name) for name in names}
     order = sorted(names, key=lambda name: -errors[name])
-    count = 1
-    while count <= len(order) // 2:
+    half = len(order) // 2
+    for count in [2**power for power in range(half.bit_length()) if 2**power < half] + [half]:
         model = quantiser.quantised(order[count:])
         loss = loss_of(model)
         if loss <= most:
             return model, loss, order[:count]
-        count *= 2
-    return None, loss, order[: count // 2]
+    return None, loss, order[:half]

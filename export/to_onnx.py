@@ -17,7 +17,7 @@ from adavipro_fast.artifact.description import OpenFor
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export.calibrate import quantise_file
+from adavipro_fast.export.calibrate import judges_of, quantise_file
 from adavipro_fast.export.fold import Plain, deployed
 from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
 from adavipro_fast.export.open_tasks import OpenTasks, folded_task
@@ -126,13 +126,18 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         ]
     cpu = torch.device("cpu")
     references = [TorchArtifact.of(*pair, cpu) for pair in zip(checkpoints, models, strict=True)]
+    judges = None
+    if config.precision in QUANTISED:
+        assert config.images is not None
+        about = checkpoints[0]
+        judges = judges_of(config.images, about.class_names, about.preprocess)
     with named_when_whole(config.output) as path:
         side = checkpoints[0].preprocess.size
         nodes = write(whole, path, side=side, opset=opset, metadata=metadata)
         quantised = {}
         if config.precision == "int8" or config.precision == "fp8":
-            assert config.images is not None
-            quantised = quantise_file(path, config.precision, config.images, config.largest_loss)
+            assert judges is not None
+            quantised = quantise_file(path, config.precision, judges, config.largest_loss)
         check_dtypes(path, config.precision)
         tasks = []
         if config.tasks == "open":

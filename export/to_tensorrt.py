@@ -29,11 +29,11 @@ from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import to_onnx
 from adavipro_fast.export.graph import named_when_whole
-from adavipro_fast.export.network import WIDE_PRODUCTS, Network, prove_precision
+from adavipro_fast.export.network import WIDE_PRODUCTS, Network, prove_precision, prove_quantised
 from adavipro_fast.export.verify import compare, sample_batches
 from adavipro_fast.files.checkpoint import FORMAT
 from adavipro_fast.files.whole import file_sha256
-from adavipro_fast.method.config import ExportPrecision, Input
+from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input
 
 Runtime = Literal["auto", "tensorrt", "tensorrt-rtx"]
 
@@ -112,7 +112,10 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
             path.write_bytes(plan)
             seconds = time.perf_counter() - began
             types = network.types()
-            prove_precision(types["products"], about.precision, wide_products(about))
+            if about.precision in QUANTISED:
+                prove_quantised(types, about.precision, network.dequantised)
+            else:
+                prove_precision(types["products"], about.precision, wide_products(about))
             sidecar = describe(about, source) | {
                 "runtime": runtime,
                 "runtime_version": trt.__version__,

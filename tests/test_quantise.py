@@ -1,0 +1,186 @@
+"""INT8 and FP8: what is rounded, what is left, and when there is no file."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from adavipro_fast import AdaViPro, open_artifact
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.export import quantise, to_onnx, to_tensorrt, verify
+from adavipro_fast.export.calibrate import quantised_products
+from adavipro_fast.export.quantise import Quantiser, products, runner, search
+from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.config import PromptConfig
+
+
+@pytest.fixture(scope="module")
+def checkpoint(demo_clip, folder, tmp_path_factory):
+    """A prompt for the classes of the small folder."""
+    torch.manual_seed(5)
+    encoder, text = demo_clip
+    names = tuple(sorted(path.name for path in (folder / "test").iterdir()))
+    config = PromptConfig(embed_dim=4, generator_init="avoid-edges", edge="laplacian-magnitude")
+    model = AdaViPro(encoder, text.class_embeddings(names, ["{}"]), config)
+    model.prompt.initialise(torch.cat(verify.sample_batches(encoder.preprocess, None)))
+    path = tmp_path_factory.mktemp("quantise") / "checkpoint.safetensors"
+    checkpoint_of(model, names).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    """An fp32 graph, and feeds for it."""
+    path = checkpoint.with_name("fp32.onnx")
+    to_onnx.command(OnnxConfig(checkpoint, path, input="uint8"))
+    pixels = torch.cat(verify.sample_batches(open_artifact(path).about.preprocess, None)).numpy()
+    return path, [{"image": part} for part in np.array_split(pixels, 4)]
+
+
+def embeddings(model, feeds, precision="fp32"):
+    run = runner(model, precision, ["embedding"])
+    return np.concatenate([run(fed)[0] for fed in feeds])
+
+
+def test_smoothing_changes_nothing_before_it_is_rounded(exported):
+    path, feeds = exported
+    model = onnx.load(path)
+    exact = embeddings(model, feeds)
+    quantiser = Quantiser(model, "int8", feeds)
+    norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    moved = [node for node in norms if "_smooth_" in node.input[1]]
+    assert len(moved) >= len(norms) // 2
+    np.testing.assert_allclose(embeddings(quantiser.model, feeds), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("int8", 0.99), ("fp8", 0.98)])
+def test_every_product_with_weights_is_rounded_and_nothing_else(exported, kind, worst):
+    path, feeds = exported
+    model = onnx.load(path)
+    exact = embeddings(model, feeds)
+    quantiser = Quantiser(model, kind, feeds)
+    got = quantiser.quantised(list(quantiser.products))
+    assert quantised_products(got, kind) == len(quantiser.products)
+    named = Counter(node.name.split("/")[0] for node in products(model))
+    assert not [name for name in named if name.startswith(("decide", "head"))]
+    assert len(quantiser.products) == 4 * sum(name.endswith(".qkv") for name in named)
+    # Cosines of unit rows.
+    cosines = (embeddings(got, feeds, kind) * exact).sum(1)
+    assert worst < cosines.min() < 1 - 1e-6
+    few = quantiser.quantised(list(quantiser.products)[:1])
+    assert quantised_products(few, kind) == 1
+
+
+def two_products(wide):
+    """image (B, 1) to embedding (B, 2): one product of even numbers, one with an outlier."""
+    first = np.array([[1.0, -0.5, wide]], np.float32)
+    second = np.array([[1.0, 0.2], [0.3, 1.0], [1e-3, 0.0]], np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["image", "a"], ["hidden"], name="first"),
+            helper.make_node("MatMul", ["hidden", "b"], ["embedding"], name="second"),
+        ],
+        "two",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 2])],
+        [numpy_helper.from_array(first, "a"), numpy_helper.from_array(second, "b")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_the_product_that_rounding_hurts_is_left_wide():
+    images = np.linspace(-1, 1, 64, dtype=np.float32)[:, None]
+    quantiser = Quantiser(two_products(1000.0), "int8", [{"image": images}])
+    exact = embeddings(quantiser.model, [{"image": images}])
+
+    def loss(model):
+        return 100 * float(np.abs(embeddings(model, [{"image": images}]) - exact).max())
+
+    model, lost, wide = search(quantiser, loss, {"image": images}, most=2.0)
+    assert (wide, lost <= 2.0) == (["second"], True)
+    assert quantised_products(model, "int8") == 1
+    none, _, wide = search(quantiser, loss, {"image": images}, most=0.0)
+    assert (none, wide) == (None, ["second"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_file_is_judged_by_the_accuracy_on_labelled_images(checkpoint, folder, tmp_path, kind):
+    output = tmp_path / "f.onnx"
+    config = OnnxConfig(
+        checkpoint, output, precision=kind, input="uint8", images=folder, largest_loss=20.0
+    )
+    result = to_onnx.command(config)
+    assert (result["measure"], result["judged_images"], result["calibration_images"]) == (
+        "accuracy", 9, 30,
+    )  # fmt: skip
+    assert result["verified"]
+    assert (result["mask_agreement"], result["wide"]) == (1, [])
+    assert result["min_cosine"] > 0.97
+    assert result["loss_points"] <= 20
+    artifact = open_artifact(output, device="cpu")
+    assert artifact.about.precision == kind
+    own = open_artifact(checkpoint, device="cpu")
+    pixels = torch.randint(0, 256, (3, 3, 224, 224), dtype=torch.uint8)
+    assert torch.equal(artifact(pixels).mask, own(pixels).mask.int())
+    weights = onnx.load(output).graph.initializer
+    stored = sum(len(w.raw_data) for w in weights if w.data_type == quantise.ELEMENTS[kind][0])
+    assert stored > sum(len(w.raw_data) for w in weights) / 3
+
+
+def test_other_images_are_judged_by_agreement(checkpoint, folder, tmp_path):
+    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder / "test")
+    result = to_onnx.command(replace(config, largest_loss=50.0))
+    assert (result["measure"], result["judged_images"]) == ("agreement", 6)
+
+
+def test_a_loss_that_is_too_large_leaves_no_file(checkpoint, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "adavipro_fast.export.calibrate.search", lambda *_: (None, 3.25, ["a", "b"])
+    )
+    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
+    with pytest.raises(VerificationError, match="loses 3.2 points of accuracy on 9 images with 2 "):
+        to_onnx.command(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_quantised_is_refused(checkpoint, folder, tmp_path):
+    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
+    for changed, reason in [
+        ({"images": None}, "takes its ranges from your images; name a folder with --images"),
+        ({"input": "any"}, "not offered with --input any"),
+        ({"more": (checkpoint,)}, "not offered with several tasks"),
+        ({"largest_loss": -1.0}, "largest_loss is -1.0"),
+        ({"images": tmp_path}, "holds 0 images; some hundred are needed"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            to_onnx.command(replace(config, **changed))
+    for split in ("train", "val", "test"):
+        place = tmp_path / "other" / split / "x"
+        place.mkdir(parents=True)
+        for image in sorted((folder / "test").rglob("*.*"))[:3]:
+            (place / image.name).write_bytes(image.read_bytes())
+    with pytest.raises(ValueError, match="has other classes than the checkpoint"):
+        to_onnx.command(replace(config, images=tmp_path / "other"))
+    assert not (tmp_path / "f.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_an_engine_keeps_what_is_quantised(checkpoint, folder, tmp_path, kind):
+    pytest.importorskip("tensorrt_rtx")
+    config = OnnxConfig(
+        checkpoint, tmp_path / "f.onnx", precision=kind, images=folder, largest_loss=50.0
+    )
+    to_onnx.command(config)
+    built = to_tensorrt.command(
+        to_tensorrt.TensorRtConfig(
+            tmp_path / "f.onnx", tmp_path / "f.engine", runtime="tensorrt-rtx",
+            compute_capability=("8.9", "12.0"), builder_level=0,
+        )
+    )  # fmt: skip
+    assert built["precision"] == kind
