@@ -28,14 +28,15 @@ FORMS = ("own_fp32", "own_fp16", "pixel_fp32")
 )
 def test_a_prompt_trains_and_is_exported_for_a_family(encoder):
     row = tried(encoder, engines=not encoder.quick)
-    assert not [key for key in row if key.endswith("_refused")], row
+    refused = tuple(key.removesuffix("_refused") for key in row if key.endswith("_refused"))
+    assert refused == encoder.refused, row
     folded = row["not_folded"] is None
     assert row["own_fp32_graph"] == ("folded" if folded else "pixel")
-    for form in FORMS if folded else FORMS[:2]:
+    for form in set(FORMS if folded else FORMS[:2]) - set(refused):
         assert row[f"{form}_masks"] == 1
         assert row[f"{form}_cosine"] >= 0.9999
     assert row["own_fp32_error"] <= 1e-5
-    assert encoder.quick or row["engine"]
+    assert encoder.quick or encoder.refused or row["engine"]
 
 
 def test_the_list_is_long():
