@@ -416,3 +416,19 @@ def test_a_split_that_is_not_of_coops_form_is_refused(tmp_path, entry, message):
     path.write_text(json.dumps({name: [entry] for name in ("train", "val", "test")}))
     with pytest.raises(ValueError, match=message):
         read_split(path)
+
+
+def test_digits_come_with_scikit_learn_and_never_change(cache, encoder):
+    preprocess = encoder.preprocess
+    first, second = (
+        load_dataset(DataConfig("digits", cache_dir=cache), preprocess, seed=seed)
+        for seed in (0, 1)
+    )
+    assert (len(first.train), len(first.val), len(first.test)) == (600, 400, 797)
+    assert first.class_names[3] == "three"
+    assert first.sha256 == second.sha256
+    assert torch.equal(first.train.labels, second.train.labels)
+    assert first.train.labels.bincount().tolist() == [60] * 10
+    images, _ = first.test.batch(torch.arange(4), torch.device("cpu"))
+    assert torch.equal(images[:, 0], images[:, 1])
+    assert (images.amax() - images.amin()).item() > 200

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
@@ -169,3 +170,15 @@ def test_every_backend_has_the_same_probabilities(run, tmp_path):
     assert figures[0]["temperature"] != 1
     for key in keys:
         assert figures[0][key] == pytest.approx(figures[1][key], abs=1e-3)
+
+
+def test_one_class_has_no_probe(small, tmp_path):
+    for split in ("train", "val", "test"):
+        place = tmp_path / "data" / split / "only"
+        place.mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (20, 20), (number, 0, 0)).save(place / f"{number}.png")
+    config = small(tmp_path / "run", method="linear_probe")
+    config = replace(config, data=replace(config.data, data=str(tmp_path / "data")))
+    with pytest.raises(ValueError, match="'only' is the only class; a probe needs two"):
+        start_run(config)

@@ -16,8 +16,9 @@ from filelock import FileLock
 from adavipro_fast.data import world
 from adavipro_fast.data.cache import DEFAULT_DIR, decoded
 from adavipro_fast.data.coop import COOP, coop_sources
+from adavipro_fast.data.digits import digits_sources
 from adavipro_fast.data.folder import folder_sources
-from adavipro_fast.data.source import Source
+from adavipro_fast.data.source import Source, array_source
 from adavipro_fast.data.split import Split, stratified
 from adavipro_fast.method.preprocess import Preprocess
 
@@ -29,8 +30,8 @@ class DataConfig:
     """Which labelled images are used."""
 
     data: str = "demo"
-    """a folder with train/ [val/] test/<class name>/*, demo, cifar10, cifar100, dtd, eurosat,
-    flowers102, food101, pets, sun397 or ucf101"""
+    """a folder with train/ [val/] test/<class name>/*, demo, digits, cifar10, cifar100, dtd,
+    eurosat, flowers102, food101, pets, sun397 or ucf101"""
     data_root: Path = Path("data")
     """where named data sets lie"""
     download: bool = False
@@ -121,6 +122,8 @@ def _decoded(
 def _sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
     if config.data == "demo":
         return world.CLASS_NAMES, {name: _demo_source(name) for name in world.SPLITS}
+    if config.data == "digits":
+        return digits_sources()
     if config.data in TORCHVISION:
         return _torchvision_sources(config)
     if config.data in COOP:
@@ -128,7 +131,7 @@ def _sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
     root = Path(config.data)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no data folder {root}; --data takes a folder, demo, "
+            f"no data folder {root}; --data takes a folder, demo, digits, "
             f"{', '.join(sorted([*TORCHVISION, *COOP]))}"
         )
     return folder_sources(root)
@@ -137,12 +140,7 @@ def _sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
 def _demo_source(split: str) -> Source:
     images, labels = world.task(split)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-    return Source(
-        tuple(labels.tolist()),
-        read=lambda i: pixels[i].tobytes(),
-        name=lambda i: f"demo {split} image {i}",
-        shape=pixels.shape[1:],
-    )
+    return array_source(pixels, labels.tolist(), f"demo {split}")
 
 
 # Data sets that torchvision reads.
@@ -176,14 +174,5 @@ def _torchvision_sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str,
                 f"{config.data} is not complete under {config.data_root}: {error} "
                 "Name its folder with --data-root, or add --download"
             ) from error
-        sources[split] = _array_source(data, f"{config.data} {split}")
+        sources[split] = array_source(data.data, data.targets, f"{config.data} {split}")
     return tuple(data.classes), sources
-
-
-def _array_source(data: Any, title: str) -> Source:
-    return Source(
-        tuple(data.targets),
-        read=lambda i: bytes(data.data[i].tobytes()),
-        name=lambda i: f"{title} image {i}",
-        shape=data.data.shape[1:],
-    )

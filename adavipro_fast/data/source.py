@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from adavipro_fast.data.images import decode_image
 from adavipro_fast.method.preprocess import Preprocess
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,14 @@ class Source:
 def file_source(paths: list[Path], labels: list[int]) -> Source:
     """Take image files with their labels as the images of a split."""
     return Source(tuple(labels), read=lambda i: paths[i].read_bytes(), name=lambda i: str(paths[i]))
+
+
+def array_source(pixels: Pixels, labels: list[int], title: str) -> Source:
+    """Take raw RGB images (N, H, W, 3) with their labels as the images of a split."""
+    _, height, width, _ = pixels.shape
+    return Source(
+        tuple(labels),
+        read=lambda i: pixels[i].tobytes(),
+        name=lambda i: f"{title} image {i}",
+        shape=(height, width, 3),
+    )

@@ -80,6 +80,8 @@ def fit_head(
         inputs: what the head may read.
         text: (K, E) unit rows, a candidate without fitting.
     """
+    if len(dataset.class_names) < 2:
+        raise ValueError(f"{dataset.class_names[0]!r} is the only class; a probe needs two")
     present = set(dataset.train.labels[dataset.train.rows].tolist())
     absent = [name for label, name in enumerate(dataset.class_names) if label not in present]
     if absent:

@@ -1,0 +1,28 @@
+"""Handwritten digits that scikit-learn ships: a far task without a download."""
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+
+from adavipro_fast.data.source import Source, array_source
+from adavipro_fast.data.split import stratified
+
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Of 1,797 images; the rest is the test split.
+TRAIN, VAL = 600, 400
+# Greys are 0 to 16.
+STEP = 255 / 16
+
+
+def digits_sources() -> tuple[tuple[str, ...], dict[str, Source]]:
+    """Cut the digits (UCI, 8 x 8 pixels) into splits, the same at every call."""
+    data = load_digits()
+    grey = np.rint(data.images * STEP).astype(np.uint8)
+    pixels, labels = grey[..., None].repeat(3, -1), torch.tensor(data.target)
+    train, rest = stratified(labels, TRAIN, 0)
+    val, test = stratified(labels[rest], VAL, 0)
+    rows = {"train": train, "val": rest[val], "test": rest[test]}
+    return CLASS_NAMES, {
+        split: array_source(pixels[chosen], labels[chosen].tolist(), f"digits {split}")
+        for split, chosen in rows.items()
+    }
