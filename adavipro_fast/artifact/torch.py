@@ -83,7 +83,7 @@ class TorchArtifact:
         model = self.model
         config = replace(
             model.config,
-            method="zero_shot" if model.config.head == "text" else "linear_probe",
+            method="linear_probe" if model.config.head == "linear" else "zero_shot",
             margin=0,
         )
         alone = AdaViPro(

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from adavipro_fast.errors import printable
 from adavipro_fast.files.hub import CHECKPOINT, LIBRARY, SCHEME
-from adavipro_fast.method.config import PROMPTED, Method, PromptConfig
+from adavipro_fast.method.config import PROMPTED, HeadKind, Method, PromptConfig
 from adavipro_fast.method.encoder import EncoderIdentity
 from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.method.timm_encoder import PREFIX
@@ -34,6 +34,11 @@ METHODS: dict[Method, str] = {
     "zero_shot": "nothing: it is used as it is",
     "linear_probe": "nothing but the classes' linear layer",
     "full_finetune": "training its own weights further; they are in this repository",
+}
+HEADS: dict[HeadKind, str] = {
+    "text": "the nearest name, by the text encoder",
+    "linear": "a linear layer, trained too",
+    "mapped": "the encoder's own classifier, one of its classes in the place of each class here",
 }
 OWN = "of the author's own"
 WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
@@ -174,8 +179,7 @@ def what_it_is(
 ) -> str:
     """Say what it is, and list the classes."""
     adapted = METHODS[config.method].format(size=config.prompt_size, region=config.region_size)
-    learned = config.head == "linear" or config.method == "linear_probe"
-    head = "a linear layer, trained too" if learned else "the nearest name, by the text encoder"
+    head = HEADS["linear" if config.method == "linear_probe" else config.head]
     side, margin = preprocess.size, ""
     if preprocess.margin:
         margin = f", shrunk by {preprocess.margin} on each side, which the prompt has for itself"
@@ -206,7 +210,8 @@ def how_good(config: PromptConfig, run: Run | None, pictures: Sequence[str]) -> 
     val, test = f"{counted.get('val', '')}validation", f"{counted.get('test', '')}test"
     rows = [("This model", val, "val_top1"), ("This model", test, "test_top1")]
     if config.method != "zero_shot":
-        rows.append(("The encoder alone, by the names of the classes", test, "zero_shot_top1"))
+        by = "its own classes" if config.head == "mapped" else "the names of the classes"
+        rows.append((f"The encoder alone, by {by}", test, "zero_shot_top1"))
     table = ["| | images | top-1, % |", "|---|---|---|"]
     for what, split, key in rows:
         if run.figures.get(key) is not None:

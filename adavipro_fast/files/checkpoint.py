@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from adavipro_fast.files.card import model_card
 from adavipro_fast.files.checked import read
@@ -41,7 +41,8 @@ class Checkpoint(ModelHubMixin):
     """What was trained, without its encoder.
 
     Tensors: `prompt` (3, S, S) and the generator's weights; `class_embeddings` (K, E);
-    `class_bias` (K,) of a linear head; `logit_scale` (); a fine-tuned tower's under `visual.`.
+    `class_bias` (K,) of a linear or mapped head; `logit_scale` (); a fine-tuned tower's under
+    `visual.`.
     """
 
     tensors: dict[str, Tensor]
@@ -167,7 +168,7 @@ def trained_tensors(model: AdaViPro) -> dict[str, Tensor]:
         tensors["prompt"] = model.prompt.template()
     if model.prompt.generator is not None:
         tensors |= model.prompt.generator.state_dict()
-    if model.config.head == "linear":
+    if model.config.head != "text":
         assert model.class_bias is not None
         tensors |= {"class_embeddings": model.class_embeddings, "class_bias": model.class_bias}
     if model.config.method == "full_finetune":
@@ -183,7 +184,7 @@ def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
     if model.prompt.generator is not None:
         names = model.prompt.generator.state_dict()
         model.prompt.generator.load_state_dict({name: tensors[name] for name in names})
-    if isinstance(model.class_embeddings, nn.Parameter) and model.class_bias is not None:
+    if model.config.head != "text" and model.class_bias is not None:
         model.class_embeddings.data.copy_(tensors["class_embeddings"])
         model.class_bias.data.copy_(tensors["class_bias"])
     if model.config.method == "full_finetune":
@@ -266,7 +267,7 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
     expected: dict[str, tuple[int | None, ...]] = {"class_embeddings": (classes, None)}
     if config.method != "linear_probe":
         expected["logit_scale"] = ()
-    if config.head == "linear":
+    if config.head != "text":
         expected["class_bias"] = (classes,)
     if config.method in PROMPTED:
         expected["prompt"] = (3, side, side)

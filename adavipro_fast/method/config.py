@@ -11,7 +11,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 ExportPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 QUANTISED = ("int8", "fp8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HeadKind = Literal["text", "linear"]
+HeadKind = Literal["text", "linear", "mapped"]
 HeadInput = Literal["embedding", "features"]
 Input = Literal["float32", "uint8", "any"]
 LARGEST_SIDE = 4096
@@ -53,7 +53,8 @@ class PromptConfig:
     generator_init: Literal["random", "avoid-edges"] = "random"
     """first values of the mask generator: torch's default, or open where edges are weak"""
     head: HeadKind = "text"
-    """what scores the classes: embeddings of their names, or a learned linear layer"""
+    """what scores the classes: embeddings of their names, a learned linear layer, or classes of the
+    encoder's own classifier, each in the place of one (timm:NAME)"""
     head_input: HeadInput | None = None
     """what a linear head reads: unit embeddings, or the features before the projection (default:
     what validation says)"""
@@ -68,6 +69,13 @@ class PromptConfig:
             raise ValueError(f"{self.method} has no prompt to leave a --margin for")
         if self.method == "zero_shot" and self.head == "linear":
             raise ValueError("zero_shot learns no head; use --method linear_probe for one alone")
+        if self.head == "mapped" and self.method in ("linear_probe", "full_finetune"):
+            raise ValueError(
+                f"{self.method} learns a head of its own; --head mapped goes with adavipro, vp or "
+                "zero_shot"
+            )
+        if self.head == "mapped" and self.head_input == "embedding":
+            raise ValueError("a mapped head reads features; leave --head-input out")
         text = self.head == "text" and self.method != "linear_probe"
         if text and self.head_input == "features":
             raise ValueError("a text head reads embeddings; use --head linear with --head-input")

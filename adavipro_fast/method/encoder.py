@@ -55,6 +55,31 @@ class LeanAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).reshape(batch, tokens, channels)), None
 
 
+class Classifier(nn.Module):
+    """The linear layer that reads an encoder's features: weight (C, F) and bias (C,), frozen."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach().float().clone()
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias.clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Score features (B, F): logits (B, C), fp32."""
+        return F.linear(features, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class NoClassifier:
+    """In a classifier's place, of an encoder that has none."""
+
+    reason: str
+
+
 class FrozenEncoder(nn.Module):
     """A CLIP image tower that never learns, and that is never changed in place.
 
@@ -68,6 +93,7 @@ class FrozenEncoder(nn.Module):
         logit_scale: factor of the cosine, at most 100 as in CLIP.
         logit_bias: added to it where the encoder was trained with a sigmoid, as SigLIP.
         sha256: of its weights, where it is known.
+        classifier: of its own, which it was trained with; no part of the hash.
     """
 
     def __init__(
@@ -80,6 +106,7 @@ class FrozenEncoder(nn.Module):
         logit_scale: float,
         logit_bias: float | None = None,
         sha256: str | None = None,
+        classifier: Classifier | NoClassifier = NoClassifier("it is a CLIP"),
     ) -> None:
         super().__init__()
         self.visual = visual.eval().requires_grad_(False)
@@ -88,6 +115,7 @@ class FrozenEncoder(nn.Module):
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
         self.sha256 = sha256 or fingerprint(visual)
         self.precision: Precision = "fp32"
+        self.classifier = classifier
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Keep evaluation mode whatever the surrounding model is put into."""
@@ -130,6 +158,7 @@ class FrozenEncoder(nn.Module):
             logit_scale=self.logit_scale,
             logit_bias=self.logit_bias,
             sha256=self.sha256,
+            classifier=self.classifier,
         )
         twin.precision = precision or self.precision
         if precision is not None:

@@ -29,7 +29,7 @@ class AdaViPro(nn.Module):
         encoder: frozen CLIP image tower, from `load_encoder`.
         class_embeddings: (K, E), unit rows; (K, F) where the head reads the features.
         config: what the prompt is made of.
-        class_bias: (K,), of a linear head (default: the encoder's bias, or none).
+        class_bias: (K,), of a linear or mapped head (default: the encoder's bias, or none).
         logit_scale: factor of the cosine (default: the encoder's).
         kernel: see `AdaptivePrompt`.
     """
@@ -57,17 +57,18 @@ class AdaViPro(nn.Module):
             std=encoder.preprocess.std,
             kernel=kernel,
         )
+        # Copies: the caller's rows neither learn nor are mapped anew.
+        rows = class_embeddings.detach().float().clone()
+        bias = None if class_bias is None else class_bias.detach().float().clone()
         if self.config.head == "linear":
-            # A copy: the caller's rows do not learn.
-            self.class_embeddings = nn.Parameter(class_embeddings.detach().float().clone())
-            self.class_bias = (
-                None if class_bias is None else nn.Parameter(class_bias.detach().float().clone())
-            )
+            self.class_embeddings = nn.Parameter(rows)
+            self.class_bias = None if bias is None else nn.Parameter(bias)
         else:
-            self.register_buffer("class_embeddings", class_embeddings.float(), persistent=False)
-            bias = encoder.logit_bias
-            shared = None if bias is None else torch.full((len(class_embeddings),), bias)
-            self.register_buffer("class_bias", shared, persistent=False)
+            if self.config.head == "text":
+                shared = encoder.logit_bias
+                bias = None if shared is None else torch.full((len(rows),), shared)
+            self.register_buffer("class_embeddings", rows, persistent=False)
+            self.register_buffer("class_bias", bias, persistent=False)
 
     @property
     def config(self) -> PromptConfig:

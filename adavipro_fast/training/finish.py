@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adavipro_fast.data.metrics import mask_figures
-from adavipro_fast.data.sets import load_test
+from adavipro_fast.data.sets import load_dataset, load_test
 from adavipro_fast.data.split import Split
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
@@ -26,6 +26,7 @@ from adavipro_fast.training import pictures
 from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import TrainConfig
 from adavipro_fast.training.log import say
+from adavipro_fast.training.mapping import map_classes, unprompted
 from adavipro_fast.training.state import UNTRAINED
 from adavipro_fast.training.trainer import Trainer
 
@@ -48,9 +49,8 @@ def finish(
         KeyboardInterrupt: the process was told to stop; the step reached is saved.
         VerificationError: the frozen encoder changed.
     """
-    zero_shot_top1 = None
-    if embeddings is not None:
-        zero_shot_top1 = _zero_shot(trainer, frozen, embeddings, config)
+    zero_shot_top1 = _zero_shot(trainer, frozen, embeddings, config)
+    if zero_shot_top1 is not None:
         say(f"zero-shot top-1: {zero_shot_top1:.1f} % (test)")
     began = time.perf_counter()
     with told_to_stop(trainer):
@@ -81,12 +81,25 @@ def told_to_stop(trainer: Trainer) -> Iterator[None]:
 
 
 def _zero_shot(
-    trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor, config: TrainConfig
-) -> float:
-    """Test the encoder on whole images, whatever margin the prompt has."""
-    settings = PromptConfig(method="zero_shot", region_size=config.prompt.region_size)
-    model = AdaViPro(frozen, embeddings, settings).to(trainer.device)
-    test = trainer.dataset.test
+    trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor | None, config: TrainConfig
+) -> float | None:
+    """Test the encoder on whole images, whatever margin the prompt has.
+
+    With a mapped head, the classes are found for the encoder alone too.
+    """
+    region, test = config.prompt.region_size, trainer.dataset.test
+    if config.prompt.head == "mapped":
+        model = unprompted(frozen, len(trainer.dataset.class_names), region).to(trainer.device)
+        train = trainer.dataset.train
+        if config.prompt.margin:
+            seed = config.optimiser.seed
+            train = load_dataset(config.data, model.preprocess, seed=seed).train
+        map_classes(model, train, trainer.group)
+    elif embeddings is not None:
+        settings = PromptConfig(method="zero_shot", region_size=region)
+        model = AdaViPro(frozen, embeddings, settings).to(trainer.device)
+    else:
+        return None
     if config.prompt.margin:
         _, test = load_test(config.data, model.preprocess)
     return trainer.evaluate(model, test).top1

@@ -28,6 +28,7 @@ from adavipro_fast.training import group as distributed
 from adavipro_fast.training.config import TrainConfig, difference, read_stored, stored
 from adavipro_fast.training.finish import finish
 from adavipro_fast.training.log import say
+from adavipro_fast.training.mapping import classifier_of, map_classes, unmapped_rows
 from adavipro_fast.training.probe import Head, fit_head
 from adavipro_fast.training.run_folder import held, make_folder
 from adavipro_fast.training.state import read_state
@@ -157,7 +158,10 @@ def load(config: TrainConfig) -> Loaded:
     """
     _, device = distributed.join(config.device)
     check_templates(config.template)
+    _check_head(config)
     frozen, text = load_clip(config.model, config.pretrained)
+    if config.prompt.head == "mapped":
+        classifier_of(frozen)
     torch.manual_seed(config.optimiser.seed)
     # Wrong sizes are told before images are decoded.
     bare = AdaViPro(frozen, torch.zeros(1, 1), config.prompt, kernel=config.kernel)
@@ -177,6 +181,8 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
     group, device = distributed.join(config.device)
     frozen, dataset, embeddings = loaded.frozen, loaded.dataset, loaded.embeddings
     model = _model(config, frozen, dataset, embeddings, device)
+    if model.config.head == "mapped":
+        map_classes(model, dataset.train, group)
     assert config.output is not None
     trainer = Trainer(
         model,
@@ -212,8 +218,9 @@ def _model(
     """Build what the method trains."""
     prompt, encoder = config.prompt, frozen.to(device)
     rows, bias = embeddings, None
-    if config.head_from is not None and prompt.head != "linear":
-        raise ValueError("--head-from is where a linear head starts; add --head linear")
+    if prompt.head == "mapped":
+        rows, bias = unmapped_rows(encoder, len(dataset.class_names))
+        prompt = replace(prompt, head_input="features")
     if prompt.head == "linear" or prompt.method == "linear_probe":
         head = _head(config, encoder, dataset, embeddings, device)
         prompt = replace(prompt, head="linear", head_input=head.head_input)
@@ -228,6 +235,17 @@ def _model(
     sample = torch.linspace(0, len(dataset.train) - 1, min(CALIBRATION_IMAGES, len(dataset.train)))
     model.prompt.initialise(dataset.train.batch(sample.long(), device)[0])
     return model
+
+
+def _check_head(config: TrainConfig) -> None:
+    """Raise ValueError where settings of one head are given with another."""
+    head = config.prompt.head
+    if config.head_from is not None and head != "linear":
+        raise ValueError("--head-from is where a linear head starts; add --head linear")
+    if config.class_embeddings is not None and head == "mapped":
+        raise ValueError("--class-embeddings are no part of a mapped head; leave them out")
+    if config.optimiser.mapping != "iterative" and head != "mapped":
+        raise ValueError(f"--mapping {config.optimiser.mapping} is of --head mapped; add that")
 
 
 def _head(
@@ -269,8 +287,8 @@ def _head(
 
 def needs_text(config: TrainConfig) -> bool:
     """Tell whether class embeddings are part of what is trained."""
-    learned = config.prompt.head == "linear" or config.prompt.method == "linear_probe"
-    return not learned or config.class_embeddings is not None
+    named = config.prompt.head == "text" and config.prompt.method != "linear_probe"
+    return named or config.class_embeddings is not None
 
 
 def templates_of(config: TrainConfig) -> tuple[str, ...]:
