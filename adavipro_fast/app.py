@@ -44,6 +44,7 @@ class AppConfig:
     precision: Precision = "fp32"
     """of a checkpoint's encoder"""
     device: cli.Device = "auto"
+    runtime: cli.Runtime = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -117,6 +118,7 @@ def opened(config: AppConfig) -> tuple[Artifact, Artifact | None]:
         "pretrained": config.pretrained,
         "precision": config.precision,
         "device": config.device,
+        "runtime": config.runtime,
     }
     artifact = open_artifact(config.artifact, task=config.task, **options)
     if artifact.about.open_for is not None:

@@ -41,6 +41,7 @@ class EvaluateConfig:
     precision: Precision = "fp32"
     """of a checkpoint's encoder"""
     device: cli.Device = "auto"
+    runtime: cli.Runtime = "auto"
     batch_size: int = 64
     """images at once"""
     reject: cli.Reject = None
@@ -64,6 +65,7 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         pretrained=config.pretrained,
         precision=config.precision,
         device=config.device,
+        runtime=config.runtime,
         task=config.task,
     )
     artifact.about.check_one_task(config.artifact)

@@ -35,6 +35,7 @@ class PredictConfig:
     precision: Precision = "fp32"
     """of a checkpoint's encoder"""
     device: cli.Device = "auto"
+    runtime: cli.Runtime = "auto"
 
 
 def main() -> None:
@@ -52,6 +53,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         pretrained=config.pretrained,
         precision=config.precision,
         device=config.device,
+        runtime=config.runtime,
         task=config.task,
     )
     artifact.about.check_one_task(config.artifact)

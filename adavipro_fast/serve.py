@@ -63,6 +63,7 @@ class ServeConfig:
     """longest time for a request to arrive"""
     device: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """where to run; repeatable, each runs batches of its own (default: auto)"""
+    runtime: cli.Runtime = "auto"
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
@@ -174,6 +175,7 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
         "model": config.model,
         "pretrained": config.pretrained,
         "precision": config.precision,
+        "runtime": config.runtime,
         "say": say,
     }
     if config.tasks_folder is not None and not config.tasks_folder.is_dir():

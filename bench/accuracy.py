@@ -97,7 +97,7 @@ def open_onnx(
         pretrained=config.pretrained,
     )
     to_onnx.command(options)
-    return open_artifact(path, device=config.device)
+    return open_artifact(path, device=config.device, runtime="onnxruntime")
 
 
 def main() -> None:

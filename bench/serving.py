@@ -86,7 +86,7 @@ def command(config: ServingConfig) -> dict[str, Any]:
     counts = config.clients or (1, 8, 32, 128)
     with tempfile.TemporaryDirectory() as place:
         path = exported(subject, Path(place))
-        artifact = open_artifact(path, device="cpu")
+        artifact = open_artifact(path, device="cpu", runtime="onnxruntime")
         load = load_of(config, subject, artifact)
         pixels = subject.sample[torch.arange(config.batch) % IMAGES]
         results: dict[str, list[dict[str, Any]]] = {"runner": []}
@@ -171,6 +171,7 @@ def kserve(pixels: Any) -> bytes:
 def server(path: Path, *flags: str) -> Iterator[str]:
     """Serve a file in a process of its own; give its address."""
     command = [sys.executable, "-m", "adavipro_fast.serve", str(path), "--port", "0", *flags]
+    command += ["--runtime", "onnxruntime"]
     process = subprocess.Popen(
         [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -197,7 +197,7 @@ def task_model(subject: Subject, config: TasksConfig, number: int) -> AdaViPro:
 
 def opened(subject: Subject, path: Path) -> Artifact:
     """Open a file where the bench runs."""
-    return open_artifact(path, device=str(subject.device))
+    return open_artifact(path, device=str(subject.device), runtime="onnxruntime")
 
 
 def write(subject: Subject, models: list[AdaViPro], path: Path, *, alone: bool = False) -> None:

@@ -243,6 +243,7 @@ class VerifyConfig:
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     device: cli.Device = "auto"
+    runtime: cli.Runtime = "auto"
 
 
 def main() -> None:
@@ -259,7 +260,9 @@ def command(config: VerifyConfig) -> dict[str, Any]:
     reference = TorchArtifact.open(
         config.checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
     )
-    candidate = open_artifact(config.artifact, device=config.device, task=config.task)
+    candidate = open_artifact(
+        config.artifact, device=config.device, runtime=config.runtime, task=config.task
+    )
     candidate.about.check_one_task(config.artifact)
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)

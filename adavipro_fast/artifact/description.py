@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from adavipro_fast.method.functional import Edge, EdgePadding, normalise
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Preprocess
 
+# What runs an .onnx file.
+Runtime = Literal["auto", "onnxruntime", "openvino"]
 # A task for all images, or one for each.
 Tasks = str | Sequence[str]
 
@@ -187,8 +189,8 @@ class Description:
 class Artifact(Protocol):
     """A classifier ready to run.
 
-    Threads may share one: ONNX Runtime and PyTorch run their calls side by side, an engine one
-    after the other.
+    Threads may share one: ONNX Runtime and PyTorch run their calls side by side, OpenVINO and an
+    engine one after the other.
     """
 
     @property
@@ -197,7 +199,7 @@ class Artifact(Protocol):
 
     @property
     def backend(self) -> str:
-        """Which runtime: torch, onnxruntime, tensorrt or tensorrt-rtx."""
+        """Which runtime: torch, onnxruntime, openvino, tensorrt or tensorrt-rtx."""
 
     @property
     def provider(self) -> str:

@@ -42,7 +42,11 @@ class OnnxArtifact:
             NotRunnableError: ONNX Runtime cannot run it there.
             ValueError: not one of ours, or damaged.
         """
-        about = describe_onnx(path)
+        return cls.of(path, describe_onnx(path), device)
+
+    @classmethod
+    def of(cls, path: Path, about: Description, device: str = "auto") -> "OnnxArtifact":
+        """Load a file that was described; errors are `open`'s."""
         try:
             import onnxruntime
         except ImportError as error:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from adavipro_fast.artifact.description import Artifact, OneTask
-from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.description import Artifact, OneTask, Runtime
+from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx
 from adavipro_fast.artifact.open_tasks import OpenArtifact
+from adavipro_fast.artifact.openvino import OpenVinoArtifact, preferred
 from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.device import torch_device
 from adavipro_fast.files.hub import on_disk
 from adavipro_fast.method.config import Precision
 
@@ -17,6 +19,7 @@ def open_artifact(
     pretrained: str | None = None,
     precision: Precision = "fp32",
     device: str = "auto",
+    runtime: Runtime = "auto",
     task: str | None = None,
 ) -> Artifact:
     """Open a trained prompt for inference.
@@ -28,6 +31,8 @@ def open_artifact(
         pretrained: open_clip tag or path of the encoder's weights.
         precision: of a checkpoint's encoder.
         device: auto, cpu, cuda, ...
+        runtime: of an .onnx file; auto takes OpenVINO on a CPU where it is installed and the file
+            is not quantised and has its tasks in it, else ONNX Runtime.
         task: one of a file that holds several; a `.task` file where tasks are data.
 
     Raises:
@@ -37,15 +42,21 @@ def open_artifact(
     """
     if task is not None:
         opened = open_artifact(
-            path, model=model, pretrained=pretrained, precision=precision, device=device
+            path,
+            model=model,
+            pretrained=pretrained,
+            precision=precision,
+            device=device,
+            runtime=runtime,
         )
         if isinstance(opened, OpenArtifact) and task.endswith(".task"):
             task = opened.add(task)
         return OneTask(opened, task)
     path = on_disk(Path(path))
     if path.suffix == ".onnx":
-        file = OnnxArtifact.open(path, device)
-        return file if file.about.open_for is None else OpenArtifact(file)
+        return open_onnx(path, device, runtime)
+    if runtime != "auto":
+        raise ValueError(f"runtime {runtime} runs .onnx files, {path} is none; leave it out")
     if path.suffix == ".engine":
         from adavipro_fast.artifact.tensorrt import EngineArtifact
 
@@ -53,3 +64,12 @@ def open_artifact(
     return TorchArtifact.open(
         path, model=model, pretrained=pretrained, precision=precision, device=device
     )
+
+
+def open_onnx(path: Path, device: str, runtime: Runtime) -> Artifact:
+    """Open an .onnx file in the runtime asked for; arguments and errors are `open_artifact`'s."""
+    about = describe_onnx(path)
+    if runtime == "openvino" or (runtime == "auto" and preferred(about, torch_device(device))):
+        return OpenVinoArtifact.of(path, about, device)
+    file = OnnxArtifact.of(path, about, device)
+    return file if about.open_for is None else OpenArtifact(file)

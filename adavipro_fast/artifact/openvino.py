@@ -1,0 +1,132 @@
+"""Run exported graphs with OpenVINO on the CPU, in fp32 whatever the CPU offers."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
+from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.device import torch_device
+from adavipro_fast.method.config import QUANTISED
+from adavipro_fast.method.model import Prediction
+
+INSTALL = "pip install 'adavipro_fast[openvino]'"
+OTHERWISE = "use runtime onnxruntime"
+SETTINGS = {
+    # Where the CPU has bf16, OpenVINO takes it by itself, which turns decisions near 0.
+    "INFERENCE_PRECISION_HINT": "f32",
+    "PERFORMANCE_HINT": "LATENCY",
+    # A pinned thread waits for its own core, whatever else is idle.
+    "ENABLE_CPU_PINNING": False,
+}
+NAMES = ("image", "task", "logits", "mask", "embedding")
+AXES = ("batch", "channels", "height", "width")
+
+
+@dataclass(frozen=True)
+class OpenVinoArtifact:
+    """An exported graph run by OpenVINO."""
+
+    request: Any
+    about: Description
+    provider: str
+    backend: str = "openvino"
+    lock: Any = field(default_factory=threading.Lock)
+    """a request holds the memory of one call; compiled for latency, one call takes all cores"""
+
+    @classmethod
+    def open(cls, path: Path, device: str = "auto") -> "OpenVinoArtifact":
+        """Load a file on the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ImportError: OpenVINO is not installed.
+            NotRunnableError: OpenVINO cannot run it.
+            ValueError: not one of ours, damaged, of a form that it does not run, or a device other
+                than the CPU was asked for.
+        """
+        return cls.of(path, describe_onnx(path), device)
+
+    @classmethod
+    def of(cls, path: Path, about: Description, device: str = "auto") -> "OpenVinoArtifact":
+        """Load a file that was described; errors are `open`'s."""
+        place = torch_device("cpu" if device == "auto" else device)
+        if obstacle := openvino_obstacle(about, place):
+            raise ValueError(f"OpenVINO does not run {path}: {obstacle}; {OTHERWISE}")
+        try:
+            import openvino
+        except ImportError as error:
+            raise ImportError(
+                f"OpenVINO is not installed or cannot be loaded ({error}); {INSTALL}, or "
+                f"{OTHERWISE}"
+            ) from error
+        try:
+            compiled = openvino.Core().compile_model(str(path), "CPU", SETTINGS)
+        except Exception as error:  # What it raises for a graph that it does not know is open.
+            reason = " ".join(str(error).split())
+            raise NotRunnableError(f"OpenVINO cannot run {path}: {reason}; {OTHERWISE}") from error
+        parts = compiled.inputs + compiled.outputs
+        about.check_shapes({name_of(part): shape_of(part) for part in parts}, path)
+        provider = "CPU, int8" if about.precision == "int8" else "CPU, fp32"
+        return cls(compiled.create_infer_request(), about, provider)
+
+    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels."""
+        numbers = self.about.numbers(task, len(pixels))
+        return self.about.prediction(self.run(self.about.image(pixels.cpu()), numbers))
+
+    def run(self, image: Tensor, tasks: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Run the graph on its input (B, 3, S, S).
+
+        Args:
+            image: its input, on the CPU.
+            tasks: the number of each image's task, where there are several.
+        """
+        feeds = {"image": image.contiguous().numpy()}
+        if tasks:
+            feeds["task"] = torch.tensor(tasks).numpy()
+        with self.lock:
+            # Outputs are copied: the next call writes where they lie.
+            found = self.request.infer(feeds, share_inputs=True, share_outputs=False)
+        return {name_of(part): torch.from_numpy(array) for part, array in found.items()}
+
+
+def openvino_obstacle(about: Description, place: torch.device) -> str | None:
+    """Say what keeps OpenVINO from running a file on a device."""
+    if place.type != "cpu":
+        return f"it runs on the CPU, {place} was asked for"
+    if about.open_for is not None:
+        return "its tasks are data"
+    if about.precision == "fp8":
+        # Its answers are further from ONNX Runtime's, which were judged, than rounding explains.
+        return "it rounds fp8 otherwise than the file says"
+    return None
+
+
+def preferred(about: Description, place: torch.device) -> bool:
+    """Tell whether `auto` takes OpenVINO: on a CPU, where it is installed and the file runs in it.
+
+    Quantised files stay with the runtime that their accuracy was judged in.
+    """
+    able = openvino_obstacle(about, place) is None and about.precision not in QUANTISED
+    return able and find_spec("openvino") is not None
+
+
+def name_of(part: Any) -> str:
+    """Return which input or output it is.
+
+    What optimisation removes leaves its names on its neighbours: a part may have several.
+    """
+    return next((name for name in NAMES if name in part.get_names()), "")
+
+
+def shape_of(part: Any) -> list[int | str]:
+    """Return the shape of an input or output; open axes have names."""
+    sizes = part.partial_shape
+    return [AXES[axis] if size.is_dynamic else size.get_length() for axis, size in enumerate(sizes)]
