@@ -319,7 +319,7 @@ def test_the_commands_are_listed(capsys):
     run_module("adavipro_fast", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2].split(".")[1] for line in lines] == [
-        "train", "compare", "evaluate", "predict", "tasks", "serve", "app", "cache", "demo"
+        "train", "compare", "evaluate", "predict", "tasks", "serve", "app", "push", "cache", "demo"
     ]  # fmt: skip
 
 

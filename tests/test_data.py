@@ -100,6 +100,7 @@ def test_an_interrupted_cache_is_made_again(folder, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_two_processes_may_fill_the_cache_at_once(folder, tmp_path):
     program = (
         "import sys; from pathlib import Path\n"

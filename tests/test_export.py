@@ -229,7 +229,7 @@ def test_a_reader_that_knows_only_the_contract_gets_the_same_predictions(
         assert (logits.dtype, mask.dtype, embedding.dtype) == ("float32", "int32", "float32")
 
 
-@pytest.mark.parametrize("margin", [0, 25])
+@pytest.mark.parametrize("margin", [pytest.param(0, marks=pytest.mark.slow), 25])
 def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder, cache, margin):
     trained = small(tmp_path / "run", epochs=1)
     trained = train.start_run(replace(trained, prompt=replace(trained.prompt, margin=margin)))
@@ -300,6 +300,7 @@ def one_line(error):
     return errors[0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path):
     script = Path(to_onnx.__file__)
     done = subprocess.run(

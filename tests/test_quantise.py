@@ -108,7 +108,7 @@ def test_the_product_that_rounding_hurts_is_left_wide():
     assert (none, wide) == (None, ["second"])
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_a_file_is_judged_by_the_accuracy_on_labelled_images(checkpoint, folder, tmp_path, kind):
     output = tmp_path / "f.onnx"
     config = OnnxConfig(

@@ -83,7 +83,11 @@ def pixels():
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"graph": "pixel", "input": "uint8"}, {"precision": "fp16", "input": "uint8"}],
+    [
+        {},
+        pytest.param({"graph": "pixel", "input": "uint8"}, marks=pytest.mark.slow),
+        {"precision": "fp16", "input": "uint8"},
+    ],
 )
 def test_a_mixed_batch_gets_the_answers_of_each_tasks_own_checkpoint(
     exported, checkpoints, pixels, flags

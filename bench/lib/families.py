@@ -96,14 +96,14 @@ OPEN_CLIP = [
     Encoder("CLIP ResNet", "ModifiedResNet", RESNET, quick=True),
     Encoder(
         "SigLIP", "test_vit3", of_timm("test_vit3", 160, "map", "none"), SIGLIP,
-        resize_mode="squash", quick=True,
+        resize_mode="squash",
     ),
     Encoder(
         "EVA", "eva02_tiny", of_timm("eva02_tiny_patch14_224", 224, "token", "none"),
         {"embed_dim": 192},
     ),
     Encoder("PE-Core", "vit_pe_core_tiny", of_timm("vit_pe_core_tiny_patch16_384", 384, "map", "")),
-    Encoder("CLIP ConvNeXt", "test_convnext", of_timm("test_convnext", 160, "", "mlp"), quick=True),
+    Encoder("CLIP ConvNeXt", "test_convnext", of_timm("test_convnext", 160, "", "mlp")),
     Encoder("CLIP Swin", "swin_tiny", of_timm("swin_tiny_patch4_window7_224", 224, "", "linear")),
     Encoder("CLIP ViT of timm", "vit_relpos", of_timm("test_vit_relpos", 160, "", "linear")),
     Encoder("MobileCLIP", "fastvit_t8", of_timm("fastvit_t8", 256, "avg", "")),
