@@ -49,6 +49,7 @@ def curves(folder, tmp_path, sizes, epochs):
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(folder, tmp_path):
     found = curves(folder, tmp_path, (1, 2), epochs=3)
     assert found[2][0] == pytest.approx(found[1][0], abs=1e-5)

@@ -229,7 +229,8 @@ def test_a_reader_that_knows_only_the_contract_gets_the_same_predictions(
         assert (logits.dtype, mask.dtype, embedding.dtype) == ("float32", "int32", "float32")
 
 
-@pytest.mark.parametrize("margin", [pytest.param(0, marks=pytest.mark.slow), 25])
+@pytest.mark.parametrize("margin", [0, 25])
+@pytest.mark.slow
 def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder, cache, margin):
     trained = small(tmp_path / "run", epochs=1)
     trained = train.start_run(replace(trained, prompt=replace(trained.prompt, margin=margin)))
@@ -415,6 +416,7 @@ def test_real_engines_are_built_for_three_gpus_and_their_types_proven(
     assert result["bytes"] > 1_000_000
 
 
+@pytest.mark.slow
 def test_an_engine_costs_hardly_more_than_its_baseline(built):
     options = {"precision": "fp16", "compute_capability": ("8.6",)}
     sizes = [built(**options, baseline=b)[1]["bytes"] for b in (False, True)]

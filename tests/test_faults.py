@@ -160,6 +160,7 @@ def test_a_changed_flag_is_refused_with_the_difference(finished, monkeypatch, ca
     assert "--accept-change epochs" in printed.err
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_last_state_stays(small, tmp_path):
     config = small(tmp_path / "run", epochs=1)
     train.start_run(config)

@@ -132,6 +132,7 @@ def test_a_file_is_judged_by_the_accuracy_on_labelled_images(checkpoint, folder,
     assert stored > sum(len(w.raw_data) for w in weights) / 3
 
 
+@pytest.mark.slow
 def test_other_images_are_judged_by_agreement(checkpoint, folder, tmp_path):
     config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder / "test")
     result = to_onnx.command(replace(config, largest_loss=50.0))

@@ -54,6 +54,7 @@ def test_images_are_prepared_as_timm_prepares_them(name, size):
     torch.testing.assert_close(ours, theirs(image), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_prompt_with_a_head_trains_exports_and_predicts(small, weights, tmp_path, folder):
     result = start_run(settings(small, tmp_path / "run", weights, head="linear"))
     assert result["zero_shot_top1"] is None
