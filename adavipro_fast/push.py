@@ -15,15 +15,12 @@ import tyro
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from adavipro_fast import cli
-from adavipro_fast.data.coop import COOP
-from adavipro_fast.data.sets import TORCHVISION
+from adavipro_fast.data.sets import NAMED
 from adavipro_fast.files import hub
 from adavipro_fast.files.card import PICTURES, Run, source_of
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.training.config import read_stored
 from adavipro_fast.training.state import read_state
-
-KNOWN_DATA = {"demo", *TORCHVISION, *COOP}
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def run_of(path: Path, checkpoint: Checkpoint) -> Run | None:
     )
     if not same:
         return None
-    data = config.data.data if config.data.data in KNOWN_DATA else None
+    data = config.data.data if config.data.data in NAMED else None
     return Run(data, state.progress.images, config.optimiser.seed, figures)
 
 

@@ -1,5 +1,6 @@
 """Quantise an exported file on the user's images, and refuse where it costs accuracy."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,15 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adavipro_fast.artifact.description import Description
-from adavipro_fast.artifact.onnx import SEAL_KEY, UNSEALED, describe_onnx, seal
-from adavipro_fast.data.images import read_pixels
+from adavipro_fast.artifact.onnx import describe_onnx, metadata_of
+from adavipro_fast.data.images import images_in, read_pixels
 from adavipro_fast.data.sets import DataConfig, load_dataset
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export.quantise import ELEMENTS, Feeds, Kind, Quantiser, runner, search
+from adavipro_fast.export.graph import save_sealed
+from adavipro_fast.export.quantise import ELEMENTS, Array, Feeds, Kind, Quantiser, runner, search
+from adavipro_fast.method.config import ExportPrecision
 from adavipro_fast.method.preprocess import Preprocess
 
 CALIBRATED_ON, JUDGED_ON = 256, 1000
@@ -54,7 +56,7 @@ def judges_of(images: Path, class_names: tuple[str, ...], preprocess: Preprocess
         ranges, _ = data.train.batch(spread(len(data.train), CALIBRATED_ON), cpu)
         judged, labels = data.val.batch(spread(len(data.val), JUDGED_ON), cpu)
         return Judges(ranges, judged, labels)
-    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    files = images_in(images)
     if len(files) < 2:
         raise ValueError(f"{images} holds {len(files)} images; some hundred are needed")
     chosen = spread(len(files), CALIBRATED_ON + JUDGED_ON).tolist()
@@ -80,12 +82,13 @@ def quantise_file(path: Path, kind: Kind, judges: Judges, largest_loss: float) -
         What was done, for the command's JSON.
 
     Raises:
-        ValueError: there are no products.
+        ValueError: there are no products, or its weights need a second file.
         VerificationError: more accuracy is lost.
     """
     about = describe_onnx(path)
-    model = onnx.load(path)
-    quantiser = Quantiser(model, kind, list(feeds_of(judges.ranges, about)))
+    if path.with_name(path.name + ".data").exists():
+        raise ValueError(f"this encoder is too large to be quantised to {kind} in one file")
+    quantiser = Quantiser(onnx.load(path), kind, feeds_of(judges.ranges, about))
     exact = answers(quantiser.model, "fp32", judges, about)
     right = exact if judges.labels is None else judges.labels.numpy()
     top1 = float((exact == right).mean())
@@ -104,12 +107,7 @@ def quantise_file(path: Path, kind: Kind, judges: Judges, largest_loss: float) -
         )
     if (count := quantised_products(found, kind)) != len(quantiser.products) - len(wide):
         raise VerificationError(f"{path.name} was not written: {count} products are in {kind}")
-    entries = {p.key: p.value for p in found.metadata_props} | {SEAL_KEY: UNSEALED}
-    # Last, as where it was written.
-    del found.metadata_props[:]
-    onnx.helper.set_model_props(found, entries)
-    path.write_bytes(seal(found.SerializeToString()))
-    onnx.checker.check_model(path, full_check=True)
+    save_sealed(found, path, metadata_of(found))
     return {
         "products": len(quantiser.products),
         "wide": wide,
@@ -120,14 +118,14 @@ def quantise_file(path: Path, kind: Kind, judges: Judges, largest_loss: float) -
     }
 
 
-def feeds_of(pixels: Tensor, about: Description, size: int = BATCH) -> "list[Feeds]":
-    """Cut images into batches of a graph's input."""
-    return [{"image": about.image(part).numpy()} for part in pixels.split(size)]
+def feeds_of(pixels: Tensor, about: Description, size: int = BATCH) -> Iterator[Feeds]:
+    """Cut images into batches of a graph's input, one at a time: all would be large."""
+    return ({"image": about.image(part).numpy()} for part in pixels.split(size))
 
 
 def answers(
-    model: onnx.ModelProto, precision: Any, judges: Judges, about: Description
-) -> "np.ndarray[Any, Any]":
+    model: onnx.ModelProto, precision: ExportPrecision, judges: Judges, about: Description
+) -> Array:
     """Return a graph's classes of the judging images, (M,)."""
     run = runner(model, precision, ["logits"])
     return np.concatenate([run(fed)[0].argmax(1) for fed in feeds_of(judges.judged, about)])

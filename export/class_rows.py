@@ -1,17 +1,15 @@
 """The class rows of an ONNX file's text head: read them, or write a file with others."""
 
-import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from adavipro_fast.artifact.onnx import SEAL_KEY, describe_onnx, tensors_of
+from adavipro_fast.artifact.onnx import describe_onnx, metadata_of, tensors_of
 from adavipro_fast.export.graph import save_sealed
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.checkpoint import Checkpoint
@@ -51,11 +49,6 @@ def head_of(path: Path) -> Checkpoint:
         about.preprocess,
         templates=tuple(values.get("templates", ())),
     )
-
-
-def metadata_of(model: onnx.ModelProto) -> dict[str, Any]:
-    """Return what a graph says about itself, without its seal."""
-    return {p.key: json.loads(p.value) for p in model.metadata_props if p.key != SEAL_KEY}
 
 
 def rows_of(model: onnx.ModelProto) -> TensorProto:

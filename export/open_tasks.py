@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adavipro_fast.export.encoder import Head
 from adavipro_fast.export.fold import MaskHead, Plain, TokenTable, constant_delta, template_of
-from adavipro_fast.export.patches import foldable
+from adavipro_fast.export.patches import foldable, folding_obstacle
 from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.files.task import TABLES, TaskFile
 from adavipro_fast.method.model import AdaViPro
@@ -24,14 +24,16 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
     prompt, config = model.prompt, model.config
     if config.activation != "none":
         raise ValueError(f"activation {config.activation} does not collapse; it is no table")
+    visual = model.encoder.visual
+    if obstacle := folding_obstacle(visual):
+        raise ValueError(f"this encoder's prompts are no tables: {obstacle}")
     if config.method == "full_finetune":
         raise ValueError("a fine-tuned tower is no table; export it alone")
     kernel = torch.zeros(3, config.region_size + 2, config.region_size + 2)
     constant = torch.tensor(constant_delta(model))
     if prompt.generator is not None:
         kernel, constant = (part.detach() for part in prompt.generator.collapsed())
-    convolution = foldable(model.encoder.visual)
-    table = TokenTable(convolution, template_of(model), prompt.grid, torch.float32)
+    table = TokenTable(foldable(visual), template_of(model), prompt.grid, torch.float32)
     head = Head(model)
     own, count = head.classes.t(), len(model.class_embeddings)
     widths = head.widths

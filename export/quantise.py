@@ -8,7 +8,7 @@ products whose rounding costs most (`search`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import ml_dtypes
@@ -47,7 +47,7 @@ class Quantiser:
         ValueError: there is no product with weights in the encoder.
     """
 
-    def __init__(self, model: onnx.ModelProto, kind: Kind, feeds: Sequence[Feeds]) -> None:
+    def __init__(self, model: onnx.ModelProto, kind: Kind, feeds: Iterable[Feeds]) -> None:
         self.model, self.kind = model, kind
         self.products = {node.name: node for node in products(model)}
         if not self.products:
@@ -144,7 +144,7 @@ def products(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 
 def largest_of(
-    model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feeds]
+    model: onnx.ModelProto, names: Sequence[str], feeds: Iterable[Feeds]
 ) -> dict[str, Array]:
     """Find the largest magnitude of each channel of some tensors, whose last axis is channels."""
     watched = onnx.ModelProto()
@@ -162,7 +162,7 @@ def largest_of(
 
 
 def smooth(
-    model: onnx.ModelProto, chosen: Any, channels: dict[str, Array], share: float = SHARE
+    model: onnx.ModelProto, chosen: Iterable[onnx.NodeProto], channels: dict[str, Array]
 ) -> None:
     """Move a LayerNorm's outliers into the product behind it, where that alone reads it.
 
@@ -170,7 +170,6 @@ def smooth(
         model: whose weights change.
         chosen: the products.
         channels: of `largest_of`; follows.
-        share: of an outlier.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     uses = Counter(name for node in model.graph.node for name in node.input)
@@ -182,7 +181,7 @@ def smooth(
             continue
         weight = numpy_helper.to_array(tensors[product.input[1]])
         strongest = np.maximum(np.abs(weight).max(1), LEAST)
-        scale = np.maximum(channels[source], LEAST) ** share / strongest ** (1 - share)
+        scale = np.maximum(channels[source], LEAST) ** SHARE / strongest ** (1 - SHARE)
         channels[source] = channels[source] / scale
         # Tensors of their own: equal ones may be shared.
         places = [(product, 1, weight * scale[:, None])]

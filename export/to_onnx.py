@@ -21,7 +21,7 @@ from adavipro_fast.export.calibrate import judges_of, quantise_file
 from adavipro_fast.export.fold import Plain, deployed
 from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
 from adavipro_fast.export.open_tasks import OpenTasks, folded_task
-from adavipro_fast.export.patches import foldable, folding_obstacle
+from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.export.resize import AnySize, AnySizeTasks, any_size_obstacle
 from adavipro_fast.export.tasks import Tasks, tasks_obstacle
 from adavipro_fast.export.verify import (
@@ -37,7 +37,7 @@ from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
 from adavipro_fast.files.hub import run_name
 from adavipro_fast.files.task import TaskFile
 from adavipro_fast.files.whole import file_sha256
-from adavipro_fast.method.config import PROMPTED, QUANTISED, ExportPrecision, Input, working_dtype
+from adavipro_fast.method.config import DTYPES, PROMPTED, QUANTISED, ExportPrecision, Input
 from adavipro_fast.method.model import AdaViPro
 
 Graph = Literal["folded", "pixel"]
@@ -203,19 +203,13 @@ def build(models: Sequence[AdaViPro], config: OnnxConfig, graph: Graph) -> Plain
     Raises:
         ValueError: the encoder cannot be folded, or the models cannot share a graph.
     """
-    folded, dtype, uint8 = (
-        graph == "folded",
-        working_dtype(config.precision),
-        config.input != "float32",
-    )
+    folded, dtype, uint8 = graph == "folded", DTYPES[config.precision], config.input != "float32"
     if config.alone:
         return deployed(
             models[0], folded=folded, dtype=dtype, uint8=uint8, baseline=config.baseline
         )
     if obstacle := tasks_obstacle(models):
         raise ValueError(f"the checkpoints cannot share one graph: {obstacle}; export each alone")
-    if folded:
-        foldable(models[0].encoder.visual)
     if config.tasks == "baked":
         return Tasks(models, folded=folded, dtype=dtype, uint8=uint8)
     if not folded:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adavipro_fast import cli
 from adavipro_fast.artifact.description import Artifact, NotRunnableError, OneTask
@@ -22,7 +21,7 @@ from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data import world
-from adavipro_fast.data.images import read_pixels
+from adavipro_fast.data.images import images_in, read_pixels
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.method.config import QUANTISED
 from adavipro_fast.method.functional import region_logit
@@ -77,11 +76,12 @@ def opened(path: Path) -> OnnxArtifact | None:
         VerificationError: it cannot be run.
     """
     # ONNX Runtime's CPU provider has no bf16.
-    bf16 = describe_onnx(path).precision == "bf16"
+    about = describe_onnx(path)
+    bf16 = about.precision == "bf16"
     if bf16 and not torch.cuda.is_available():
         return None
     try:
-        return OnnxArtifact.open(path, "cuda" if bf16 else "cpu")
+        return OnnxArtifact.of(path, about, "cuda" if bf16 else "cpu")
     except NotRunnableError as error:
         if bf16:
             return None
@@ -102,7 +102,7 @@ def sample_batches(preprocess: Preprocess, images: Path | None) -> list[Tensor]:
         scaled = F.interpolate(drawn.float(), (preprocess.size,) * 2, mode="bilinear")
         real = scaled.round().to(torch.uint8)
     else:
-        files = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        files = images_in(images)
         if not files:
             raise ValueError(f"no image lies in {images}; name a folder of images")
         picked = tuple(files[i * len(files) // count] for i in range(count))

@@ -171,6 +171,15 @@ def test_what_cannot_be_quantised_is_refused(checkpoint, folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_encoder_that_needs_a_second_file_is_refused(checkpoint, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("adavipro_fast.export.graph.ONE_FILE_BYTES", 1)
+    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
+    with pytest.raises(ValueError, match="too large to be quantised to int8 in one file"):
+        to_onnx.command(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_an_engine_keeps_what_is_quantised(checkpoint, folder, tmp_path, kind):
     pytest.importorskip("tensorrt_rtx")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adavipro_fast import evaluate
-from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.artifact.onnx import describe_onnx, metadata_of
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import VerificationError
@@ -57,7 +57,7 @@ def exported(checkpoint):
 def described(exported, path, **metadata):
     """The same graph, which says something else about itself."""
     model = onnx.load(exported)
-    onnx_graph.save_sealed(model, path, class_rows.metadata_of(model) | metadata)
+    onnx_graph.save_sealed(model, path, metadata_of(model) | metadata)
     return path
 
 

@@ -167,7 +167,7 @@ def describe_onnx(path: Path) -> Description:
     data = path.with_name(path.name + ".data")
     try:
         model = onnx.load_model_from_string(content)
-        values = {p.key: json.loads(p.value) for p in model.metadata_props if p.key != SEAL_KEY}
+        values = metadata_of(model)
     except Exception as error:  # protobuf's own errors, nesting without end, ...
         raise ValueError(f"{path} is no ONNX file of ours: {error}") from error
     # A file may name any other file as the place of its weights.
@@ -182,6 +182,11 @@ def describe_onnx(path: Path) -> Description:
     if "data_sha256" in values and values["data_sha256"] != file_sha256(data):
         raise ValueError(f"{data} is damaged: it is not what was exported; export it again")
     return Description.of(values, path)
+
+
+def metadata_of(model: Any) -> dict[str, Any]:
+    """Return what a graph says about itself, without its seal."""
+    return {p.key: json.loads(p.value) for p in model.metadata_props if p.key != SEAL_KEY}
 
 
 def tensors_of(message: Any) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adavipro_fast.method.preprocess import Preprocess
 
@@ -17,6 +18,11 @@ LARGEST_IMAGE = 100_000_000
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 # Of an image whose longer side overhangs the square until it is cropped.
 LARGEST_RESIZED = 20_000_000
+
+
+def images_in(folder: Path) -> list[Path]:
+    """List the image files under a folder, in the order of their names."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
 
 
 def decode_image(

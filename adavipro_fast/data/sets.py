@@ -130,10 +130,7 @@ def _sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
         return coop_sources(COOP[config.data], config.data_root)
     root = Path(config.data)
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"no data folder {root}; --data takes a folder, demo, digits, "
-            f"{', '.join(sorted([*TORCHVISION, *COOP]))}"
-        )
+        raise FileNotFoundError(f"no data folder {root}; --data takes a folder, {', '.join(NAMED)}")
     return folder_sources(root)
 
 
@@ -148,6 +145,7 @@ TORCHVISION: dict[str, Any] = {
     "cifar10": torchvision.datasets.CIFAR10,
     "cifar100": torchvision.datasets.CIFAR100,
 }
+NAMED = ("demo", "digits", *sorted([*TORCHVISION, *COOP]))
 
 
 @contextmanager

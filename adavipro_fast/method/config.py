@@ -10,18 +10,18 @@ from adavipro_fast.method.functional import Activation, Edge, EdgePadding
 Precision = Literal["fp32", "bf16", "fp16"]
 ExportPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 QUANTISED = ("int8", "fp8")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    # What is not quantised stays in it.
+    "int8": torch.float32,
+    "fp8": torch.float32,
+}
 HeadKind = Literal["text", "linear", "mapped"]
 HeadInput = Literal["embedding", "features"]
 Input = Literal["float32", "uint8", "any"]
 LARGEST_SIDE = 4096
-
-
-def working_dtype(precision: ExportPrecision) -> torch.dtype:
-    """Return what is computed in where nothing is quantised."""
-    return DTYPES.get(precision, torch.float32)
-
-
 Method = Literal["adavipro", "vp", "zero_shot", "linear_probe", "full_finetune"]
 PROMPTED = ("adavipro", "vp")
 Kernel = Literal["auto", "fused", "plain"]
