@@ -1,39 +1,58 @@
-"""Accuracy of one checkpoint through every backend and precision, beside its speed.
+"""Accuracy of one checkpoint through every backend and precision, over its speed.
 
     python bench/accuracy.py runs/mine/checkpoint.safetensors --data my_images
 
-Every row predicts the whole test split. Agreement is with PyTorch in fp32, top-1 in percent and
-masks as a share of regions.
+Every row classifies the whole test split. Agreement is with PyTorch in fp32: answers in percent,
+masks as a share of regions. Then all are timed in turn on the same batch.
 """
 
 import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import tyro
+from torch import Tensor
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.description import Artifact, Runtime
+from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open import open_artifact
-from adavipro_fast.data.metrics import Evaluation
-from adavipro_fast.data.sets import DataConfig, load_test
+from adavipro_fast.artifact.openvino import INSTALL
+from adavipro_fast.data.metrics import Evaluation, evaluate
+from adavipro_fast.data.sets import DataConfig, load_test, sources_of
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import torch_device
+from adavipro_fast.errors import VerificationError
 from adavipro_fast.evaluate import evaluate_artifact
 from adavipro_fast.export import to_onnx
 from adavipro_fast.export.to_onnx import Graph
-from adavipro_fast.method.config import Input, Precision
-from lib.table import Json, publish
+from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input, Precision
+from lib.table import Json, Plot, publish, scatter
+from lib.timing import compared, percentiles, until_steady
 
-ONNX: tuple[tuple[Graph | None, Precision, Input], ...] = (
+ONNX: tuple[tuple[Graph | None, ExportPrecision, Input], ...] = (
     (None, "fp32", "float32"),
     (None, "fp32", "uint8"),
+    (None, "fp32", "any"),
     ("pixel", "fp32", "float32"),
     (None, "fp16", "uint8"),
     (None, "bf16", "uint8"),
+    (None, "int8", "uint8"),
+    (None, "fp8", "uint8"),
 )
+IN_OPENVINO = (("fp32", "uint8"), ("int8", "uint8"))
+TIMED_TO = "onnx_folded_fp32_uint8"
+# Of an export's result.
+TOLD = ("products", "wide", "loss_points", "bytes")
+# The probabilities of the two likeliest classes are closer than this.
+NEAR = 0.02
+EVALUATED_IN = 64
 
 
 @dataclass(frozen=True)
@@ -45,89 +64,179 @@ class AccuracyConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: cli.Model = None
     pretrained: cli.Pretrained = None
-    batch_size: int = 64
-    """images at once"""
+    batch: int = 16
+    """images of a timed call"""
+    seconds: float = 120.0
+    """longest time to measure; it ends earlier when medians are within 2 %"""
     device: cli.Device = "auto"
     json: Json = None
+    plot: Plot = None
 
 
-def figures(
-    artifact: Artifact, split: Split, config: AccuracyConfig, reference: Evaluation | None
-) -> tuple[dict[str, Any], Evaluation]:
-    """Predict a split and compare with the reference's predictions."""
-    began = time.perf_counter()
-    found = evaluate_artifact(artifact, split, config.batch_size)
-    seconds = time.perf_counter() - began
-    first = reference or found
-    row = {
-        "top1": found.top1,
-        "top1_agreement": 100 * (found.predicted == first.predicted).double().mean().item(),
-        "mask_agreement": (found.masks == first.masks).double().mean().item(),
-        "images_per_s": len(split) / seconds,
-        "n": len(split),
-        "provider": artifact.provider,
-    }
-    return row, found
+@dataclass(frozen=True)
+class Row:
+    """A variant of the checkpoint, or the reason why it cannot be run."""
+
+    name: str
+    artifact: Artifact | None = None
+    told: dict[str, Any] = field(default_factory=dict)
+    """what its export says of bytes and quantisation"""
+    skipped: str = ""
 
 
-def open_torch(config: AccuracyConfig, precision: Precision) -> Artifact:
-    """Open the checkpoint in PyTorch."""
-    return open_artifact(
+def torch_rows(config: AccuracyConfig, device: torch.device) -> list[Row]:
+    """Open the checkpoint in PyTorch, fp32 first."""
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    if device.type == "cuda":
+        precisions += ("fp16",)
+    opened = partial(
+        open_artifact,
         config.checkpoint,
         model=config.model,
         pretrained=config.pretrained,
-        precision=precision,
         device=config.device,
     )
+    return [Row(f"torch_{precision}", opened(precision=precision)) for precision in precisions]
 
 
-def open_onnx(
-    config: AccuracyConfig, variant: tuple[Graph | None, Precision, Input], folder: Path
-) -> Artifact:
-    """Export a variant, verified, and open it."""
-    graph, precision, kind = variant
-    path = folder / f"{graph}-{precision}-{kind}.onnx"
-    options = to_onnx.OnnxConfig(
-        config.checkpoint,
-        path,
-        graph=graph,
-        precision=precision,
-        input=kind,
-        model=config.model,
-        pretrained=config.pretrained,
+def file_rows(config: AccuracyConfig, device: torch.device, folder: Path) -> Iterator[Row]:
+    """Export the variants, verified, and open each in the runtimes that are asked about it.
+
+    Raises:
+        VerificationError: one computes something else; a quantised one may lose too much.
+    """
+    for graph, precision, kind in ONNX:
+        name = "_".join((graph or "folded", precision, kind))
+        runtimes: dict[str, Runtime] = {f"onnx_{name}": "onnxruntime"}
+        if (precision, kind) in IN_OPENVINO:
+            runtimes[f"openvino_{name}"] = "openvino"
+        path, skipped = folder / f"{name}.onnx", ""
+        told: dict[str, Any] = {}
+        if precision == "bf16" and device.type == "cpu":
+            skipped = "ONNX Runtime's CPU provider cannot run bf16"
+        elif precision in QUANTISED and not Path(config.data.data).is_dir():
+            skipped = f"{precision} takes its ranges from a folder of images"
+        else:
+            try:
+                told = export(config, graph, precision, kind, path)
+            except VerificationError as error:
+                if precision not in QUANTISED:
+                    raise
+                skipped = str(error)
+        for title, runtime in runtimes.items():
+            if runtime == "openvino" and (device.type != "cpu" or find_spec("openvino") is None):
+                yield Row(title, skipped=f"OpenVINO runs on CPUs, where it is installed: {INSTALL}")
+            elif skipped:
+                yield Row(title, skipped=skipped)
+            else:
+                yield Row(title, open_artifact(path, device=config.device, runtime=runtime), told)
+
+
+def export(
+    config: AccuracyConfig,
+    graph: Graph | None,
+    precision: ExportPrecision,
+    kind: Input,
+    path: Path,
+) -> dict[str, Any]:
+    """Export a variant; return its bytes, and what quantisation left wide.
+
+    Raises:
+        VerificationError: it computes something else, or loses too much.
+    """
+    result = to_onnx.command(
+        to_onnx.OnnxConfig(
+            config.checkpoint,
+            path,
+            graph=graph,
+            precision=precision,
+            input=kind,
+            images=Path(config.data.data) if precision in QUANTISED else None,
+            model=config.model,
+            pretrained=config.pretrained,
+        )
     )
-    to_onnx.command(options)
-    return open_artifact(path, device=config.device, runtime="onnxruntime")
+    return {name: result[name] for name in TOLD if name in result}
 
 
-def main() -> None:
-    """Parse, predict, print."""
-    cli.main(AccuracyConfig, command)
+def classified(artifact: Artifact, config: AccuracyConfig, test: Split) -> Evaluation:
+    """Classify the test split: as the graph wants it, resized by Pillow or as it was decoded."""
+    if artifact.about.input != "any":
+        return evaluate_artifact(artifact, test, EVALUATED_IN)
+    assert isinstance(artifact, OnnxArtifact)
+    source = sources_of(config.data)[1]["test"]
+
+    def predict(image: Tensor) -> tuple[Tensor, Tensor]:
+        return artifact.about.prediction(artifact.run(image.to(artifact.device)))[:2]
+
+    decoded = (
+        (torch.from_numpy(np.array(source.open(i, artifact.about.preprocess))), label)
+        for i, label in enumerate(source.labels)
+    )
+    return evaluate(
+        predict, ((image.permute(2, 0, 1)[None], torch.tensor([label])) for image, label in decoded)
+    )
+
+
+def described(name: str, found: Evaluation, expected: Evaluation, near: Tensor) -> dict[str, Any]:
+    """Compare predictions with the reference's, whose near-ties are marked (N,)."""
+    turned = found.predicted != expected.predicted
+    return {
+        "name": name,
+        "top1": found.top1,
+        "top1_agreement": 100 * (~turned).double().mean().item(),
+        "turned": int(turned.sum()),
+        "turned_near": int((turned & near).sum()),
+        "mask_agreement": (found.masks == expected.masks).double().mean().item(),
+        "n": len(turned),
+    }
 
 
 def command(config: AccuracyConfig) -> dict[str, Any]:
-    """Run every row."""
+    """Classify with every row, then time all."""
     device = torch_device(config.device)
-    reference = open_torch(config, "fp32")
-    split = load_test(config.data, reference.about.preprocess)[1]
-    told, expected = figures(reference, split, config, None)
-    rows = [{"name": "torch_fp32", **told}]
-    for precision in ("bf16", "fp16") if device.type == "cuda" else ("bf16",):
-        told, _ = figures(open_torch(config, precision), split, config, expected)
-        rows.append({"name": f"torch_{precision}", **told})
+    opened = torch_rows(config, device)
+    reference = opened[0].artifact
+    assert reference is not None
+    about = reference.about
+    names, test = load_test(config.data, about.preprocess)
+    if names != about.class_names:
+        raise ValueError(f"{config.data.data} has other classes than {config.checkpoint}")
+    expected = classified(reference, config, test)
+    first, second = about.calibration.probabilities(expected.logits).topk(2, 1).values.unbind(1)
+    near = first - second < NEAR
+    rows: list[dict[str, Any]] = []
+    works: dict[str, partial[Any]] = {}
+    images, _ = test.batch(torch.arange(config.batch) % len(test), torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        for variant in ONNX:
-            name = "_".join(["onnx", variant[0] or "folded", *variant[1:]])
-            if variant[1] == "bf16" and device.type == "cpu":
-                reason = "ONNX Runtime's CPU provider cannot run bf16"
-                rows.append({"name": name, "skipped": reason})
+        for row in (*opened, *file_rows(config, device, Path(folder))):
+            if row.artifact is None:
+                rows.append({"name": row.name, "skipped": row.skipped})
                 continue
-            artifact = open_onnx(config, variant, Path(folder))
-            rows.append({"name": name, **figures(artifact, split, config, expected)[0]})
+            found = classified(row.artifact, config, test)
+            rows.append(described(row.name, found, expected, near))
+            rows[-1] |= {"provider": row.artifact.provider, **row.told}
+            # What a resize in the graph takes depends on the picture: bench/latency.py.
+            if row.artifact.about.input != "any":
+                works[row.name] = partial(row.artifact, images)
+        bases = dict.fromkeys(works, TIMED_TO)
+        times = until_steady(works, device, seconds=config.seconds, bases=bases)
+    for figures in rows:
+        if own := times.get(figures["name"]):
+            figures.update(percentiles(own) | compared(own, times[TIMED_TO]))
+            figures["images_per_s"] = 1e3 * config.batch / figures["p50_ms"]
     for name in ("tensorrt_fp16", "tensorrt_rtx_fp16"):
         reason = "an engine needs a CUDA device; evaluate ENGINE gives its figures"
         rows.append({"name": name, "skipped": reason})
-    return publish(rows, device, config.json, f"accuracy: {config.checkpoint}")
+    if config.plot is not None:
+        scatter(rows, config.plot)
+    hidden = (*TOLD, "provider", "n", "p50_ms")
+    return publish(rows, device, config.json, f"accuracy: {config.checkpoint}", hidden)
+
+
+def main() -> None:
+    """Parse, classify, time, print."""
+    cli.main(AccuracyConfig, command)
 
 
 if __name__ == "__main__":

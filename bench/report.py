@@ -19,7 +19,7 @@ from typing import Any
 from adavipro_fast import cli
 from adavipro_fast.files.whole import write_whole
 from lib.machine import ROOT
-from lib.table import draw
+from lib.table import draw, scatter
 
 DOCS = ROOT / "docs" / "pages"
 PAGES = (ROOT / "README.md", DOCS / "numbers.md", DOCS / "evidence.md")
@@ -28,7 +28,10 @@ RESULTS = ROOT / "bench" / "results"
 FIGURE2 = RESULTS / "paper" / "figure2.png"
 CPU = RESULTS / "cpu-2-cores"
 SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
+# Files of bench/accuracy.py by their test set.
+SETS = {"flowers5": "accuracy", "dtd10": "accuracy-dtd10", "cifar10": "accuracy-cifar10"}
 RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
+TO_OTHER = RATIO.replace("ratio", "to_other")
 Row = dict[str, Any]
 
 
@@ -152,21 +155,31 @@ def costs() -> str:
         line += figures(wide[0]) if wide and "skipped" not in wide[0] else ["", ""]
         body.append([*line, f"`{row['base']}`"])
     head = ["row", "batch 1", "ratio (95 %)", "batch 16", "ratio (95 %)", "ratio to"]
-    return table(head, body) + "\n\n" + losses()
+    rounded = {
+        f"{runtime}_{batch}": TO_OTHER.format_map(
+            latency("latency", f"{runtime}_folded_int8", batch)
+        )
+        for runtime in ("onnx", "openvino")
+        for batch in (1, 16)
+    }
+    return table(head, body) + "\n\n" + prose()["int8"].format(**rounded)
 
 
-def losses() -> str:
-    """Say what is faster than we are, at batch 16."""
-
-    def times(name: str, base: str) -> float:
-        own, other = (latency("latency", row, 16)["p50_ms"] for row in (name, base))
-        return float(own / other)
-
-    return prose()["losses"].format(
-        openvino=times("openvino_folded", "onnx_folded"),
-        transformers=times("transformers_compiled", "encoder_compiled"),
-        compiled=times("encoder_compiled", "encoder_eager"),
-    )
+def peers() -> str:
+    """Tabulate what users would run instead beside the fastest of ours with a prompt."""
+    found = [row for row in rows("latency") if "to_other" in row and "int8" not in row["name"]]
+    forms = {
+        "instead": "`{name}`",
+        "batch": "{batch}",
+        "p50, ms": "{p50_ms:.1f}",
+        "to ours (95 %)": TO_OTHER,
+        "ours": "`{other}`",
+    }
+    ahead = [
+        f"`{row['name']}` at batch {row['batch']}" for row in found if row["to_other_high"] < 1
+    ]
+    told = "ahead" if ahead else "none_ahead"
+    return columns(found, forms) + "\n\n" + prose()[told].format(names=", ".join(ahead))
 
 
 def figures(row: Row) -> list[str]:
@@ -179,6 +192,8 @@ def curve() -> str:
     forms = {
         "encoder": "{model}",
         "side": "{side}",
+        "precision": "{precision}",
+        "runtime": "{runtime}",
         "batch": "{batch}",
         "images/s without": "{encoder_images_per_s:.1f}",
         "with the prompt": "{images_per_s:.1f}",
@@ -195,12 +210,48 @@ def accuracy() -> str:
     forms = {
         "backend": "`{name}`",
         "top-1, %": "{top1:.1f}",
-        "same answer, %": "{top1_agreement:.1f}",
-        "same regions, %": "{regions:.2f}",
-        "images/s": "{images_per_s:.1f}",
+        "other answers": "{turned}, near {turned_near}",
+        "same regions, %": "{regions:.3f}",
+        "images/s": "{speed}",
+        "time ratio (95 %)": "{ratio}",
     }
-    found = named("accuracy").values()
-    return columns((row | {"regions": 100 * row["mask_agreement"]} for row in found), forms)
+    found = [
+        {
+            **row,
+            "regions": 100 * row["mask_agreement"],
+            "speed": f"{row['images_per_s']:.1f}" if "ratio" in row else "",
+            "ratio": RATIO.format_map(row) if "ratio" in row else "",
+        }
+        for row in named("accuracy").values()
+    ]
+    return columns(found, forms)
+
+
+def sets() -> str:
+    """Tabulate, set by set, what int8 loses and what resizing in the graph turns."""
+    body = []
+    for name, file in SETS.items():
+        found = {row["name"]: row for row in rows(file)}
+        exact, resized = (found[f"onnx_folded_fp32_{kind}"] for kind in ("uint8", "any"))
+        rounded = [found[f"{runtime}_folded_int8_uint8"] for runtime in ("onnx", "openvino")]
+        fp8 = found["onnx_folded_fp8_uint8"]
+        body.append(
+            [
+                f"{name}, {exact['n']} images",
+                f"{exact['top1']:.1f}",
+                *(one(row, "{top1:.1f}") for row in rounded),
+                one(rounded[0], "{count} of {products}", count=len(rounded[0].get("wide", ()))),
+                one(fp8, "{top1:.1f}"),
+                f"{resized['turned']}, near {resized['turned_near']}",
+            ]
+        )
+    head = ["test set", "fp32", "int8, ONNX Runtime", "int8, OpenVINO", "left in fp32", "fp8"]
+    return table([*head, "other answers of `--input any`"], body)
+
+
+def one(row: Row, form: str, **more: object) -> str:
+    """Write a row's figure, or that there is none."""
+    return "no file" if "skipped" in row else form.format(**row, **more)
 
 
 def results() -> str:
@@ -291,8 +342,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
             epochs,
             scaling,
             costs,
+            peers,
             curve,
             accuracy,
+            sets,
             runs,
             evidence,
         ),
@@ -317,6 +370,7 @@ def command(config: ReportConfig) -> dict[str, Any]:
     label = "median latency of one image, ms; ratio to the encoder alone in the same runtime"
     chart = DOCS / "latency.svg"
     draw(bars, chart, value="p50_ms", label=label)
+    scatter(list(rows("accuracy")), DOCS / "precisions.svg")
     write_whole(DOCS / FIGURE2.name, FIGURE2.read_bytes())
     return {"changed": changed, "chart": str(chart.relative_to(ROOT))}
 

@@ -1,10 +1,11 @@
-"""Images per second: over batch sizes, encoders and time, and what the data loader can feed.
+"""Images per second: over batch sizes, encoders, runtimes, time, and what the loader can feed.
 
     python bench/throughput.py --model ViT-B-32 --model ViT-B-16 --json FILE
 
 Every point times the folded ONNX graph beside the same encoder without a prompt, in turn. The first
-model gets all batch sizes and says where more images per call bring no more images per second; the
-others get one batch size and show how the prompt's share falls as encoder and image grow.
+model gets all batch sizes and says where more images per call bring no more images per second;
+there it runs in int8 and in OpenVINO too. The others get one batch size and show how the prompt's
+share falls as encoder and image grow.
 """
 
 import statistics
@@ -20,6 +21,7 @@ import torch
 import tyro
 
 from adavipro_fast import cli
+from adavipro_fast.artifact.description import Runtime
 from adavipro_fast.method.config import Precision
 from lib.loader import loader_rows
 from lib.subject import Row, Subject, export
@@ -30,6 +32,12 @@ SATURATED = 0.95
 QUICK_SIZES = (1, 8)
 # Different images in a call; larger batches repeat them.
 IMAGES = 8
+# Ending of the file's name, and what runs it.
+VARIANTS: tuple[tuple[str, Runtime], ...] = (
+    ("_int8", "onnxruntime"),
+    ("", "openvino"),
+    ("_int8", "openvino"),
+)
 MODELS = ("ViT-B-32", "ViT-S-32", "ViT-B-32-256", "ViT-B-16")
 
 
@@ -78,6 +86,12 @@ def command(config: ThroughputConfig) -> dict[str, Any]:
         rows.append({"name": "saturation", "model": first, "batch": saturated})
         seconds = 5.0 if config.quick else config.seconds
         rows.append(sustained(subject, saturated, folder, seconds))
+        for ending, runtime in VARIANTS:
+            found = export(subject, f"folded{ending}", folder, runtime)
+            if isinstance(found, str):
+                rows.append({"name": f"folded{ending}, {runtime}", "skipped": found})
+            else:
+                rows.append(point(subject, saturated, folder, ending, runtime))
     for model in others:
         with tempfile.TemporaryDirectory() as name:
             rows.append(point(open_subject(model), 16 if cuda else 4, Path(name)))
@@ -85,36 +99,51 @@ def command(config: ThroughputConfig) -> dict[str, Any]:
     rows += loader_rows(preprocess, subject.device, count=64 if config.quick else 512, batch=32)
     if config.plot is not None:
         draw(rows, config.plot, value="images_per_s", label="images per second")
-    title = f"throughput: ONNX Runtime, {config.precision}, {subject.device}"
+    title = f"throughput: {config.precision}, {subject.device}"
     return publish(rows, subject.device, config.json, title, ("model",))
 
 
-def checked_work(subject: Subject, name: str, count: int, folder: Path) -> Callable[[], object]:
+def checked_work(
+    subject: Subject, name: str, count: int, folder: Path, runtime: Runtime = "onnxruntime"
+) -> Callable[[], object]:
     """Open an exported graph on `count` images, and check its answer.
 
     Raises:
         ValueError: it cannot run here.
         VerificationError: it computes something else.
     """
-    artifact = export(subject, name, folder)
+    artifact = export(subject, name, folder, runtime)
     if isinstance(artifact, str):
         raise ValueError(f"{name}: {artifact}")
     image = artifact.about.image(subject.sample.to(subject.device))
-    contract = "encoder" if name == "baseline" else "prompt + encoder"
-    subject.checked(Row(name, name, contract, partial(artifact.run, image)), IMAGES)
+    contract = "encoder" if name.startswith("baseline") else "prompt + encoder"
+    row = Row(name, name, contract, partial(artifact.run, image), int8=name.endswith("_int8"))
+    subject.checked(row, IMAGES)
     return partial(artifact.run, image[torch.arange(count) % IMAGES])
 
 
-def point(subject: Subject, count: int, folder: Path) -> dict[str, Any]:
+def point(
+    subject: Subject,
+    count: int,
+    folder: Path,
+    ending: str = "",
+    runtime: Runtime = "onnxruntime",
+) -> dict[str, Any]:
     """Time one batch size of one model, with and without the prompt."""
-    works = {name: checked_work(subject, name, count, folder) for name in ("baseline", "folded")}
+    works = {
+        kind: checked_work(subject, kind + ending, count, folder, runtime)
+        for kind in ("baseline", "folded")
+    }
     calls = max(5, min(21, 64 // count))
     times = interleaved_ms(works, subject.device, rounds=calls, warm_up=1)
     medians = {name: summary(t)["median_ms"] for name, t in times.items()}
     model = subject.model.encoder.name
+    also = "" if runtime == "onnxruntime" else f", {runtime}"
     return {
-        "name": f"{model} batch {count}",
+        "name": f"{model} batch {count}{ending.replace('_', ', ')}{also}",
         "model": model,
+        "precision": ending.removeprefix("_") or subject.precision,
+        "runtime": runtime,
         "side": subject.model.encoder.preprocess.size,
         "batch": count,
         "images_per_s": 1e3 * count / medians["folded"],

@@ -134,6 +134,7 @@ def command(config: OnnxConfig) -> dict[str, Any]:
     with named_when_whole(config.output) as path:
         side = checkpoints[0].preprocess.size
         nodes = write(whole, path, side=side, opset=opset, metadata=metadata)
+        sizes = verify_sizes(references[0], path, config)
         quantised = {}
         if config.precision == "int8" or config.precision == "fp8":
             assert judges is not None
@@ -154,6 +155,7 @@ def command(config: OnnxConfig) -> dict[str, Any]:
         **({"tasks": names} if names else {}),
         **quantised,
         **verdict,
+        **sizes,
         "nodes": nodes,
         "bytes": size,
     }
@@ -163,9 +165,11 @@ def check_quantisable(config: OnnxConfig) -> None:
     """Raise ValueError where int8 and fp8 are not offered, or their options mean nothing."""
     if config.precision not in QUANTISED:
         return
-    if not config.alone or config.input == "any":
-        what = "--input any" if config.alone else "several tasks"
-        raise ValueError(f"{config.precision} is not offered with {what}; leave one of them out")
+    if not config.alone:
+        raise ValueError(
+            f"{config.precision} is not offered with several tasks; name one checkpoint, and leave "
+            "--tasks open out"
+        )
     if not 0 <= config.largest_loss <= 100:
         raise ValueError(f"largest_loss is {config.largest_loss}; 0 to 100 points work")
     if config.images is None:
@@ -313,6 +317,19 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
     }
 
 
+def verify_sizes(reference: TorchArtifact, path: Path, config: OnnxConfig) -> dict[str, Any]:
+    """Compare a graph that resizes with our preprocessing, before its products are rounded.
+
+    Raises:
+        VerificationError: pixels are not resized alike.
+    """
+    candidate = opened(path) if config.input == "any" else None
+    if candidate is None:
+        return {}
+    expected = Unprompted(reference.model) if config.baseline else reference
+    return {"any_size_cosine": compare_sizes(expected, candidate, config.images)}
+
+
 def verify(
     references: Sequence[TorchArtifact],
     names: Sequence[str],
@@ -354,9 +371,6 @@ def verify(
     if complaint := comparison.complaint(config.precision):
         raise VerificationError(f"{path.name} was not written: {complaint}")
     figures: dict[str, Any] = asdict(comparison)
-    if config.input == "any":
-        reference = Unprompted(references[0].model) if config.baseline else references[0]
-        figures["any_size_cosine"] = compare_sizes(reference, candidate, config.images)
     if candidate.about.baseline:
         figures |= {"mask_agreement": None, "mask_ties": None}
     return {"verified": True, "reason": "", **figures}

@@ -162,6 +162,10 @@ def test_every_row_has_figures_or_a_reason(monkeypatch, capsys, tmp_path):
         else:
             assert row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
             assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    # What others run is compared with the fastest of ours.
+    compared = {row["name"]: row["other"] for row in result["rows"] if "to_other" in row}
+    assert "open_clip_eager" in compared
+    assert set(compared.values()) <= {"onnx_folded", "collapsed_eager", "paper_form_eager"}
     assert result["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert chart.read_text().startswith("<?xml")
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import accuracy
 import numpy as np
 import onnx
 import pytest
@@ -10,10 +11,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from adavipro_fast import AdaViPro, open_artifact
+from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import quantise, to_onnx, to_tensorrt, verify
 from adavipro_fast.export.calibrate import quantised_products
-from adavipro_fast.export.quantise import Quantiser, products, runner, search
+from adavipro_fast.export.quantise import Quantiser, observed, products, runner, search
 from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import PromptConfig
@@ -76,6 +78,22 @@ def test_every_product_with_weights_is_rounded_and_nothing_else(exported, kind, 
     assert quantised_products(few, kind) == 1
 
 
+def test_a_range_is_cut_off_where_the_product_suffers_least(exported):
+    path, feeds = exported
+    quantiser = Quantiser(onnx.load(path), "int8", feeds)
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(8, 4)).astype(np.float32)
+    tailed = generator.exponential(size=(20_000, 8)).astype(np.float32)
+    assert 0.3 < quantiser.cut_off(tailed.max(), tailed, weight) / tailed.max() < 0.9
+    even = generator.uniform(size=(20_000, 8)).astype(np.float32)
+    assert quantiser.cut_off(1.0, even, weight) == 1.0
+    tails = [n.input[0] for name, n in quantiser.products.items() if ".c_proj/" in name]
+    channels, _ = observed(quantiser.model, tails, (), feeds)
+    cuts = [quantiser.ranges[name] / channels[name].max() for name in tails]
+    assert min(cuts) < 0.95
+    assert max(cuts) < 1.001
+
+
 def two_products(wide):
     """image (B, 1) to embedding (B, 2): one product of even numbers, one with an outlier."""
     first = np.array([[1.0, -0.5, wide]], np.float32)
@@ -134,9 +152,12 @@ def test_a_file_is_judged_by_the_accuracy_on_labelled_images(checkpoint, folder,
 
 @pytest.mark.slow
 def test_other_images_are_judged_by_agreement(checkpoint, folder, tmp_path):
-    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder / "test")
+    config = OnnxConfig(
+        checkpoint, tmp_path / "f.onnx", precision="int8", input="any", images=folder / "test"
+    )
     result = to_onnx.command(replace(config, largest_loss=50.0))
     assert (result["measure"], result["judged_images"]) == ("agreement", 6)
+    assert result["any_size_cosine"] > 0.9999
 
 
 def test_a_loss_that_is_too_large_leaves_no_file(checkpoint, folder, tmp_path, monkeypatch):
@@ -153,7 +174,6 @@ def test_what_cannot_be_quantised_is_refused(checkpoint, folder, tmp_path):
     config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
     for changed, reason in [
         ({"images": None}, "takes its ranges from your images; name a folder with --images"),
-        ({"input": "any"}, "not offered with --input any"),
         ({"more": (checkpoint,)}, "not offered with several tasks"),
         ({"largest_loss": -1.0}, "largest_loss is -1.0"),
         ({"images": tmp_path}, "holds 0 images; some hundred are needed"),
@@ -194,3 +214,21 @@ def test_an_engine_keeps_what_is_quantised(checkpoint, folder, tmp_path, kind):
         )
     )  # fmt: skip
     assert built["precision"] == kind
+
+
+@pytest.mark.slow
+def test_the_accuracy_bench_tells_figures_or_a_reason_of_every_file(checkpoint, folder, tmp_path):
+    pytest.importorskip("openvino")
+    chart = tmp_path / "p.svg"
+    config = accuracy.AccuracyConfig(
+        checkpoint, DataConfig(str(folder), cache_dir=tmp_path), seconds=0.1, plot=chart
+    )
+    rows = {row["name"]: row for row in accuracy.command(config)["rows"]}
+    assert {name for name, row in rows.items() if "skipped" in row} >= {"tensorrt_fp16"}
+    for name in ("torch_fp32", "onnx_folded_fp32_any", "openvino_folded_fp32_uint8"):
+        row = rows[name]
+        assert (row["turned"], row["mask_agreement"], row["n"]) == (0, 1, 12)
+        assert row["images_per_s"] > 0
+    rounded = rows["onnx_folded_int8_uint8"]
+    assert "skipped" in rounded or len(rounded["wide"]) < rounded["products"]
+    assert chart.read_text().startswith("<?xml")

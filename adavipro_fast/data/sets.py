@@ -72,7 +72,7 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
         FileNotFoundError: a folder or file is missing.
         ValueError: an image cannot be read, a class is empty, or splits disagree on the classes.
     """
-    class_names, sources = _sources(config)
+    class_names, sources = sources_of(config)
     splits, digest = {}, hashlib.sha256(json.dumps(class_names).encode())
     for name, source in sources.items():
         splits[name], key = _decoded(config, name, source, preprocess)
@@ -101,7 +101,7 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
 
 def load_test(config: DataConfig, preprocess: Preprocess) -> tuple[tuple[str, ...], Split]:
     """Read the test split alone: class names and images; errors are `load_dataset`'s."""
-    class_names, sources = _sources(config)
+    class_names, sources = sources_of(config)
     return class_names, _decoded(config, "test", sources["test"], preprocess)[0]
 
 
@@ -119,7 +119,8 @@ def _decoded(
     return Split(torch.from_numpy(images), labels, torch.arange(len(labels))), key
 
 
-def _sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
+def sources_of(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
+    """Find class names and the images of each split; errors are `load_dataset`'s."""
     if config.data == "demo":
         return world.CLASS_NAMES, {name: _demo_source(name) for name in world.SPLITS}
     if config.data == "digits":

@@ -1,4 +1,4 @@
-"""What users would run instead: Hugging Face, OpenVINO, a plain export of the paper's form.
+"""What users would run instead: Hugging Face, OpenVINO's converter, a plain export.
 
 Peers get the same weights and images as our own rows, and pass the same check before they are
 timed.
@@ -16,6 +16,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from adavipro_fast import AdaViPro
+from adavipro_fast.artifact.openvino import INSTALL, SETTINGS
 from adavipro_fast.export.graph import quiet
 from adavipro_fast.method.config import DTYPES
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -102,7 +103,7 @@ def hugging_face_rows(
     encoder: FrozenEncoder, images: Tensor, *, precision: str, compiled: bool
 ) -> list[Row]:
     """Build transformers' rows on normalised images (B, 3, S, S)."""
-    eager = Row("transformers_eager", "encoder_eager", "encoder")
+    eager = Row("transformers_eager", "encoder_eager", "encoder", peer=True)
     rows = [eager, replace(eager, name="transformers_compiled", base="encoder_compiled")]
     try:
         twin = hugging_face(encoder).to(images.device, DTYPES[precision])
@@ -117,7 +118,7 @@ def hugging_face_rows(
 
     rows[0] = replace(eager, work=lambda: run(twin))
     if compiled:
-        optimised = torch.compile(twin)
+        optimised = torch.compile(twin, dynamic=False)
         rows[1] = replace(rows[1], work=lambda: run(optimised))
     else:
         rows[1] = replace(rows[1], skipped="--quick: no compiled rows")
@@ -145,7 +146,7 @@ def plain_onnx_rows(model: AdaViPro, images: Tensor, folder: Path) -> list[Row]:
     if model.encoder.precision != "fp32":
         reason = "torch.onnx.export writes open_clip's half-precision graph with autocast's casts"
         return [
-            Row(name, "onnx_baseline", contract, skipped=reason)
+            Row(name, "onnx_baseline", contract, peer=True, skipped=reason)
             for name, contract in (
                 ("onnx_plain_encoder", "encoder"),
                 ("onnx_paper_form", "prompt + encoder"),
@@ -186,7 +187,8 @@ def plain_onnx_row(module: Exported, images: Tensor, folder: Path, device: torch
         str(path), options, providers=[provider], provider_options=exact
     )
     contract = "prompt + encoder" if module.prompted else "encoder"
-    row = Row(name, "onnx_baseline", contract, build_s=time.perf_counter() - began)
+    build_s = time.perf_counter() - began
+    row = Row(name, "onnx_baseline", contract, peer=True, build_s=build_s)
     if session.get_providers()[0] != provider:
         return replace(row, skipped=f"ONNX Runtime has no {provider} here")
     feed = {"image": images.cpu().numpy()}
@@ -198,44 +200,35 @@ def plain_onnx_row(module: Exported, images: Tensor, folder: Path, device: torch
     return replace(row, work=run)
 
 
-def openvino_row(name: str, path: Path, images: Tensor) -> Row:
-    """Open an exported fp32 file in OpenVINO on the CPU."""
-    contract = "encoder" if name == "baseline" else "prompt + encoder"
-    row = Row(f"openvino_{name}", "openvino_baseline", contract)
-    if images.device.type != "cpu":
-        return replace(row, skipped="OpenVINO is measured on CPUs only")
+def converted_row(model: AdaViPro, images: Tensor) -> Row:
+    """Build the row of open_clip's tower as OpenVINO converts it."""
+    row = Row("openvino_open_clip", "openvino_baseline", "encoder", peer=True)
+    if images.device.type != "cpu" or model.encoder.precision != "fp32":
+        return replace(row, skipped="OpenVINO is measured on CPUs in fp32")
     try:
         import openvino
     except ImportError:
-        return replace(row, skipped=f"OpenVINO is not installed; {PEERS}")
+        return replace(row, skipped=f"OpenVINO is not installed; {INSTALL}")
     began = time.perf_counter()
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-    array = images.numpy()
+    module, shape = Exported(model, prompted=False), images.shape[1:]
+    example = torch.zeros(2, *shape)
+    with quiet():
+        converted = openvino.convert_model(module, input=[-1, *shape], example_input=example)
+    compiled = openvino.Core().compile_model(converted, "CPU", SETTINGS)
+    request, array = compiled.create_infer_request(), images.numpy()
 
     def run() -> Outputs:
-        found = compiled([array])
-        return {
-            name: torch.from_numpy(found[name])
-            for name in ("embedding", "mask")
-            if name in {output.get_any_name() for output in compiled.outputs}
-        }
+        found = request.infer([array], share_inputs=True)
+        return {"embedding": torch.from_numpy(found[0])}
 
     return replace(row, work=run, build_s=time.perf_counter() - began)
 
 
 def peer_rows(subject: Subject, count: int, folder: Path, *, quick: bool) -> list[Row]:
-    """Build the rows of a plain export, and of OpenVINO on our files."""
+    """Build the rows of a plain export, and of open_clip converted by OpenVINO."""
     images = subject.model.prompt.normalised(subject.sample[:count]).to(subject.device)
     if quick:
-        names = ("onnx_plain_encoder", "onnx_paper_form", "openvino_baseline", "openvino_folded")
+        names = ("onnx_plain_encoder", "onnx_paper_form", "openvino_open_clip")
         return [Row(name, name, "", skipped="--quick: no peer rows") for name in names]
-    rows = plain_onnx_rows(subject.twin(), images, folder)
-    for name in ("baseline", "folded"):
-        path = folder / f"{name}.onnx"
-        if path.exists() and subject.precision == "fp32":
-            rows.append(openvino_row(name, path, images))
-        else:
-            reason = "OpenVINO is measured on folded fp32 files only"
-            rows.append(Row(f"openvino_{name}", "openvino_baseline", "", skipped=reason))
-    return rows
+    model = subject.twin(lean=False)
+    return [*plain_onnx_rows(model, images, folder), converted_row(model, images)]

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from adavipro_fast import AdaViPro
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.description import Runtime
+from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.tensorrt import EngineArtifact, compute_capability, runtime_module
 from adavipro_fast.data.images import decode_image
 from adavipro_fast.errors import VerificationError
@@ -23,14 +25,24 @@ from lib.paper_form import in_paper_form
 from lib.peers import hugging_face_rows
 from lib.subject import CLASS_NAMES, Outputs, Row, Subject, export
 
-ONNX = ("baseline", "baseline_again", "pixel", "folded", "baseline_uint8", "folded_uint8")
+FILES: dict[Runtime, tuple[str, ...]] = {
+    "onnxruntime": (
+        *("baseline", "baseline_again", "pixel", "folded", "baseline_uint8", "folded_uint8"),
+        *("baseline_int8", "folded_int8"),
+    ),
+    "openvino": (
+        *("baseline", "folded", "baseline_uint8", "folded_uint8", "baseline_int8", "folded_int8"),
+    ),
+}
 QUICK = ("baseline", "baseline_again", "folded")
+# Width and height of a pipeline's pictures, enlarged ones: as on the web, as of a camera.
+PICTURES = {"": (500, 375), "_12_mp": (4000, 3000)}
 Run = Callable[[Tensor], Outputs]
 
 
 @torch.inference_mode()
 def torch_rows(subject: Subject, count: int, *, quick: bool) -> list[Row]:
-    """Build the rows that PyTorch runs; `encoder_eager` is open_clip as it is."""
+    """Build the rows that PyTorch runs; `open_clip` is the encoder with its own attention."""
     model = subject.twin()
     images = model.prompt.normalised(subject.sample[:count].to(subject.device))
     fused = fused_obstacle(model.prompt.config)
@@ -46,7 +58,14 @@ def torch_rows(subject: Subject, count: int, *, quick: bool) -> list[Row]:
     def prompted(run: AdaViPro) -> Run:
         return lambda x: run(x)._asdict()
 
+    original = subject.twin(lean=False).encoder
+
+    def stock(x: Tensor) -> Outputs:
+        return {"embedding": original(x)}
+
     row = partial(torch_row, images)
+    # A batch of another size is compiled anew, not for sizes that are open.
+    compiled = partial(torch.compile, dynamic=False)
     no_compiled = "--quick: no compiled rows" if quick else None
     graphs = "CUDA graphs need a CUDA device" if subject.device.type != "cuda" else no_compiled
     return [
@@ -54,9 +73,11 @@ def torch_rows(subject: Subject, count: int, *, quick: bool) -> list[Row]:
         row("paper_form_eager", prompted(in_paper_form(model))),
         row("collapsed_eager", prompted(collapsed)),
         row("fused", prompted(model), fused),
-        row("encoder_compiled", torch.compile(alone), no_compiled),
-        row("compiled", torch.compile(prompted(collapsed)), no_compiled),
+        row("encoder_compiled", compiled(alone), no_compiled),
+        row("compiled", compiled(prompted(collapsed)), no_compiled),
         row("compiled_cuda_graph", torch.compile(prompted(model), mode="reduce-overhead"), graphs),
+        replace(row("open_clip_eager", stock), peer=True),
+        replace(row("open_clip_compiled", compiled(stock), no_compiled), peer=True),
         *hugging_face_rows(model.encoder, images, precision=subject.precision, compiled=not quick),
     ]
 
@@ -64,63 +85,87 @@ def torch_rows(subject: Subject, count: int, *, quick: bool) -> list[Row]:
 def torch_row(images: Tensor, name: str, run: Run, skipped: str | None = None) -> Row:
     """Build a row that runs on normalised images (B, 3, S, S), or say why there is none."""
     base = "encoder_compiled" if "compiled" in name else "encoder_eager"
-    row = Row(name, base, "encoder" if name == base else "prompt + encoder")
+    alone = name == base or name.startswith("open_clip")
+    row = Row(name, base, "encoder" if alone else "prompt + encoder")
     if skipped:
         return replace(row, skipped=skipped)
     return replace(row, work=torch.inference_mode()(lambda: run(images)))
 
 
-def onnx_rows(subject: Subject, count: int, folder: Path, *, quick: bool) -> list[Row]:
-    """Build the rows that read exported ONNX files."""
-    rows = []
-    pixels = subject.sample[:count].to(subject.device)
-    for name in ONNX:
-        base = "onnx_baseline_uint8" if name.endswith("uint8") else "onnx_baseline"
-        contract = "encoder" if name.startswith("baseline") else "prompt + encoder"
-        row = Row(f"onnx_{name}", base, contract)
-        if quick and name not in QUICK:
-            rows.append(replace(row, skipped=f"--quick: no {name} row"))
-            continue
-        began = time.perf_counter()
-        artifact = export(subject, name, folder)
-        if isinstance(artifact, str):
-            rows.append(replace(row, skipped=artifact))
-            continue
-        work = partial(artifact.run, artifact.about.image(pixels))
-        rows.append(replace(row, work=work, build_s=time.perf_counter() - began))
-    return rows
+def file_rows(subject: Subject, count: int, folder: Path, *, quick: bool) -> list[Row]:
+    """Build the rows of exported ONNX files, in each runtime."""
+    return [
+        file_row(subject, name, count, folder, runtime, quick=quick)
+        for runtime, names in FILES.items()
+        for name in names
+    ]
+
+
+def file_row(
+    subject: Subject, name: str, count: int, folder: Path, runtime: Runtime, *, quick: bool
+) -> Row:
+    """Build the row of one file in one runtime, or say why there is none."""
+    prefix = "openvino" if runtime == "openvino" else "onnx"
+    kind, _, ending = name.removesuffix("_again").partition("_")
+    row = Row(
+        f"{prefix}_{name}",
+        "_".join(filter(None, (prefix, "baseline", ending))),
+        "encoder" if kind == "baseline" else "prompt + encoder",
+        int8=ending == "int8",
+        other=f"{prefix}_{kind}_uint8" if ending == "int8" else "",
+    )
+    if quick and (name not in QUICK or runtime == "openvino"):
+        return replace(row, skipped=f"--quick: no {row.name} row")
+    began = time.perf_counter()
+    artifact = export(subject, name, folder, runtime)
+    if isinstance(artifact, str):
+        return replace(row, skipped=artifact)
+    image = artifact.about.image(subject.sample[:count].to(subject.device))
+    return replace(row, work=partial(artifact.run, image), build_s=time.perf_counter() - began)
 
 
 def pipeline_rows(subject: Subject, count: int, folder: Path, *, quick: bool) -> list[Row]:
-    """Build the rows from JPEG bytes to a class name, one image at a time."""
-    stored = io.BytesIO()
-    Image.fromarray(subject.sample[0].permute(1, 2, 0).numpy()).save(stored, "JPEG", quality=95)
-    content = stored.getvalue()
-    transform = subject.model.encoder.preprocess.pixels()
-    base, rows = "pipeline_onnx_baseline_uint8", []
-    for name in ("baseline_uint8", "folded_uint8"):
-        row = Row(f"pipeline_onnx_{name}", base, "pipeline")
-        reason = "--quick: no pipeline" if quick else ""
-        if count > 1:
-            reason = "the pipeline takes one image at a time"
-        artifact = reason or export(subject, name, folder)
-        if isinstance(artifact, str):
-            rows.append(replace(row, skipped=artifact))
-            continue
-        classify = partial(class_name, artifact, content, transform)
-        expected = expected_name(subject, content, prompted=name.startswith("folded"))
-        if (got := classify()["class"]) != expected:
-            raise VerificationError(f"{row.name}: {got}, {expected} is right")
-        rows.append(replace(row, work=classify))
+    """Build the rows from JPEG bytes to a class name, one image at a time.
+
+    Files whose input is `any` resize in the graph, the others by Pillow.
+    """
+    rows = []
+    transform = subject.model.preprocess.pixels()
+    for ending, size in PICTURES.items():
+        stored = io.BytesIO()
+        picture = Image.fromarray(subject.sample[0].permute(1, 2, 0).numpy())
+        picture.resize(size, Image.Resampling.BICUBIC).save(stored, "JPEG", quality=95)
+        for name in ("baseline_uint8", "folded_uint8", "folded_any"):
+            base = "folded_uint8" if name == "folded_any" else "baseline_uint8"
+            row = Row(f"pipeline_onnx_{name}{ending}", f"pipeline_onnx_{base}{ending}", "pipeline")
+            reason = "--quick: no pipeline" if quick else ""
+            if count > 1:
+                reason = "the pipeline takes one image at a time"
+            artifact = reason or export(subject, name, folder)
+            if not isinstance(artifact, OnnxArtifact):
+                rows.append(replace(row, skipped=str(artifact)))
+                continue
+            content = stored.getvalue()
+            classify = partial(class_name, artifact, content, transform)
+            expected = expected_name(subject, content, prompted=name.startswith("folded"))
+            if (got := classify()["class"]) != expected:
+                raise VerificationError(f"{row.name}: {got}, {expected} is right")
+            rows.append(replace(row, work=classify))
     return rows
 
 
-def class_name(artifact: Artifact, content: bytes, transform: Callable[..., Any]) -> dict[str, Any]:
+def class_name(
+    artifact: OnnxArtifact, content: bytes, transform: Callable[..., Any]
+) -> dict[str, Any]:
     """Run the whole pipeline: JPEG bytes to the name of the likeliest class."""
-    image = decode_image(content, "bench", artifact.about.preprocess)
-    pixels = torch.from_numpy(transform(image))
-    logits = artifact(pixels[None]).logits
-    return {"class": artifact.about.class_names[int(logits[0].argmax())]}
+    about = artifact.about
+    image = decode_image(content, "bench", about.preprocess)
+    if about.input == "any":
+        pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1)[None])
+    else:
+        pixels = torch.from_numpy(transform(image))[None]
+    logits = artifact.run(pixels.to(artifact.device))["logits"]
+    return {"class": about.class_names[int(logits[0].argmax())]}
 
 
 @torch.inference_mode()

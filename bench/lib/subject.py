@@ -3,28 +3,48 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, load_encoder
-from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.description import Runtime
+from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx, metadata_of
+from adavipro_fast.artifact.openvino import INSTALL, OpenVinoArtifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import graph as onnx_graph
 from adavipro_fast.export import to_onnx, verify
-from adavipro_fast.export.fold import deployed
+from adavipro_fast.export.calibrate import feeds_of
 from adavipro_fast.export.patches import folding_obstacle
+from adavipro_fast.export.quantise import Quantiser
 from adavipro_fast.export.to_onnx import Graph
 from adavipro_fast.files.checkpoint import checkpoint_of
-from adavipro_fast.method.config import DTYPES, Precision
+from adavipro_fast.method.config import Input, Precision
 from adavipro_fast.method.model import Prediction
 
 CLASS_NAMES = tuple(f"class {number}" for number in range(10))
 # The first one that divides the image's side is taken.
 REGIONS = (32, 56, 16, 8)
+LEAST_COSINE = {
+    "fp32": verify.SMALLEST_COSINE,
+    "fp16": verify.SMALLEST_COSINE,
+    "bf16": 0.999,
+    # Of random weights, whose products are all quantised: there is no accuracy to judge them by.
+    "int8": 0.98,
+}
+# How a file's name ends: its input, and its precision where that is not the subject's.
+ENDINGS: dict[str, tuple[Input, Literal["int8"] | None]] = {
+    "": ("float32", None),
+    "uint8": ("uint8", None),
+    "any": ("any", None),
+    "int8": ("uint8", "int8"),
+}
 Outputs = dict[str, Tensor]
 
 
@@ -34,10 +54,16 @@ class Row:
 
     name: str
     base: str
-    """row of the encoder alone in the same runtime"""
+    """row of the encoder alone in the same runtime; of a resize in the graph, the file without"""
     contract: str
     """encoder, prompt + encoder, or pipeline"""
     work: Callable[[], Outputs] | None = None
+    int8: bool = False
+    """whether its products are quantised"""
+    peer: bool = False
+    """what users would run instead: it is also compared with the fastest of ours"""
+    other: str = ""
+    """a row that it is also compared with"""
     build_s: float = 0.0
     """export, compilation and first call, seconds; not part of the latency"""
     skipped: str = ""
@@ -79,16 +105,21 @@ class Subject:
         self.model = AdaViPro(encoder, classes, prompt, kernel="plain").eval()
         sample = torch.cat(verify.sample_batches(encoder.preprocess, None))
         self.model.prompt.initialise(sample)
+        self.various = sample
         self.sample = sample[torch.arange(images) % len(sample)]
         with torch.inference_mode():
             self.expected: Prediction = self.model(self.sample)
             self.plain = encoder(self.model.prompt.normalised(self.sample))
         self.near = verify.ties(self.model, self.sample)
 
-    def twin(self) -> AdaViPro:
-        """Return the model in the precision and on the device under test."""
+    def twin(self, *, lean: bool = True) -> AdaViPro:
+        """Return the model in the precision and on the device under test.
+
+        Args:
+            lean: with our attention; else with open_clip's.
+        """
         model = AdaViPro(
-            self.model.encoder.with_(precision=self.precision),
+            self.model.encoder.with_(precision=self.precision, lean=lean),
             self.model.class_embeddings,
             self.model.prompt.config,
             kernel="auto",
@@ -112,9 +143,9 @@ class Subject:
         got = outputs["embedding"].float()
         error = (got - expected).abs().max().item()
         cosine = F.cosine_similarity(got, expected, dim=-1).min().item()
-        if self.precision == "fp32" and not error <= verify.LARGEST_ERROR_FP32:
+        if self.precision == "fp32" and not (row.int8 or error <= verify.LARGEST_ERROR_FP32):
             raise VerificationError(f"{row.name}: embeddings differ by {error:.1e}")
-        least = verify.SMALLEST_COSINE if self.precision != "bf16" else 0.999
+        least = LEAST_COSINE["int8" if row.int8 else self.precision]
         if not cosine >= least:
             raise VerificationError(f"{row.name}: the worst cosine is {cosine:.6f}")
         if prompted:
@@ -124,43 +155,57 @@ class Subject:
         return replace(row, build_s=row.build_s + first_s)
 
 
-def export(subject: Subject, name: str, folder: Path) -> OnnxArtifact | str:
-    """Export one ONNX row; return the reason where it cannot be run."""
+def export(
+    subject: Subject, name: str, folder: Path, runtime: Runtime = "onnxruntime"
+) -> OnnxArtifact | OpenVinoArtifact | str:
+    """Export one ONNX row and open it; return the reason where it cannot be run.
+
+    Args:
+        subject: of which.
+        name: a form, and how it ends: folded, folded_uint8, baseline_int8, ...
+        folder: of the files; what lies there is not written again.
+        runtime: that runs it.
+    """
     if subject.precision == "bf16" and subject.device.type == "cpu":
         return "ONNX Runtime's CPU provider cannot run bf16"
+    if name.endswith("_int8") and subject.precision != "fp32":
+        return "int8 is measured beside fp32"
     if "folded" in name and folding_obstacle(subject.model.encoder.visual) is not None:
         return "this encoder cannot be folded"
+    if runtime == "openvino" and (subject.device.type != "cpu" or find_spec("openvino") is None):
+        return f"OpenVINO runs on CPUs, where it is installed: {INSTALL}"
     path = folder / f"{name.removesuffix('_again')}.onnx"
     if not path.exists():
         write(subject, path)
-    return OnnxArtifact.open(path, str(subject.device))
+    kind = OpenVinoArtifact if runtime == "openvino" else OnnxArtifact
+    return kind.open(path, str(subject.device))
 
 
 def write(subject: Subject, path: Path) -> None:
     """Write the ONNX file that its name says, as `to_onnx` does but without its verification."""
-    kind, checkpoint = path.stem.removesuffix("_uint8"), path.with_name("checkpoint.safetensors")
-    stored = checkpoint_of(subject.model, CLASS_NAMES)
+    form, _, ending = path.stem.partition("_")
+    kind, precision = ENDINGS[ending]
+    stored, checkpoint = checkpoint_of(subject.model, CLASS_NAMES), path.with_suffix(".safetensors")
     stored.save(checkpoint)
     options = to_onnx.OnnxConfig(
         checkpoint,
         path,
-        precision=subject.precision,
-        input="uint8" if path.stem.endswith("uint8") else "float32",
-        baseline=kind == "baseline",
+        precision=precision or subject.precision,
+        input=kind,
+        baseline=form == "baseline",
     )
     foldable = folding_obstacle(subject.model.encoder.visual) is None
-    module = deployed(
-        subject.model,
-        folded=foldable and kind != "pixel",
-        dtype=DTYPES[subject.precision],
-        uint8=options.input == "uint8",
-        baseline=options.baseline,
-    )
-    form: Graph = "folded" if kind == "folded" else "pixel"
+    graph: Graph = "folded" if foldable and form != "pixel" else "pixel"
+    module = to_onnx.build([subject.model], options, graph)
     onnx_graph.write(
-        module,
+        to_onnx.resizing(module, subject.model, options),
         path,
         side=subject.model.preprocess.size,
-        opset=to_onnx.OPSETS[subject.precision],
-        metadata=to_onnx.describe(stored, options, form) | {"baseline": options.baseline},
+        opset=to_onnx.OPSETS[options.precision],
+        metadata=to_onnx.describe(stored, options, graph) | {"baseline": options.baseline},
     )
+    if precision == "int8":
+        feeds = feeds_of(subject.various, describe_onnx(path))
+        quantiser = Quantiser(onnx.load(path), precision, feeds)
+        quantised = quantiser.quantised(list(quantiser.products))
+        onnx_graph.save_sealed(quantised, path, metadata_of(quantised))

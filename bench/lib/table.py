@@ -19,6 +19,8 @@ from lib.machine import machine, peak_host_mib
 # What a narrow terminal has no room for; the first goes first.
 SPARE = ("iqr_ms", "build_s", "p99_ms", "calls", "provider", "p90_ms", "ratio_high", "ratio_low")
 
+MARKERS = {"torch": "^", "onnx": "o", "openvino": "s"}
+
 # Options of several benches.
 Json = Annotated[Path | None, tyro.conf.arg(help="file for the rows")]
 Plot = Annotated[Path | None, tyro.conf.arg(help="picture of the rows, PNG or SVG")]
@@ -90,7 +92,6 @@ def draw(rows: list[dict[str, Any]], path: Path, *, value: str, label: str) -> N
         value: the figure's name.
         label: what the axis says.
     """
-    mpl.rcParams["svg.hashsalt"] = "adavipro_fast"
     drawn = [row for row in rows if value in row]
     figure = Figure(figsize=(8, 0.8 + 0.3 * len(drawn)), layout="constrained")
     axes = figure.subplots()
@@ -102,7 +103,28 @@ def draw(rows: list[dict[str, Any]], path: Path, *, value: str, label: str) -> N
     axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)
+
+
+def scatter(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy over images/s, a marker a backend: PNG or SVG."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        if "images_per_s" not in row:
+            continue
+        point, name = (row["images_per_s"], row["top1"]), row["name"].removesuffix("_uint8")
+        axes.plot(*point, MARKERS[name.partition("_")[0]])
+        axes.annotate(name, point, textcoords="offset points", xytext=(6, 4), fontsize=7)
+    axes.set(xlabel="images/s", ylabel="top-1 on test, %", xlim=(0, None))
+    axes.margins(x=0.3, y=0.3)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture that is the same at every run."""
+    with mpl.rc_context({"svg.hashsalt": "adavipro_fast"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def publish(
