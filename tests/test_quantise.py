@@ -228,7 +228,7 @@ def test_the_accuracy_bench_tells_figures_or_a_reason_of_every_file(checkpoint, 
     for name in ("torch_fp32", "onnx_folded_fp32_any", "openvino_folded_fp32_uint8"):
         row = rows[name]
         assert (row["turned"], row["mask_agreement"], row["n"]) == (0, 1, 12)
-        assert row["images_per_s"] > 0
+        assert ("images_per_s" in row) == (not name.endswith("_any"))
     rounded = rows["onnx_folded_int8_uint8"]
     assert "skipped" in rounded or len(rounded["wide"]) < rounded["products"]
     assert chart.read_text().startswith("<?xml")
