@@ -10,11 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -23,7 +21,7 @@ from adavipro_fast import cli
 from adavipro_fast.artifact.description import Artifact, Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open import open_artifact
-from adavipro_fast.artifact.openvino import INSTALL
+from adavipro_fast.data.images import unresized
 from adavipro_fast.data.metrics import Evaluation, evaluate
 from adavipro_fast.data.sets import DataConfig, load_test, sources_of
 from adavipro_fast.data.split import Split
@@ -33,6 +31,7 @@ from adavipro_fast.evaluate import evaluate_artifact
 from adavipro_fast.export import to_onnx
 from adavipro_fast.export.to_onnx import Graph
 from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input, Precision
+from lib.machine import no_openvino
 from lib.table import Json, Plot, publish, scatter
 from lib.timing import compared, percentiles, until_steady
 
@@ -124,10 +123,9 @@ def file_rows(config: AccuracyConfig, device: torch.device, folder: Path) -> Ite
                     raise
                 skipped = str(error)
         for title, runtime in runtimes.items():
-            if runtime == "openvino" and (device.type != "cpu" or find_spec("openvino") is None):
-                yield Row(title, skipped=f"OpenVINO runs on CPUs, where it is installed: {INSTALL}")
-            elif skipped:
-                yield Row(title, skipped=skipped)
+            missing = no_openvino(device) if runtime == "openvino" else None
+            if reason := missing or skipped:
+                yield Row(title, skipped=reason)
             else:
                 yield Row(title, open_artifact(path, device=config.device, runtime=runtime), told)
 
@@ -170,12 +168,10 @@ def classified(artifact: Artifact, config: AccuracyConfig, test: Split) -> Evalu
         return artifact.about.prediction(artifact.run(image.to(artifact.device)))[:2]
 
     decoded = (
-        (torch.from_numpy(np.array(source.open(i, artifact.about.preprocess))), label)
+        (unresized(source.open(i, artifact.about.preprocess)), torch.tensor([label]))
         for i, label in enumerate(source.labels)
     )
-    return evaluate(
-        predict, ((image.permute(2, 0, 1)[None], torch.tensor([label])) for image, label in decoded)
-    )
+    return evaluate(predict, decoded)
 
 
 def described(name: str, found: Evaluation, expected: Evaluation, near: Tensor) -> dict[str, Any]:
@@ -213,7 +209,8 @@ def command(config: AccuracyConfig) -> dict[str, Any]:
             if row.artifact is None:
                 rows.append({"name": row.name, "skipped": row.skipped})
                 continue
-            found = classified(row.artifact, config, test)
+            known = row.artifact is reference
+            found = expected if known else classified(row.artifact, config, test)
             rows.append(described(row.name, found, expected, near))
             rows[-1] |= {"provider": row.artifact.provider, **row.told}
             # What a resize in the graph takes depends on the picture: bench/latency.py.

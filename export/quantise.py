@@ -59,7 +59,7 @@ class Quantiser:
         if not self.products:
             raise ValueError(f"this encoder has no matrix product to compute in {kind}")
         read = {node.input[0] for node in self.products.values()}
-        norms = norms_before(model, self.products.values())
+        norms = norms_of(model)
         channels, tokens = observed(model, read, read - norms.keys(), feeds)
         smooth(model, self.products.values(), norms, channels)
         drop_unused(model)
@@ -172,20 +172,14 @@ def products(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
             yield node
 
 
-def norms_before(
-    model: onnx.ModelProto, chosen: Iterable[onnx.NodeProto]
-) -> dict[str, onnx.NodeProto]:
-    """Return LayerNorms that one product alone reads, by the name of the tensor between them."""
+def norms_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Return LayerNorms with constant weights and one reader, by the name of their output."""
     tensors = {tensor.name for tensor in model.graph.initializer}
     uses = Counter(name for node in model.graph.node for name in node.input)
-    read = {product.input[0] for product in chosen}
     return {
         node.output[0]: node
         for node in model.graph.node
-        if node.op_type == NORM
-        and set(node.input[1:]) <= tensors
-        and node.output[0] in read
-        and uses[node.output[0]] == 1
+        if node.op_type == NORM and set(node.input[1:]) <= tensors and uses[node.output[0]] == 1
     }
 
 
@@ -234,7 +228,7 @@ def smooth(
     Args:
         model: whose weights change.
         chosen: the products.
-        norms: of `norms_before`.
+        norms: of `norms_of`.
         channels: of `observed`; follows.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}

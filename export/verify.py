@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -21,7 +20,7 @@ from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data import world
-from adavipro_fast.data.images import images_in, read_pixels
+from adavipro_fast.data.images import images_in, read_pixels, unresized
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.method.config import QUANTISED
 from adavipro_fast.method.functional import region_logit
@@ -205,8 +204,7 @@ def compare_sizes(reference: Classify, candidate: OnnxArtifact, images: Path | N
     for image, size in zip(pixels, SIZES, strict=False):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size)
         resized = reference(torch.from_numpy(transform(picture).copy())[None])
-        whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-        outputs = candidate.run(whole.to(candidate.device), [0] if about.tasks else [])
+        outputs = candidate.run(unresized(picture).to(candidate.device), [0] if about.tasks else [])
         got = outputs["embedding"].cpu()
         cosines.append(F.cosine_similarity(resized.embedding, got, dim=-1).item())
     if not min(cosines) >= SMALLEST_COSINE:

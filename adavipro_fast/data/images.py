@@ -88,6 +88,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
+def unresized(image: Image.Image) -> Tensor:
+    """Return an RGB image as a graph takes it that resizes by itself: (1, 3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+
 def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
     """Decode image files as the encoder wants them: (N, 3, S, S) uint8.
 

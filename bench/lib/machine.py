@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from adavipro_fast.artifact.openvino import INSTALL
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
@@ -22,6 +25,13 @@ GPU_FIELDS = (
     *("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu"),
     *("power.draw", "clocks_throttle_reasons.active"),
 )
+
+
+def no_openvino(device: torch.device) -> str | None:
+    """Say why OpenVINO is not measured on a device."""
+    if device.type == "cpu" and find_spec("openvino") is not None:
+        return None
+    return f"OpenVINO runs on CPUs, where it is installed: {INSTALL}"
 
 
 def peak_host_mib() -> float:

@@ -16,10 +16,11 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from adavipro_fast import AdaViPro
-from adavipro_fast.artifact.openvino import INSTALL, SETTINGS
+from adavipro_fast.artifact.openvino import SETTINGS
 from adavipro_fast.export.graph import quiet
 from adavipro_fast.method.config import DTYPES
 from adavipro_fast.method.encoder import FrozenEncoder
+from lib.machine import no_openvino
 from lib.paper_form import in_paper_form
 from lib.subject import Outputs, Row, Subject
 
@@ -203,12 +204,12 @@ def plain_onnx_row(module: Exported, images: Tensor, folder: Path, device: torch
 def converted_row(model: AdaViPro, images: Tensor) -> Row:
     """Build the row of open_clip's tower as OpenVINO converts it."""
     row = Row("openvino_open_clip", "openvino_baseline", "encoder", peer=True)
-    if images.device.type != "cpu" or model.encoder.precision != "fp32":
-        return replace(row, skipped="OpenVINO is measured on CPUs in fp32")
-    try:
-        import openvino
-    except ImportError:
-        return replace(row, skipped=f"OpenVINO is not installed; {INSTALL}")
+    if model.encoder.precision != "fp32":
+        return replace(row, skipped="OpenVINO is measured in fp32")
+    if reason := no_openvino(images.device):
+        return replace(row, skipped=reason)
+    import openvino
+
     began = time.perf_counter()
     module, shape = Exported(model, prompted=False), images.shape[1:]
     example = torch.zeros(2, *shape)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +16,7 @@ from adavipro_fast import AdaViPro
 from adavipro_fast.artifact.description import Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.tensorrt import EngineArtifact, compute_capability, runtime_module
-from adavipro_fast.data.images import decode_image
+from adavipro_fast.data.images import decode_image, unresized
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import to_tensorrt
 from adavipro_fast.method.prompt import fused_obstacle
@@ -160,10 +159,8 @@ def class_name(
     """Run the whole pipeline: JPEG bytes to the name of the likeliest class."""
     about = artifact.about
     image = decode_image(content, "bench", about.preprocess)
-    if about.input == "any":
-        pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1)[None])
-    else:
-        pixels = torch.from_numpy(transform(image))[None]
+    resized = about.input != "any"
+    pixels = torch.from_numpy(transform(image))[None] if resized else unresized(image)
     logits = artifact.run(pixels.to(artifact.device))["logits"]
     return {"class": about.class_names[int(logits[0].argmax())]}
 

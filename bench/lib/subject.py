@@ -3,30 +3,28 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, load_encoder
 from adavipro_fast.artifact.description import Runtime
-from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx, metadata_of
-from adavipro_fast.artifact.openvino import INSTALL, OpenVinoArtifact
+from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.openvino import OpenVinoArtifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import graph as onnx_graph
 from adavipro_fast.export import to_onnx, verify
-from adavipro_fast.export.calibrate import feeds_of
+from adavipro_fast.export.calibrate import Judges, quantise_file
 from adavipro_fast.export.patches import folding_obstacle
-from adavipro_fast.export.quantise import Quantiser
 from adavipro_fast.export.to_onnx import Graph
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import Input, Precision
 from adavipro_fast.method.model import Prediction
+from lib.machine import no_openvino
 
 CLASS_NAMES = tuple(f"class {number}" for number in range(10))
 # The first one that divides the image's side is taken.
@@ -166,14 +164,8 @@ def export(
         folder: of the files; what lies there is not written again.
         runtime: that runs it.
     """
-    if subject.precision == "bf16" and subject.device.type == "cpu":
-        return "ONNX Runtime's CPU provider cannot run bf16"
-    if name.endswith("_int8") and subject.precision != "fp32":
-        return "int8 is measured beside fp32"
-    if "folded" in name and folding_obstacle(subject.model.encoder.visual) is not None:
-        return "this encoder cannot be folded"
-    if runtime == "openvino" and (subject.device.type != "cpu" or find_spec("openvino") is None):
-        return f"OpenVINO runs on CPUs, where it is installed: {INSTALL}"
+    if reason := obstacle(subject, name, runtime):
+        return reason
     path = folder / f"{name.removesuffix('_again')}.onnx"
     if not path.exists():
         write(subject, path)
@@ -181,11 +173,23 @@ def export(
     return kind.open(path, str(subject.device))
 
 
+def obstacle(subject: Subject, name: str, runtime: Runtime) -> str | None:
+    """Say what keeps a file from being measured; arguments are `export`'s."""
+    if subject.precision == "bf16" and subject.device.type == "cpu":
+        return "ONNX Runtime's CPU provider cannot run bf16"
+    if name.endswith("_int8") and subject.precision != "fp32":
+        return "int8 is measured beside fp32"
+    if "folded" in name and folding_obstacle(subject.model.encoder.visual) is not None:
+        return "this encoder cannot be folded"
+    return no_openvino(subject.device) if runtime == "openvino" else None
+
+
 def write(subject: Subject, path: Path) -> None:
     """Write the ONNX file that its name says, as `to_onnx` does but without its verification."""
     form, _, ending = path.stem.partition("_")
     kind, precision = ENDINGS[ending]
-    stored, checkpoint = checkpoint_of(subject.model, CLASS_NAMES), path.with_suffix(".safetensors")
+    stored = checkpoint_of(subject.model, CLASS_NAMES)
+    checkpoint = path.with_name("checkpoint.safetensors")
     stored.save(checkpoint)
     options = to_onnx.OnnxConfig(
         checkpoint,
@@ -202,10 +206,9 @@ def write(subject: Subject, path: Path) -> None:
         path,
         side=subject.model.preprocess.size,
         opset=to_onnx.OPSETS[options.precision],
-        metadata=to_onnx.describe(stored, options, graph) | {"baseline": options.baseline},
+        metadata=to_onnx.describe(stored, options, graph),
     )
     if precision == "int8":
-        feeds = feeds_of(subject.various, describe_onnx(path))
-        quantiser = Quantiser(onnx.load(path), precision, feeds)
-        quantised = quantiser.quantised(list(quantiser.products))
-        onnx_graph.save_sealed(quantised, path, metadata_of(quantised))
+        # All products: random weights have no accuracy to lose.
+        images = subject.various
+        quantise_file(path, precision, Judges(images, images, None), largest_loss=100.0)
