@@ -4,7 +4,8 @@
 
 Rows vp, vp_stock_attention (under PyTorch's own attention), adavipro_paper_form (the generator as
 the paper writes it) and adavipro (the default path), interleaved in one process; peak memory comes
-from a process of its own per row. The parts of a step are timed in steps of their own.
+from a process of its own per row, on a GPU from torch's allocator. Pixels lie on the device, as
+training keeps them. The parts of a step are timed in steps of their own.
 `epoch_first` decodes JPEG files, `epoch_cached` reads the cache; `to_accuracy_*` trains the
 embedded demo.
 """
@@ -12,32 +13,29 @@ embedded demo.
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from adavipro_fast import AdaViPro, cli, load_encoder
+from adavipro_fast import cli, load_encoder
 from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.method.config import Method, Precision
 from adavipro_fast.method.encoder import FrozenEncoder
-from adavipro_fast.method.prompt import Prompted
 from adavipro_fast.training.config import recipe
 from adavipro_fast.training.start import start_run
 from lib.loader import jpeg_folder, loaded, loader_rows
 from lib.machine import peak_host_mib
-from lib.paper_form import in_paper_form
 from lib.process import result_of
-from lib.table import Json, publish
-from lib.timing import compared, interleaved_ms, summary, synchronise, timed_ms
+from lib.table import Append, Json, Rows
+from lib.timing import compared, interleaved_ms, summary, synchronise
+from lib.training_step import TrainingStep
 
 NAMES = ("vp", "vp_stock_attention", "adavipro_paper_form", "adavipro")
-CLASSES = 100
 PARTS_ROUNDS = 5
+# Steps of one timed call on a GPU: the host prepares the next while the GPU computes.
+BLOCK = 10
 DEMO_EPOCHS = 20
 # They take gigabytes, and the step after them pays: in turn with vp, but not with the others.
 APART = {"vp_stock_attention", "adavipro_paper_form"}
@@ -59,89 +57,13 @@ class TrainingConfig:
     """validation top-1 of the demo whose time is told, percent; 0 leaves the row out"""
     quick: bool = False
     """under a minute: small batches, few rounds, no memory, epochs or accuracy"""
+    steps_only: bool = False
+    """leave out the loader, epochs and the accuracy"""
     device: cli.Device = "auto"
     only: str | None = None
     """run one row's step three times and print its peak memory"""
     json: Json = None
-
-
-class Step:
-    """One training step, whole or part by part.
-
-    Args:
-        name: of the row.
-        encoder: in the precision of training, on its device.
-        config: of the bench.
-    """
-
-    def __init__(self, name: str, encoder: FrozenEncoder, config: TrainingConfig) -> None:
-        self.device = torch_device(config.device)
-        encoder = encoder.with_(precision=config.precision, lean=name != "vp_stock_attention")
-        side = encoder.preprocess.size
-        with torch.no_grad():
-            width = encoder(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
-        embeddings = F.normalize(torch.randn(CLASSES, width), dim=-1)
-        method: Method = "vp" if name.startswith("vp") else "adavipro"
-        prompt = replace(recipe("best").prompt, method=method)
-        model = AdaViPro(encoder, embeddings, prompt).to(self.device).train()
-        self.model = in_paper_form(model) if name == "adavipro_paper_form" else model
-        if name == "adavipro_plain":
-            self.model.prompt.kernel = "plain"
-        self.optimiser = torch.optim.SGD(self.model.prompt.parameters(), lr=1e-3, momentum=0.9)
-        shape = (config.batch, 3, side, side)
-        self.pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
-        self.labels = torch.randint(0, CLASSES, (config.batch,))
-        self.images, self.targets = self.pixels, self.labels
-        self.prompted = Prompted(*3 * [self.pixels])
-        self.loss = torch.zeros(())
-
-    def data(self) -> None:
-        """Gather a batch and bring it to the device."""
-        order = torch.randperm(len(self.pixels))
-        self.images = self.pixels[order].to(self.device)
-        self.targets = self.labels[order].to(self.device)
-
-    def prompt(self) -> None:
-        """Prompt the images."""
-        self.prompted = self.model.prompt(self.images, tau=1.0)
-
-    def encoder(self) -> None:
-        """Run the frozen encoder and the loss."""
-        logits = self.model.classify(self.prompted.images, self.prompted.mask).logits
-        self.loss = F.cross_entropy(logits, self.targets)
-
-    def backward(self) -> None:
-        """Differentiate encoder and prompt."""
-        self.optimiser.zero_grad()
-        self.loss.backward()
-
-    def optimise(self) -> None:
-        """Update the prompt."""
-        self.optimiser.step()
-
-    @property
-    def parts(self) -> dict[str, Callable[[], None]]:
-        """The parts in order."""
-        return {
-            "data_ms": self.data,
-            "prompt_ms": self.prompt,
-            "encoder_ms": self.encoder,
-            "backward_ms": self.backward,
-            "optimiser_ms": self.optimise,
-        }
-
-    def __call__(self) -> None:
-        """Run all parts."""
-        for part in self.parts.values():
-            part()
-
-    def timed_parts(self, rounds: int) -> dict[str, float]:
-        """Return each part's median, ms."""
-        times: dict[str, list[float]] = {name: [] for name in self.parts}
-        for _ in range(rounds):
-            for name, part in self.parts.items():
-                times[name].append(timed_ms(part, self.device))
-        return {name: median(values) for name, values in times.items()}
+    append: Append = False
 
 
 def main() -> None:
@@ -158,7 +80,18 @@ def command(config: TrainingConfig) -> dict[str, Any]:
         config = replace(config, rounds=2, to_accuracy=0.0, batch=min(config.batch, 4))
     device = torch_device(config.device)
     encoder = load_encoder(config.model).to(device)
-    rows = step_rows(encoder, config)
+    rows = Rows(device, config.json, append=config.append)
+    step_rows(encoder, config, rows)
+    if not config.steps_only:
+        other_rows(encoder, config, rows)
+    title = f"training: {config.model}, {config.precision}, batch {config.batch}, {device}"
+    hidden = ("iqr_ms", "ratio_to_decode", "ratio_to_first", "val_top1", "epochs", "seconds")
+    return rows.published(title, (*hidden, "model", "batch"))
+
+
+def other_rows(encoder: FrozenEncoder, config: TrainingConfig, rows: Rows) -> None:
+    """Measure the loader, whole epochs and the time to an accuracy."""
+    device = torch_device(config.device)
     count = config.batch * (2 if config.quick else 8)
     rows += loader_rows(encoder.preprocess, device, count=count, batch=config.batch)
     if config.quick:
@@ -167,39 +100,48 @@ def command(config: TrainingConfig) -> dict[str, Any]:
     else:
         rows += epoch_rows(encoder, config, count)
     if config.to_accuracy:
-        rows += [accuracy_row(method, config) for method in ("vp", "adavipro")]
+        rows += (accuracy_row(method, config) for method in ("vp", "adavipro"))
     else:
         reason = "--quick: no accuracy" if config.quick else "--to-accuracy 0"
         rows += [{"name": f"to_accuracy_{m}", "skipped": reason} for m in ("vp", "adavipro")]
-    title = f"training: {config.model}, {config.precision}, batch {config.batch}, {device}"
-    hidden = ("iqr_ms", "ratio_to_decode", "ratio_to_first", "val_top1", "epochs", "seconds")
-    return publish(rows, device, config.json, title, hidden)
 
 
-def step_rows(encoder: FrozenEncoder, config: TrainingConfig) -> list[dict[str, Any]]:
+def step_rows(encoder: FrozenEncoder, config: TrainingConfig, rows: Rows) -> None:
     """Time the step of every variant in turn."""
     device = torch_device(config.device)
-    steps = {name: Step(name, encoder, config) for name in NAMES}
-    fused = steps["adavipro"].model.prompt.path(device) == "fused"
-    if fused:
-        steps["adavipro_plain"] = Step("adavipro_plain", encoder, config)
-    times, base = {}, {}
-    for group in (steps.keys() - APART, APART):
-        some = {name: step for name, step in steps.items() if name in group | {"vp"}}
+    names = [*NAMES, "adavipro_plain"] if device.type == "cuda" else list(NAMES)
+    steps = {}
+    for name in names:
+        step = rows.attempt(
+            name, lambda name=name: TrainingStep(name, encoder, config.batch, config.precision)
+        )
+        if step is not None:
+            steps[name] = step
+    times = timed_steps(steps, device, config)
+    for name, step in steps.items():
+        figures = step_figures(*times[name], config) | memory(name, step, config)
+        figures |= step.timed_parts(1 if config.quick else PARTS_ROUNDS)
+        if device.type == "cuda":
+            figures |= rows.attempt(f"{name}_profile", step.kernel_ms) or {}
+        rows.append({"name": name, "model": config.model, "batch": config.batch, **figures})
+    if device.type != "cuda":
+        reason = "the fused kernel needs a CUDA device; adavipro took the collapsed PyTorch path"
+        rows.append({"name": "adavipro_fused", "skipped": reason})
+
+
+def timed_steps(
+    steps: dict[str, TrainingStep], device: torch.device, config: TrainingConfig
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the times of every step, ms, and those of vp in the same rounds."""
+    block = BLOCK if device.type == "cuda" else 1
+    times = {}
+    for group in (steps.keys() - APART, steps.keys() & APART):
+        some = {n: s.repeated(block) for n, s in steps.items() if n in group | {"vp"}}
         warm_up = 0 if config.quick else 1
         measured = interleaved_ms(some, device, rounds=config.rounds, warm_up=warm_up)
         for name in group:
-            times[name], base[name] = measured[name], measured["vp"]
-    rows = [
-        {"name": name, **step_figures(times[name], base[name], config)}
-        | ({} if config.quick else {"peak_mib": peak_mib(name, config)})
-        | step.timed_parts(1 if config.quick else PARTS_ROUNDS)
-        for name, step in steps.items()
-    ]
-    if not fused:
-        reason = "the fused kernel needs a CUDA device; adavipro took the collapsed PyTorch path"
-        rows.append({"name": "adavipro_fused", "skipped": reason})
-    return rows
+            times[name] = tuple([ms / block for ms in measured[n]] for n in (name, "vp"))
+    return times
 
 
 def step_figures(
@@ -215,6 +157,13 @@ def step_figures(
     }
 
 
+def memory(name: str, step: TrainingStep, config: TrainingConfig) -> dict[str, float]:
+    """Return a row's peak memory; --quick has none on a CPU, where it takes a process."""
+    if step.device.type == "cuda":
+        return {"peak_mib": step.own_device_mib()}
+    return {} if config.quick else {"peak_mib": peak_mib(name, config)}
+
+
 def peak_mib(name: str, config: TrainingConfig) -> float:
     """Run a row alone in a new process and return its peak memory, MiB."""
     result = result_of(
@@ -225,23 +174,19 @@ def peak_mib(name: str, config: TrainingConfig) -> float:
 
 
 def own_peak_mib(config: TrainingConfig) -> float:
-    """Run a row's step here and return the peak memory of this process or of its GPU, MiB."""
+    """Run a row's step here and return the peak memory of this process, MiB."""
     assert config.only is not None
     device = torch_device(config.device)
     encoder = load_encoder(config.model).to(device)
-    step = Step(config.only, encoder, config)
-    for _ in range(3):
-        step()
-    synchronise(device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+    step = TrainingStep(config.only, encoder, config.batch, config.precision)
+    step.repeated(3)()
     return peak_host_mib()
 
 
 def epoch_rows(encoder: FrozenEncoder, config: TrainingConfig, count: int) -> list[dict[str, Any]]:
     """Time whole epochs of adavipro on `count` images, from files and from the cache."""
     device = torch_device(config.device)
-    step = Step("adavipro", encoder, config)
+    step = TrainingStep("adavipro", encoder, config.batch, config.precision)
     seconds = {}
     with jpeg_folder(count) as folder:
         for name in ("epoch_first", "epoch_cached"):

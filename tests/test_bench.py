@@ -1,6 +1,7 @@
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import demo
 import latency
@@ -10,11 +11,11 @@ import torch
 
 from adavipro_fast.artifact import onnx as artifact
 from adavipro_fast.method.clip import load_encoder
-from lib import table, timing
+from lib import machine, table, timing
 from lib.paper_form import in_paper_form
 from lib.peers import hugging_face
 from lib.rows import torch_rows
-from lib.subject import Row, Subject, export
+from lib.subject import Row, Subject, export, obstacle
 
 CPU = torch.device("cpu")
 
@@ -84,8 +85,21 @@ def test_cuda_is_not_replaced_by_a_cpu(monkeypatch, capsys):
 def test_onnx_runtimes_cpu_provider_is_refused_where_cuda_was_asked(subject, monkeypatch, tmp_path):
     export(subject, "baseline", tmp_path)
     monkeypatch.setattr(artifact, "torch_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ValueError, match="CUDA was asked for|cannot run"):
-        export(subject, "baseline", tmp_path)
+    reason = export(subject, "baseline", tmp_path)
+    assert "CUDA was asked for" in reason or "cannot run" in reason
+
+
+def test_without_a_git_program_the_commit_comes_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ADAVIPRO_COMMIT", "abc1234-dirty")
+    about = machine.machine(CPU)
+    assert (about["commit"], about["dirty"]) == ("abc1234", True)
+
+
+def test_int8_files_are_left_out_on_a_gpu(subject):
+    on_gpu = SimpleNamespace(precision="fp32", device=torch.device("cuda", 0))
+    assert "never run on a GPU" in obstacle(on_gpu, "folded_int8", "onnxruntime")
+    assert obstacle(subject, "folded_int8", "onnxruntime") is None
 
 
 def test_a_sleep_of_5_percent_is_a_significant_difference():

@@ -193,3 +193,14 @@ def test_gradients_match_finite_differences(gumbel, edge, padding):
     upstream = torch.randn_like(prompted)
     got = torch.autograd.grad(prompted, inputs, upstream)
     torch.testing.assert_close(got[0], (dilate(mask, 3)[:, None] * upstream).sum(0).detach())
+
+
+@pytest.mark.slow
+def test_the_collapsed_generator_compiles_on_a_cpu():
+    weights = [weight.detach().float() for weight in generator_weights(4, 4)]
+    edges = torch.randn(2, 3, 8, 8)
+
+    def delta(edges):
+        return region_logit(edges, *collapse(*weights))
+
+    assert torch.allclose(torch.compile(delta)(edges), delta(edges), atol=1e-5)

@@ -159,7 +159,8 @@ def region_logit(edges: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
         (B, G, G).
     """
     region_size = kernel.shape[-1] - 2
-    return F.conv2d(edges, kernel[None], bias.view(1), stride=region_size, padding=1)[:, 0]
+    # The bias is added apart: Inductor on a CPU cannot reshape a scalar that it computes.
+    return F.conv2d(edges, kernel[None], stride=region_size, padding=1)[:, 0] + bias
 
 
 def philox_uniform(

@@ -90,15 +90,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+def commit_here() -> str:
+    """Return the commit, with `-dirty` where files differ; "" where nothing records it.
+
+    A machine that got a copy of the files without their history reads $ADAVIPRO_COMMIT.
+    """
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return os.environ.get("ADAVIPRO_COMMIT", "")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe what was measured on: device, clocks, versions, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = commit_here()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": name,

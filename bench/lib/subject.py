@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, load_encoder
-from adavipro_fast.artifact.description import Runtime
+from adavipro_fast.artifact.description import NotRunnableError, Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact
 from adavipro_fast.device import torch_device
@@ -170,7 +170,10 @@ def export(
     if not path.exists():
         write(subject, path)
     kind = OpenVinoArtifact if runtime == "openvino" else OnnxArtifact
-    return kind.open(path, str(subject.device))
+    try:
+        return kind.open(path, str(subject.device))
+    except NotRunnableError as error:
+        return str(error)
 
 
 def obstacle(subject: Subject, name: str, runtime: Runtime) -> str | None:
@@ -179,6 +182,8 @@ def obstacle(subject: Subject, name: str, runtime: Runtime) -> str | None:
         return "ONNX Runtime's CPU provider cannot run bf16"
     if name.endswith("_int8") and subject.precision != "fp32":
         return "int8 is measured beside fp32"
+    if name.endswith("_int8") and subject.device.type == "cuda":
+        return "int8 files were never run on a GPU; they are measured on CPUs"
     if "folded" in name and folding_obstacle(subject.model.encoder.visual) is not None:
         return "this encoder cannot be folded"
     return no_openvino(subject.device) if runtime == "openvino" else None

@@ -4,15 +4,16 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self, TypeVar
 
 import matplotlib as mpl
 import torch
 import tyro
 from matplotlib.figure import Figure
 
+from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.whole import write_whole
 from lib.machine import machine, peak_host_mib
 
@@ -23,6 +24,7 @@ MARKERS = {"torch": "^", "onnx": "o", "openvino": "s"}
 
 # Options of several benches.
 Json = Annotated[Path | None, tyro.conf.arg(help="file for the rows")]
+Append = Annotated[bool, tyro.conf.arg(help="keep the rows that the file has already")]
 Plot = Annotated[Path | None, tyro.conf.arg(help="picture of the rows, PNG or SVG")]
 
 
@@ -127,6 +129,69 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+Result = TypeVar("Result")
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows that are on disk as soon as they are measured: a time limit may end a bench any time.
+
+    Args:
+        device: what they are measured on.
+        path: file for them and the machine's description; none is written without.
+        append: keep the rows that the file has already.
+    """
+
+    def __init__(self, device: torch.device, path: Path | None, *, append: bool = False) -> None:
+        kept = append and path is not None and path.exists()
+        super().__init__(json.loads(path.read_text())["rows"] if kept and path else [])
+        self.device, self.path, self.kept = device, path, len(self)
+        self.machine = machine(device)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row and write the file."""
+        super().append(row)
+        self.save()
+
+    def extend(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows, each as soon as it comes."""
+        for row in rows:
+            self.append(row)
+
+    def __iadd__(self, rows: Iterable[dict[str, Any]]) -> Self:  # type: ignore[misc, override]
+        self.extend(rows)
+        return self
+
+    def attempt(self, name: str, work: Callable[[], Result]) -> Result | None:
+        """Run a step; what goes wrong becomes a row, and the bench goes on.
+
+        Raises:
+            VerificationError: the step found a wrong result.
+        """
+        try:
+            return work()
+        except VerificationError:
+            raise
+        except Exception as error:
+            reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            self.append({"name": name, "skipped": reason})
+            return None
+
+    def save(self) -> None:
+        """Write what there is."""
+        if self.path is not None:
+            about = self.machine | {"peak_host_mib": peak_host_mib()}
+            content = json.dumps({"rows": list(self), "machine": about}, indent=1)
+            write_whole(self.path, (content + "\n").encode())
+
+    def published(self, title: str, hidden: Collection[str] = ()) -> dict[str, Any]:
+        """Show the new rows as a table, and return all with the machine's description."""
+        show(self[self.kept :], title, hidden)
+        # Clocks as they are after the work.
+        self.machine = machine(self.device)
+        self.save()
+        return {"rows": list(self), "machine": self.machine | {"peak_host_mib": peak_host_mib()}}
+
+
 def publish(
     rows: list[dict[str, Any]],
     device: torch.device,
@@ -143,8 +208,7 @@ def publish(
         title: of the table.
         hidden: figures that the table has no room for.
     """
-    show(rows, title, hidden)
-    result = {"rows": rows, "machine": machine(device) | {"peak_host_mib": peak_host_mib()}}
-    if path is not None:
-        write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    return result
+    found = Rows(device, None)
+    found += rows
+    found.path = path
+    return found.published(title, hidden)
