@@ -1,20 +1,22 @@
-"""Time the fused kernel against PyTorch, eager and compiled, with a correctness gate first.
+"""Measure the fused kernel against PyTorch, eager and compiled, with a correctness gate first.
 
     python bench/fused.py --json bench/results/fused.json
     python bench/fused.py --tune
 
-uint8 pixels in, bf16 images out. Bytes are counted, not measured: what the pass must move once.
-Without a CUDA device only the gate runs, in Triton's interpreter, and the rows say so.
+uint8 pixels in, bf16 images out. Calls are captured as CUDA graphs, over several sets of tensors
+that L2 does not hold, so that neither the host nor a cache is measured. Bytes are counted, not
+measured: what a pass must move once, backward's partial sums included. Rows: `copy`; `masks` of
+10,000 images; the kernels alone by shape; each form of the prompt forward, both ways, and backward
+as the difference of the two. Without a CUDA device only the gate runs, in Triton's interpreter.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, which open_clip already does.
@@ -22,21 +24,27 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from adavipro_fast import PromptConfig, cli
+from adavipro_fast import cli
 from adavipro_fast.device import full_fp32, torch_device
-from adavipro_fast.errors import VerificationError
-from adavipro_fast.kernels import adaptive_prompt as kernels
-from adavipro_fast.method.config import Kernel
-from adavipro_fast.method.functional import Edge, apply_prompt, decide, logistic_noise
-from adavipro_fast.method.prompt import AdaptivePrompt
-from lib.machine import peak_device_mib
-from lib.paper_form import PaperForm
-from lib.table import Json, publish
-from lib.timing import interleaved_ms, summary
+from adavipro_fast.method.functional import Edge
+from lib.launches import Launches, Shape, moved_bytes, partial_sum_bytes
+from lib.table import Append, Json, Rows
+from lib.timing import graphed, interleaved_ms, paired_ratio, summary, timed_ms
+from lib.variants import (
+    NAMES,
+    Setting,
+    Variant,
+    copy_gb_s,
+    errors,
+    gate,
+    mask_differences,
+    pixels_of,
+    variants,
+)
 
-SIDE = 224
-LARGEST_ERROR = 1e-5
-Work = Callable[[], Any]
+Part = Literal["masks", "kernels", "variants"]
+PARTS: tuple[Part, ...] = ("kernels", "masks", "variants")
+ODD = (Shape(5, 14, side=56), Shape(3, 32, side=96), Shape(17, 7, side=28))
 
 
 @dataclass(frozen=True)
@@ -48,169 +56,216 @@ class FusedConfig:
     region_size: int = 32
     """side of a region, pixels"""
     edge: Edge = "laplacian-magnitude"
-    """edge detector"""
-    rounds: int = 50
+    """edge detector of the forms; the kernels alone run the default"""
+    rounds: int = 30
     """timed calls of each row"""
+    part: Annotated[tuple[Part, ...], tyro.conf.UseAppendAction] = ()
+    """measure these rows only; repeatable (default: all)"""
     tune: bool = False
     """time launch options instead, to choose those of `launch_options`"""
+    build: bool = False
+    """compile what would be timed, and time nothing"""
+    launch: Literal["no", "shape", "odd"] = "no"
+    """launch both kernels and time nothing, for a profiler or a memory checker"""
+    rehearse: bool = False
+    """run every row tiny on a CPU, to see that the bench works; its times mean nothing"""
     json: Json = None
+    append: Append = False
+    side: tyro.conf.Suppress[int] = 224
 
 
-def build(config: FusedConfig, kernel: Kernel, device: torch.device, side: int) -> AdaptivePrompt:
-    """Make a prompt whose weights depend on nothing but the configuration."""
-    torch.manual_seed(0)
-    prompt = PromptConfig(
-        region_size=config.region_size, edge=config.edge, edge_padding="replicate"
-    )
-    built = AdaptivePrompt(side, prompt, mean=(0.5,) * 3, std=(0.25,) * 3, kernel=kernel)
-    return built.to(device).train()
+def shapes(config: FusedConfig) -> list[Shape]:
+    """Return the shapes of the kernels' own rows, the configuration's first."""
+    first = Shape(config.batch, config.region_size, side=config.side)
+    if config.rehearse:
+        return [replace(first, dtype=torch.float32)]
+    others = [replace(first, region=region) for region in (16, 56, 8, 14)]
+    sizes = [replace(first, batch=batch) for batch in (8 * config.batch, 32)]
+    return list(dict.fromkeys([first, *sizes, *others, replace(first, dtype=torch.float32)]))
 
 
-def gate(config: FusedConfig, device: torch.device) -> float:
-    """Compare masks and gradients with float64; return the largest relative error.
-
-    Raises:
-        VerificationError: it is above the limit.
-    """
-    side = 2 * config.region_size
-    fused, truth = (build(config, kernel, device, side) for kernel in ("fused", "plain"))
-    truth.double()
-    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, device=device)
-    noise = logistic_noise(0, 0, (3, 2, 2), device)
-    upstream = torch.randn(3, 3, side, side, device=device)
-    got = fused(pixels, tau=1.0, noise=noise)
-    assert truth.template is not None
-    delta = truth.delta(truth.normalised(pixels))
-    mask = decide(delta, "hard", tau=1.0, noise=noise.double())
-    prompted = apply_prompt(truth.normalised(pixels), truth.template(), mask)
-    (got.images * upstream).sum().backward()
-    (prompted * upstream).sum().backward()
-    pairs = [(got.images, prompted), (got.delta, delta)]
-    for ours, theirs in zip(fused.parameters(), truth.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        pairs.append((ours.grad, theirs.grad))
-    worst = max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
-    if not worst <= LARGEST_ERROR:
-        raise VerificationError(f"the fused kernel is wrong by {worst:.1e}; no time is printed")
-    return worst
+def kernel_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
+    """Time the kernels alone at sizes that matter, as a share of the copy's bandwidth."""
+    size = 2**20 if config.rehearse else 2**31
+    copied = rows.attempt("copy", lambda: copy_gb_s(device, size, config.rounds)) or float("nan")
+    rows.append({"name": "copy", "gb_s": copied, "bytes": size})
+    for shape in shapes(config):
+        name = f"kernels_{shape.batch}_{shape.region}"
+        rows.attempt(name, lambda shape=shape: one_shape(shape, config, copied, rows))
 
 
-def variants(config: FusedConfig, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Name the forward passes, all with the same noise and bf16 results."""
-    grid = SIDE // config.region_size
-    pixels = torch.randint(0, 256, (config.batch, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
-    noise = logistic_noise(0, 0, (config.batch, grid, grid), device)
-    plain, fused = (build(config, kernel, device, SIDE) for kernel in ("plain", "fused"))
-    written = PaperForm.of(plain)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def paper_form() -> Tensor:
-        prompted: Tensor = written(pixels, tau=1.0, noise=noise).images
-        return prompted.bfloat16()
-
-    def collapsed() -> Tensor:
-        prompted: Tensor = plain(pixels, tau=1.0, noise=noise).images
-        return prompted.bfloat16()
-
-    return {
-        "paper_form_eager": paper_form,
-        "paper_form_compiled": torch.compile(paper_form),
-        "collapsed_eager": collapsed,
-        "collapsed_compiled": torch.compile(collapsed),
-        "fused": lambda: fused(pixels, dtype=dtype, tau=1.0, noise=noise).images,
-    }
+def one_shape(shape: Shape, config: FusedConfig, copied: float, rows: Rows) -> None:
+    """Time both kernels at one shape."""
+    device, large = rows.device, shape.batch > 256
+    launches = Launches(shape, device, sets=1 if config.rehearse else 2 if large else 4)
+    calls = 1 if config.rehearse else 4 if large else 16
+    works = {p: graphed(getattr(launches, p), device, calls=calls) for p in ("forward", "backward")}
+    if config.build:
+        return
+    times = interleaved_ms(works, device, rounds=config.rounds, warm_up=0 if config.rehearse else 2)
+    for part in works:
+        figures = {key: value / calls for key, value in summary(times[part]).items()}
+        gb_s = launches.moved_bytes(part) / figures["median_ms"] / 1e6
+        about = {"batch": shape.batch, "region": shape.region, "dtype": str(shape.dtype)[6:]}
+        chosen = {key: launches.constants[key] for key in ("IMAGES", "num_warps")}
+        bandwidth = {
+            "bytes": launches.moved_bytes(part),
+            "gb_s": gb_s,
+            "share_of_copy": gb_s / copied,
+        }
+        rows.append({"name": f"kernel_{part}", **about, **chosen, **figures, **bandwidth})
 
 
-def passes(forward: Callable[[], Tensor]) -> dict[str, Work]:
-    """Split a forward pass into forward, backward and both."""
-    prompted = forward()
-    upstream = torch.randn_like(prompted)
-    return {
-        "forward": torch.no_grad()(forward),
-        "backward": lambda: prompted.backward(upstream, retain_graph=True),
-        "both": lambda: forward().backward(upstream),
-    }
+def captured(
+    found: dict[str, Variant], pixels: list[Tensor], device: torch.device, rows: Rows
+) -> dict[str, tuple[Any, int]]:
+    """Capture forward and both ways of every form; a name gets its replay and its calls."""
+    upstream = torch.randn(pixels[0].shape, device=device)
+    upstream = upstream.bfloat16() if device.type == "cuda" else upstream
+    replays = {}
+    for (name, variant), part in product(found.items(), ("forward", "both")):
+
+        def forward(call: int, variant: Variant = variant) -> Tensor:
+            with torch.no_grad():
+                return variant.forward(pixels[call % len(pixels)])
+
+        def both(call: int, variant: Variant = variant) -> tuple[Tensor, ...]:
+            return variant.both(pixels[call % len(pixels)], upstream)
+
+        # The paper's maps take gigabytes a call.
+        calls = 1 if name.startswith("paper") else len(pixels)
+        work = forward if part == "forward" else both
+        replay = rows.attempt(
+            f"{name}_{part}", lambda work=work, calls=calls: graphed(work, device, calls=calls)
+        )
+        if replay is not None:
+            replays[f"{name}_{part}"] = (replay, calls)
+    return replays
 
 
-def copy_gb_s(device: torch.device, rounds: int) -> float:
-    """Measure the device's copy bandwidth on 2 GiB, bytes read and written."""
-    source = torch.empty(2**31, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = interleaved_ms({"copy": lambda: target.copy_(source)}, device, rounds=rounds)
-    return 2 * source.numel() / summary(times["copy"])["median_ms"] / 1e6
+def variant_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
+    """Time whole prompts in every form, forward and backward."""
+    setting = Setting(config.batch, config.region_size, config.edge, config.side, device)
+    found = variants(setting)
+    if config.rehearse:
+        found = {name: one for name, one in found.items() if "compiled" not in name}
+    pixels = [pixels_of(setting) for _ in range(1 if config.rehearse else 3)]
+    replays = captured(found, pixels, device, rows)
+    if config.build:
+        return
+    works = {name: replay for name, (replay, _) in replays.items()}
+    raw = interleaved_ms(works, device, rounds=config.rounds, warm_up=0 if config.rehearse else 2)
+    times = {name: [ms / replays[name][1] for ms in raw[name]] for name in raw}
+    for name in found:
+        if {f"{name}_forward", f"{name}_both"} <= times.keys():
+            pairs = zip(times[f"{name}_both"], times[f"{name}_forward"], strict=True)
+            times[f"{name}_backward"] = [both - forward for both, forward in pairs]
+    moved = bytes_moved(config)
+    for name, taken in times.items():
+        part = name.rpartition("_")[2]
+        figures: dict[str, Any] = {"name": name, "batch": config.batch, **summary(taken)}
+        if base := times.get(f"fused_{part}"):
+            figures["ratio_to_fused"] = paired_ratio(taken, base)
+        if part == "forward":
+            figures["call_ms"] = timed_ms(
+                lambda name=name: captured_once(found, name, pixels), device
+            )
+        rows.append(figures | {"gb_s": moved[part] / figures["median_ms"] / 1e6})
 
 
-def timed_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time every variant and pass; count bytes, and the share of the copy bandwidth."""
-    forwards = variants(config, device)
-    split = {name: passes(forward) for name, forward in forwards.items()}
-    copied = copy_gb_s(device, config.rounds)
-    # Read uint8 pixels, and write or read bf16 images.
-    pixels = config.batch * 3 * SIDE * SIDE
-    bytes_moved = {"forward": 3 * pixels, "backward": 3 * pixels, "both": 6 * pixels}
-    for part, count in bytes_moved.items():
-        works = {name: work[part] for name, work in split.items()}
-        times = interleaved_ms(works, device, rounds=config.rounds, warm_up=5)
-        fused_ms = summary(times["fused"])["median_ms"]
-        for name, work in works.items():
-            figures = summary(times[name])
-            gb_s = count / figures["median_ms"] / 1e6
-            yield {
-                "name": f"{name}_{part}",
-                **figures,
-                "ratio_to_fused": figures["median_ms"] / fused_ms,
-                "bytes": count,
-                "gb_s": gb_s,
-                "share_of_copy": gb_s / copied,
-                "peak_mib": peak_device_mib(work, device),
-            }
-    yield {"name": "copy", "gb_s": copied}
+def captured_once(found: dict[str, Variant], name: str, pixels: list[Tensor]) -> Tensor:
+    """Call a form forward as a user would, the host's time included."""
+    with torch.no_grad():
+        return found[name.removesuffix("_forward")].forward(pixels[0])
 
 
-@contextmanager
-def launched_with(options: dict[str, Any]) -> Iterator[None]:
-    """Launch the fused kernel with these options instead of its own."""
-    chosen = kernels.launch_options
-    kernels.launch_options = lambda *sizes: chosen(*sizes) | options
-    try:
-        yield
-    finally:
-        kernels.launch_options = chosen
+def bytes_moved(config: FusedConfig) -> dict[str, int]:
+    """Count what each pass of a whole prompt must move; partial sums are written and read."""
+    from adavipro_fast.kernels.adaptive_prompt import launch_options
+
+    shape = Shape(config.batch, config.region_size, side=config.side)
+    images = launch_options(config.side, config.region_size, config.batch)["IMAGES"]
+    moved = {part: moved_bytes(part, shape, images) for part in ("forward", "backward")}
+    moved["backward"] += partial_sum_bytes(config.side, config.region_size, config.batch, images)
+    return moved | {"both": sum(moved.values())}
 
 
-def tuned_rows(config: FusedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time launch options of the fused kernel, forward and backward."""
-    forward = variants(config, device)["fused"]
-    for images, warps in product((2, 4, 8, 16), (1, 2, 4, 8)):
+def mask_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
+    """Compare with float64 at full size, and the masks of 10,000 images with the plain form's."""
+    setting = Setting(min(config.batch, 64), config.region_size, config.edge, config.side, device)
+    full = rows.attempt("full_size_errors", lambda: errors(setting))
+    if full is not None:
+        rows.append({"name": "full_size_errors", "batch": setting.batch, **full})
+    setting = replace(setting, batch=2 if config.rehearse else 250)
+    images = 2 if config.rehearse else 10_000
+    masks = rows.attempt("masks", lambda: mask_differences(setting, images))
+    if masks is not None:
+        rows.append({"name": "masks", **masks})
+
+
+def tuned_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
+    """Time launch options of the kernels around the chosen ones."""
+    shape = shapes(config)[0]
+    calls = 1 if config.rehearse else 16
+    for images, warps in ((1, 2),) if config.rehearse else product((4, 8, 16), (2, 4, 8)):
         options = {"IMAGES": images, "num_warps": warps, "BLOCK": 32 * warps}
-        options["EVEN"] = config.batch % images == 0
-        with launched_with(options):
-            works = passes(forward)
-            times = interleaved_ms(works, device, rounds=config.rounds, warm_up=5)
-        medians = {f"{part}_ms": summary(t)["median_ms"] for part, t in times.items()}
-        yield {"name": f"images_{images}_warps_{warps}", **options, **medians}
+        launches = Launches(shape, device, sets=1 if config.rehearse else 4, **options)
+        works = {
+            part: graphed(getattr(launches, part), device, calls=calls)
+            for part in ("forward", "backward")
+        }
+        if config.build:
+            continue
+        times = interleaved_ms(
+            works, device, rounds=config.rounds, warm_up=0 if config.rehearse else 2
+        )
+        medians = {f"{p}_ms": summary(t)["median_ms"] / calls for p, t in times.items()}
+        rows.append({"name": f"images_{images}_warps_{warps}", **options, **medians})
 
 
-def skipped_rows(reason: str) -> Iterator[dict[str, Any]]:
+def launched(config: FusedConfig, device: torch.device) -> dict[str, Any]:
+    """Launch both kernels, at the configuration's shape or at odd ones."""
+    chosen = ODD if config.launch == "odd" else shapes(config)[:1] * 4
+    for shape in chosen:
+        # Triton's interpreter cannot store bf16.
+        dtype = shape.dtype if device.type == "cuda" else torch.float32
+        launches = Launches(replace(shape, dtype=dtype), device, sets=1)
+        launches.forward(0)
+        launches.backward(0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return {"launched": len(chosen)}
+
+
+def skipped_rows() -> list[dict[str, Any]]:
     """Say of every time why there is none."""
-    names = ("paper_form_eager", "paper_form_compiled", "collapsed_eager", "collapsed_compiled")
-    for name, part in product((*names, "fused"), ("forward", "backward", "both")):
-        yield {"name": f"{name}_{part}", "skipped": reason}
+    reason = "times need a CUDA device; here the kernel runs in Triton's interpreter"
+    names = [f"{name}_{part}" for name, part in product(NAMES, ("forward", "backward", "both"))]
+    return [{"name": name, "skipped": reason} for name in ("kernel_forward", *names)]
 
 
 @full_fp32()
 def command(config: FusedConfig) -> dict[str, Any]:
     """Run the gate, then what the device allows."""
     device = torch_device("auto")
-    rows: list[dict[str, Any]] = [{"name": "gate", "largest_error": gate(config, device)}]
-    if device.type == "cuda":
-        rows += (tuned_rows if config.tune else timed_rows)(config, device)
+    if config.rehearse:
+        config = replace(config, batch=1, region_size=8, side=16, rounds=2)
+        device = torch.device("cpu")
+    if config.launch != "no":
+        return launched(config, device)
+    rows = Rows(device, config.json, append=config.append)
+    if not (config.tune or config.build):
+        small = Setting(3, config.region_size, config.edge, 2 * config.region_size, device)
+        rows.append({"name": "gate", "largest_error": gate(small)})
+    measured = {"kernels": kernel_rows, "masks": mask_rows, "variants": variant_rows}
+    if device.type != "cuda" and not config.rehearse:
+        rows += skipped_rows()
+    elif config.tune:
+        rows.attempt("tune", lambda: tuned_rows(config, device, rows))
     else:
-        rows += skipped_rows(
-            "times need a CUDA device; here the kernel runs in Triton's interpreter"
-        )
-    return publish(rows, device, config.json, "fused kernel")
+        for part in config.part or PARTS:
+            rows.attempt(part, lambda part=part: measured[part](config, device, rows))
+    return rows.published("fused kernel", ("bytes", "IMAGES", "num_warps", "BLOCK"))
 
 
 def main() -> None:

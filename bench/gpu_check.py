@@ -1,124 +1,210 @@
-"""Prove the fused kernel on a GPU and measure it, in one command and under 8 minutes.
+"""Prove the fused kernel on a GPU and measure everything, in one command and under ten minutes.
 
-    python bench/gpu_check.py --output bench/results
+    python bench/gpu_check.py
+    python bench/gpu_check.py --part kernels
+    python bench/gpu_check.py --cpu
 
-Needs a CUDA device, torch >= 2.11, triton >= 3.6 and open_clip. Runs the kernel's tests on the
-device, compares the argmax masks of 10,000 images, times kernels and the training step, and says
-of each target whether it is met. Exit 1 where a check of correctness fails.
+Steps run in order of value, each with a time limit, and every row is on disk once it is measured:
+fused.json, training.json, latency.json; check.json has what became of each step and the targets,
+log.txt the output. `--cpu` rehearses the steps on a CPU in a tiny form; its times mean nothing.
+Exit 1 where a test fails or a result is wrong. CONTRIBUTING says how to run it on a machine
+without an installed package.
 """
 
+import contextlib
 import json
 import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
-from adavipro_fast import PromptConfig, cli
-from adavipro_fast.device import torch_device
+from adavipro_fast import cli
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.whole import write_whole
-from adavipro_fast.method.prompt import AdaptivePrompt
 from lib.machine import ROOT, machine
-from lib.process import printed, result_of
+from lib.plan import PARTS, Part, Place, Step, steps
+from lib.process import streamed
+from lib.targets import targets
 
-IMAGES, BATCH, SIDE = 10_000, 250, 224
+FILES = ("fused", "training", "latency")
+LEAST_S = 8
+# Builds share the processor with the tests.
+BUILD = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "3"}
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Check and measure the fused kernel on this machine's GPU."""
+    """Check and measure the fused kernel, training and inference on this machine's GPU."""
 
-    output: Path = ROOT / "bench" / "results"
-    """folder for gpu-check-<device>.json"""
+    part: Annotated[tuple[Part, ...], tyro.conf.UseAppendAction] = ()
+    """run these parts only; repeatable (default: all)"""
+    output: Path | None = None
+    """folder of the results (default: $OUT where it is set, else bench/results/<device>)"""
+    limit_s: float = 570.0
+    """seconds for all steps; a rehearsal has no limit but each step's own"""
     model: str = "ViT-B-32"
-    """encoder of the training step; random weights"""
-    batch: int = 256
-    """images per step and per kernel call"""
+    """encoder; random weights"""
+    onnxruntime: Path | None = None
+    """folder of another onnxruntime package, for the ONNX steps alone"""
+    work: Path | None = None
+    """keep exported files and compiled packages here (default: a temporary folder)"""
+    cpu: bool = False
+    """rehearse on a CPU"""
+    quick: bool = False
+    """rehearse without what takes minutes to compile"""
 
 
-@torch.no_grad()
-def argmax_disagreements(device: torch.device) -> dict[str, int]:
-    """Count regions where fused and plain argmax masks differ, near-ties apart."""
-    counts = {"regions": 0, "ties": 0, "different": 0}
-    config = PromptConfig(edge="laplacian-magnitude", edge_padding="replicate")
-    twins = [
-        AdaptivePrompt(SIDE, config, mean=(0.5,) * 3, std=(0.25,) * 3, kernel=kernel)
-        for kernel in ("fused", "plain")
-    ]
-    twins[1].load_state_dict(twins[0].state_dict())
-    fused, plain = (twin.to(device).eval() for twin in twins)
-    generator = torch.Generator(device).manual_seed(0)
-    for _ in range(IMAGES // BATCH):
-        # Noise at three scales: flat, textured and busy regions.
-        coarse = torch.rand(BATCH, 3, 14, 14, device=device, generator=generator)
-        smooth = torch.nn.functional.interpolate(coarse, SIDE, mode="bilinear")
-        fine = torch.rand(BATCH, 3, SIDE, SIDE, device=device, generator=generator) * coarse.mean()
-        pixels = (255 * (0.7 * smooth + 0.3 * fine * smooth)).to(torch.uint8)
-        a, b = fused(pixels), plain(pixels)
-        tie = b.delta.abs() < 1e-5 * b.delta.abs().max()
-        counts["regions"] += tie.numel()
-        counts["ties"] += int(tie.sum())
-        counts["different"] += int((a.mask != b.mask)[~tie].sum())
-    return counts
+class Run:
+    """The steps of one call, their log and what became of them.
+
+    Args:
+        config: of the command.
+        place: where results go.
+    """
+
+    def __init__(self, config: CheckConfig, place: Place) -> None:
+        self.config, self.place = config, place
+        self.began = time.perf_counter()
+        self.limit_s = 3600.0 if config.cpu else config.limit_s
+        self.log = place.output / "log.txt"
+        self.done: list[dict[str, Any]] = []
+        device = torch.device("cpu" if config.cpu else "cuda")
+        self.machine = machine(device) | {"rehearsal": config.cpu}
+
+    def left_s(self) -> float:
+        """Return the seconds left."""
+        return self.limit_s - (time.perf_counter() - self.began)
+
+    def environment(self, step: Step) -> dict[str, str]:
+        """Return a step's environment: the compiled kernel, and its own ONNX Runtime."""
+        found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        found["PYTHONUNBUFFERED"] = "1"
+        if self.config.cpu:
+            found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if step.build:
+            found |= BUILD
+        if step.part == "onnx" and self.config.onnxruntime is not None:
+            paths = (str(self.config.onnxruntime.resolve()), found.get("PYTHONPATH", ""))
+            found["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        return found
+
+    def step(self, step: Step) -> None:
+        """Run a step within its limit and the time left, and write down what became of it."""
+        limit = min(step.limit_s * (5 if self.config.cpu else 1), self.left_s())
+        outcome: int | str
+        began = time.perf_counter()
+        if self.config.cpu and step.only_gpu:
+            outcome = f"skipped: {step.only_gpu}"
+        elif limit < LEAST_S:
+            outcome = "skipped: no time left"
+        else:
+            self.say(f"{step.name}: at most {limit:.0f} s")
+            outcome = streamed(
+                step.command,
+                limit_s=limit,
+                log=self.log,
+                environment=self.environment(step),
+                folder=self.place.work,
+                quiet=step.build,
+            )
+        seconds = round(time.perf_counter() - began, 1)
+        self.say(f"{step.name}: {outcome if isinstance(outcome, str) else f'exit {outcome}'}")
+        self.done.append(
+            {"name": step.name, "part": step.part, "limit_s": step.limit_s}
+            | {"seconds": seconds, "outcome": outcome}
+        )
+        self.save()
+
+    def say(self, line: str) -> None:
+        """Write a line to stderr and the log."""
+        line = f"[{time.perf_counter() - self.began:.0f} s] {line}"
+        print(line, file=sys.stderr, flush=True)
+        with self.log.open("a") as file:
+            print(line, file=file)
+
+    def save(self) -> dict[str, Any]:
+        """Write check.json: what became of the steps, and the targets."""
+        rows = {name: rows_of(self.place.output / f"{name}.json") for name in FILES}
+        result = {"machine": self.machine, "steps": list(self.done)}
+        result["targets"] = {} if self.config.cpu else targets(rows)
+        content = json.dumps(result, indent=1) + "\n"
+        write_whole(self.place.output / "check.json", content.encode())
+        return result
+
+    def all(self) -> dict[str, Any]:
+        """Run the chosen steps: what is built beside the tests, then the others alone."""
+        chosen = [s for s in steps(self.place) if s.part in (self.config.part or PARTS)]
+        built = [s for s in chosen if s.build]
+        with ThreadPoolExecutor(max(1, len(built))) as pool:
+            waiting = [pool.submit(self.step, s) for s in built]
+            for step in chosen:
+                if step.part == "tests":
+                    self.step(step)
+            for future in waiting:
+                future.result()
+        for step in chosen:
+            if not step.build and step.part != "tests":
+                self.step(step)
+        return self.save()
 
 
-def targets(kernels: list[dict[str, Any]], training: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compare the figures with what the kernel is meant to reach."""
-    by_name = {row["name"]: row for row in kernels + training}
-    # kernels-aot.json estimates 0.76 and 1 of the datasheet's bandwidth on an H200, latency aside.
-    figures = {
-        "forward_share_of_copy": (by_name["fused_forward"]["share_of_copy"], 0.7, ">="),
-        "backward_share_of_copy": (by_name["fused_backward"]["share_of_copy"], 0.75, ">="),
-        "times_eager_paper_form": (by_name["paper_form_eager_both"]["ratio_to_fused"], 10, ">="),
-        "times_compiled": (by_name["collapsed_compiled_both"]["ratio_to_fused"], 1.5, ">="),
-        "step_ratio_to_vp": (by_name["adavipro"]["ratio_to_vp"], 1.02, "<="),
-    }
-    return {
-        name: {
-            "value": value,
-            "target": goal,
-            "met": value >= goal if sign == ">=" else value <= goal,
-        }
-        for name, (value, goal, sign) in figures.items()
-    }
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Read a file's rows; none where there is no file yet."""
+    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
+
+
+def output_of(config: CheckConfig) -> Path:
+    """Return the folder of the results."""
+    if config.output is not None:
+        return config.output.resolve()
+    if out := os.environ.get("OUT"):
+        return Path(out).resolve()
+    name = "rehearsal" if config.cpu else torch.cuda.get_device_name().lower().replace(" ", "-")
+    return (ROOT / "build" if config.cpu else ROOT / "bench" / "results") / name
+
+
+@contextlib.contextmanager
+def place_of(config: CheckConfig) -> Iterator[Place]:
+    """Make the folders; remove results of the chosen parts' earlier runs."""
+    output = output_of(config)
+    output.mkdir(parents=True, exist_ok=True)
+    parts = config.part or PARTS
+    owners = {"fused": {"kernels"}, "training": {"training"}, "latency": {"inference"}}
+    for name, owning in owners.items():
+        if owning & set(parts):
+            (output / f"{name}.json").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        work = (config.work or Path(name)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        yield Place(output, work, config.model, config.cpu, config.quick)
 
 
 def command(config: CheckConfig) -> dict[str, Any]:
-    """Run all checks and measurements and write the result.
+    """Run all steps.
 
     Raises:
         ValueError: there is no CUDA device.
-        VerificationError: a check of correctness failed.
+        VerificationError: a test failed or a result was wrong.
     """
-    if not torch.cuda.is_available():
+    if not (config.cpu or torch.cuda.is_available()):
         raise ValueError(
-            "gpu_check needs a CUDA device and torch sees none; on a CPU `make test` runs the "
-            "kernel in Triton's interpreter and compiles it for every architecture"
+            "gpu_check needs a CUDA device and torch sees none; --cpu rehearses it on a CPU"
         )
-    device = torch_device("cuda")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    tests = ("-m", "pytest", "-q", ROOT / "tests" / "test_kernel.py", "-p", "no:cacheprovider")
-    printed(*tests, environment=environment)
-    masks = argmax_disagreements(device)
-    if masks["different"]:
-        raise VerificationError(f"argmax masks differ: {masks}")
-    bench, batch = ROOT / "bench", ("--batch", config.batch)
-    kernels = result_of(bench / "fused.py", *batch, environment=environment)["rows"]
-    step = (bench / "training.py", *batch, "--model", config.model)
-    training = result_of(*step, environment=environment)["rows"]
-    result = {
-        "machine": machine(device),
-        "argmax_masks": masks,
-        "targets": targets(kernels, training),
-        "kernels": kernels,
-        "training": training,
-    }
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    path = config.output / f"gpu-check-{name}.json"
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
-    return result
+    with place_of(config) as place:
+        result = Run(config, place).all()
+    # A profiler that is not installed is no fault of ours.
+    wrong = [s["name"] for s in result["steps"] if s["outcome"] == 1 and s["part"] != "profile"]
+    if wrong:
+        raise VerificationError(f"{', '.join(wrong)} failed; see {place.output / 'log.txt'}")
+    return result | {"output": str(place.output)}
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from adavipro_fast.files.whole import write_whole
 from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.kernels import regions
 from lib import sass
+from lib.launches import Shape, moved_bytes, partial_sum_bytes
 from lib.table import Json
 
 SIDE, BATCH = 224, 256
@@ -120,11 +121,10 @@ def trips(name: str, region_size: int) -> list[int]:
 
 def memory_bytes(name: str, region_size: int) -> float:
     """Count what an image moves from and to memory: pixels, bf16 images, its share of the sums."""
-    pixels, images = 3 * SIDE**2, kernels.launch_options(SIDE, region_size, BATCH)["IMAGES"]
-    kernel = 3 * (region_size + 2) ** 2 * (SIDE // region_size) ** 2
+    images = kernels.launch_options(SIDE, region_size, BATCH)["IMAGES"]
     # Each program writes its sums, and one read adds them up.
-    sums = 2 * 4 * (pixels + kernel) / images if name == "backward" else 0
-    return pixels + 2 * pixels + sums
+    sums = partial_sum_bytes(SIDE, region_size, BATCH, images) if name == "backward" else 0
+    return moved_bytes(name, Shape(BATCH, region_size), images) / BATCH + sums / BATCH
 
 
 def row(name: str, mode: str, arch: int, region_size: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ the graph's input in memory, `pipeline` starts from JPEG bytes and ends with cla
 
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +21,15 @@ import tyro
 
 from adavipro_fast import cli
 from adavipro_fast.device import full_fp32
+from adavipro_fast.errors import VerificationError
 from adavipro_fast.method.config import Precision
+from lib.bound import bound_rows
+from lib.deployed import deployed_rows
 from lib.machine import peak_device_mib
 from lib.peers import peer_rows
-from lib.rows import engine_rows, file_rows, pipeline_rows, torch_rows
+from lib.rows import chosen_by, engine_rows, file_rows, pipeline_rows, torch_rows
 from lib.subject import Row, Subject
-from lib.table import Json, Plot, draw, publish
+from lib.table import Append, Json, Plot, Rows, draw
 from lib.timing import compared, percentiles, until_steady
 
 QUICK_S = 10.0
@@ -47,8 +51,17 @@ class LatencyConfig:
     """longest time to measure a batch size for; it ends earlier when medians are within 2 %"""
     quick: bool = False
     """under a minute: ONNX Runtime and PyTorch in fp32 only, nothing compiled, fewer calls"""
+    rows: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """measure the rows whose names begin so; repeatable (default: all)"""
+    folder: Path | None = None
+    """keep exported files and compiled packages here, and use those that are there"""
+    build: bool = False
+    """export, compile and check, and time nothing"""
+    keep_going: bool = False
+    """time the other rows where one fails or gives a wrong answer; exit 1 at the end if wrong"""
     device: cli.Device = "auto"
     json: Json = None
+    append: Append = False
     plot: Plot = None
 
 
@@ -69,14 +82,16 @@ def command(config: LatencyConfig) -> dict[str, Any]:
         precision=config.precision,
         device=config.device,
     )
-    rows: list[dict[str, Any]] = []
+    rows = Rows(subject.device, config.json, append=config.append)
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = (config.folder or Path(name)) / config.precision
+        folder.mkdir(parents=True, exist_ok=True)
         for count in sizes:
-            built = torch_rows(subject, count, quick=config.quick)
-            for build in (file_rows, peer_rows, pipeline_rows):
-                built += build(subject, count, folder, quick=config.quick)
-            built += engine_rows(subject, count, folder)
+            built = checked_rows(subject, count, folder, config, wrong)
+            if config.build:
+                rows += ({"name": r.name, "batch": count, "build_s": r.build_s} for r in built)
+                continue
             seconds = QUICK_S if config.quick else config.seconds
             rows += time_rows(subject, built, count, seconds)
     if config.plot is not None:
@@ -84,14 +99,58 @@ def command(config: LatencyConfig) -> dict[str, Any]:
         draw(rows, config.plot, value="ms_per_image", label=label)
     title = f"latency: {config.model}, {config.precision}, {subject.device}"
     hidden = ("contract", "base", "calls", "ms_per_image", "to_other_low", "to_other_high")
-    return publish(rows, subject.device, config.json, title, hidden)
+    result = rows.published(title, (*hidden, "precision", "model", "cosine", "note"))
+    if wrong:
+        raise VerificationError("; ".join(wrong))
+    return result
+
+
+def built_rows(subject: Subject, count: int, folder: Path, config: LatencyConfig) -> list[Row]:
+    """Build the rows that were chosen."""
+    chosen = chosen_by(config.rows)
+
+    def some(*prefixes: str) -> bool:
+        """Tell whether a row of these names may be chosen: building takes minutes."""
+        pairs = product(config.rows, prefixes)
+        return not config.rows or any(a.startswith(b) or b.startswith(a) for a, b in pairs)
+
+    quick, built = config.quick, []
+    if some("encoder", "paper", "collapsed", "fused", "compiled", "open_clip", "transformers"):
+        built += torch_rows(subject, count, quick=quick)
+    built += deployed_rows(subject, count, folder, quick=quick, chosen=chosen)
+    built += file_rows(subject, count, folder, quick=quick, chosen=chosen)
+    built += bound_rows(subject, count, folder, quick=quick, chosen=chosen)
+    if some("onnx_plain", "onnx_paper", "openvino_open_clip"):
+        built += peer_rows(subject, count, folder, quick=quick)
+    if some("pipeline"):
+        built += pipeline_rows(subject, count, folder, quick=quick)
+    if some("tensorrt"):
+        built += engine_rows(subject, count, folder)
+    return [row for row in built if chosen(row.name)]
+
+
+def checked_rows(
+    subject: Subject, count: int, folder: Path, config: LatencyConfig, wrong: list[str]
+) -> list[Row]:
+    """Build rows and check their answers; with --keep-going note what is wrong."""
+    result = []
+    for row in built_rows(subject, count, folder, config):
+        try:
+            result.append(subject.checked(row, count))
+        except Exception as error:
+            if not config.keep_going:
+                raise
+            reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            result.append(replace(row, work=None, skipped=reason))
+            if isinstance(error, VerificationError):
+                wrong.append(str(error))
+    return result
 
 
 def time_rows(
     subject: Subject, rows: list[Row], count: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Check every row, then time all of them in turn."""
-    rows = [subject.checked(row, count) for row in rows]
+    """Time rows that were checked, all in turn."""
     works = {row.name: row.work for row in rows if row.work is not None}
     bases = {row.name: row.base for row in rows if row.name in works and row.base in works}
     times = until_steady(works, subject.device, seconds=seconds, bases=bases)
@@ -103,7 +162,8 @@ def time_rows(
     fastest = min(ours, key=lambda name: statistics.median(times[name]), default="")
     result = []
     for row in rows:
-        figures: dict[str, Any] = {"name": row.name, "batch": count}
+        about = {"model": subject.model.encoder.name, "precision": subject.precision}
+        figures: dict[str, Any] = {"name": row.name, "batch": count, **about}
         if row.name not in times:
             result.append(figures | {"skipped": row.skipped})
             continue
@@ -116,7 +176,8 @@ def time_rows(
             to_other = compared(times[row.name], times[other])
             figures |= {key.replace("ratio", "to_other"): value for key, value in to_other.items()}
             figures |= {"other": other}
-        figures |= {"build_s": row.build_s}
+        figures |= {"build_s": row.build_s, "cosine": row.cosine}
+        figures |= {"note": row.note} if row.note else {}
         if subject.device.type == "cuda":
             figures |= {"peak_device_mib": peak_device_mib(works[row.name], subject.device)}
         result.append(figures)

@@ -21,11 +21,11 @@ import torch
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Runtime
+from adavipro_fast.artifact.description import NotRunnableError, Runtime
 from adavipro_fast.method.config import Precision
 from lib.loader import loader_rows
 from lib.subject import Row, Subject, export, obstacle
-from lib.table import Json, Plot, draw, publish
+from lib.table import Json, Plot, Rows, draw
 from lib.timing import compared, interleaved_ms, summary
 
 SATURATED = 0.95
@@ -78,29 +78,54 @@ def command(config: ThroughputConfig) -> dict[str, Any]:
     sizes = config.batch or ((1, 4, 16, 64, 256, 1024) if cuda else (1, 2, 4, 8, 16, 32, 64))
     if config.quick and not config.batch:
         sizes = QUICK_SIZES
+    rows = Rows(subject.device, config.json)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = [point(subject, count, folder) for count in sizes]
-        best = max(row["images_per_s"] for row in rows)
-        saturated = next(r["batch"] for r in rows if r["images_per_s"] >= SATURATED * best)
-        rows.append({"name": "saturation", "model": first, "batch": saturated})
-        seconds = 5.0 if config.quick else config.seconds
-        rows.append(sustained(subject, saturated, folder, seconds))
-        for ending, runtime in VARIANTS:
-            reason = "--quick" if config.quick else obstacle(subject, f"folded{ending}", runtime)
-            if reason:
-                rows.append({"name": f"folded{ending}, {runtime}", "skipped": reason})
-            else:
-                rows.append(point(subject, saturated, folder, ending, runtime))
+        batches(subject, sizes, folder, config, rows)
     for model in others:
         with tempfile.TemporaryDirectory() as name:
-            rows.append(point(open_subject(model), 16 if cuda else 4, Path(name)))
+            count = 16 if cuda else 4
+            rows.append(point_or_reason(open_subject(model), count, Path(name)))
     preprocess = subject.model.encoder.preprocess
     rows += loader_rows(preprocess, subject.device, count=64 if config.quick else 512, batch=32)
     if config.plot is not None:
         draw(rows, config.plot, value="images_per_s", label="images per second")
-    title = f"throughput: {config.precision}, {subject.device}"
-    return publish(rows, subject.device, config.json, title, ("model",))
+    return rows.published(f"throughput: {config.precision}, {subject.device}", ("model",))
+
+
+def batches(
+    subject: Subject, sizes: tuple[int, ...], folder: Path, config: ThroughputConfig, rows: Rows
+) -> None:
+    """Measure the first model: over batch sizes, over time, in int8 and in OpenVINO."""
+    rows += (point_or_reason(subject, count, folder) for count in sizes)
+    points = [row for row in rows if "skipped" not in row]
+    if not points:
+        return
+    best = max(row["images_per_s"] for row in points)
+    saturated = next(r["batch"] for r in points if r["images_per_s"] >= SATURATED * best)
+    rows.append({"name": "saturation", "model": points[0]["model"], "batch": saturated})
+    rows.append(sustained(subject, saturated, folder, 5.0 if config.quick else config.seconds))
+    for ending, runtime in VARIANTS:
+        reason = "--quick" if config.quick else obstacle(subject, f"folded{ending}", runtime)
+        if reason:
+            rows.append({"name": f"folded{ending}, {runtime}", "skipped": reason})
+        else:
+            rows.append(point_or_reason(subject, saturated, folder, ending, runtime))
+
+
+def point_or_reason(
+    subject: Subject,
+    count: int,
+    folder: Path,
+    ending: str = "",
+    runtime: Runtime = "onnxruntime",
+) -> dict[str, Any]:
+    """Measure a point, or say why it cannot run here."""
+    try:
+        return point(subject, count, folder, ending, runtime)
+    except NotRunnableError as error:
+        name = f"{subject.model.encoder.name} batch {count}{ending.replace('_', ', ')}"
+        return {"name": name, "skipped": str(error)}
 
 
 def checked_work(
@@ -109,12 +134,12 @@ def checked_work(
     """Open an exported graph on `count` images, and check its answer.
 
     Raises:
-        ValueError: it cannot run here.
+        NotRunnableError: it cannot run here.
         VerificationError: it computes something else.
     """
     artifact = export(subject, name, folder, runtime)
     if isinstance(artifact, str):
-        raise ValueError(f"{name}: {artifact}")
+        raise NotRunnableError(f"{name}: {artifact}")
     image = artifact.about.image(subject.sample.to(subject.device))
     contract = "encoder" if name.startswith("baseline") else "prompt + encoder"
     row = Row(name, name, contract, partial(artifact.run, image), int8=name.endswith("_int8"))

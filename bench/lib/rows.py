@@ -33,10 +33,17 @@ FILES: dict[Runtime, tuple[str, ...]] = {
         *("baseline", "folded", "baseline_uint8", "folded_uint8", "baseline_int8", "folded_int8"),
     ),
 }
+PREFIXES: dict[Runtime, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
 QUICK = ("baseline", "baseline_again", "folded")
 # Width and height of a pipeline's pictures, enlarged ones: as on the web, as of a camera.
 PICTURES = {"": (500, 375), "_12_mp": (4000, 3000)}
 Run = Callable[[Tensor], Outputs]
+Chosen = Callable[[str], bool]
+
+
+def chosen_by(prefixes: tuple[str, ...]) -> Chosen:
+    """Return which rows are measured: those whose names begin so; all without prefixes."""
+    return lambda name: not prefixes or name.startswith(prefixes)
 
 
 @torch.inference_mode()
@@ -91,12 +98,15 @@ def torch_row(images: Tensor, name: str, run: Run, skipped: str | None = None) -
     return replace(row, work=torch.inference_mode()(lambda: run(images)))
 
 
-def file_rows(subject: Subject, count: int, folder: Path, *, quick: bool) -> list[Row]:
+def file_rows(
+    subject: Subject, count: int, folder: Path, *, quick: bool, chosen: Chosen
+) -> list[Row]:
     """Build the rows of exported ONNX files, in each runtime."""
     return [
         file_row(subject, name, count, folder, runtime, quick=quick)
         for runtime, names in FILES.items()
         for name in names
+        if chosen(f"{PREFIXES[runtime]}_{name}")
     ]
 
 
@@ -104,7 +114,7 @@ def file_row(
     subject: Subject, name: str, count: int, folder: Path, runtime: Runtime, *, quick: bool
 ) -> Row:
     """Build the row of one file in one runtime, or say why there is none."""
-    prefix = "openvino" if runtime == "openvino" else "onnx"
+    prefix = PREFIXES[runtime]
     kind, _, ending = name.removesuffix("_again").partition("_")
     row = Row(
         f"{prefix}_{name}",

@@ -1,0 +1,132 @@
+"""The deployed modules in PyTorch: as they are, as CUDA graphs, compiled, and by AOTInductor.
+
+They are what is exported, from uint8 pixels. A row's base is the encoder alone in the same runtime.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.export.fold import Plain, deployed
+from adavipro_fast.method.config import DTYPES
+from lib.rows import Chosen
+from lib.subject import Outputs, Row, Subject
+from lib.timing import graphed
+
+FORMS: dict[str, dict[str, bool]] = {
+    "baseline": {"folded": True, "baseline": True},
+    "folded": {"folded": True},
+    "pixel": {"folded": False},
+}
+RUNTIMES = ("deployed", "cuda_graph", "deployed_compiled", "aoti")
+LARGEST_BATCH = 1024
+
+
+def deployed_rows(
+    subject: Subject, count: int, folder: Path, *, quick: bool, chosen: Chosen
+) -> list[Row]:
+    """Build the rows of every runtime and form; a form that fails is a row with its reason."""
+    rows = []
+    modules: dict[str, Plain] = {}
+    for runtime, form in product(RUNTIMES, FORMS):
+        contract = "encoder" if form == "baseline" else "prompt + encoder"
+        row = Row(f"{runtime}_{form}", f"{runtime}_baseline", contract)
+        if not chosen(row.name) or (form == "pixel" and runtime in ("deployed_compiled", "aoti")):
+            continue
+        if reason := obstacle(subject, runtime, quick=quick):
+            rows.append(replace(row, skipped=reason))
+            continue
+        began = time.perf_counter()
+        try:
+            if form not in modules:
+                modules[form] = module(subject, form)
+            image = subject.sample[:count].to(subject.device)
+            run = RUNNERS[runtime](modules[form], image, folder / f"{form}-{subject.precision}.pt2")
+            work = outputs_of(run, modules[form])
+            rows.append(replace(row, work=work, build_s=time.perf_counter() - began))
+        except Exception as error:
+            reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            rows.append(replace(row, skipped=reason))
+    return rows
+
+
+def obstacle(subject: Subject, runtime: str, *, quick: bool) -> str | None:
+    """Say why a runtime is not measured."""
+    if runtime == "cuda_graph" and subject.device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    if quick and runtime in ("deployed_compiled", "aoti"):
+        return "--quick: no compiled rows"
+    return None
+
+
+def module(subject: Subject, form: str) -> Plain:
+    """Build a form in the subject's precision, on its device."""
+    dtype = DTYPES[subject.precision]
+    built = deployed(subject.model, dtype=dtype, uint8=True, **FORMS[form])
+    return built.eval().to(subject.device)
+
+
+def outputs_of(run: Callable[[], Any], module: Plain) -> Callable[[], Outputs]:
+    """Name what a runner returns."""
+
+    @torch.inference_mode()
+    def work() -> Outputs:
+        return dict(zip(module.outputs, run(), strict=True))
+
+    return work
+
+
+def eagerly(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
+    """Call the module."""
+    return lambda: module(image)
+
+
+@torch.inference_mode()
+def as_graph(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
+    """Replay the module, captured for this batch."""
+    kept: dict[str, Any] = {}
+
+    def once(_: int) -> None:
+        kept["outputs"] = module(image)
+
+    replay = graphed(once, image.device)
+
+    def run() -> Any:
+        replay()
+        return kept["outputs"]
+
+    return run
+
+
+def compiled(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
+    """Compile the module for this batch; the first call does it."""
+    run = torch.compile(module, dynamic=False)
+    return lambda: run(image)
+
+
+def ahead_of_time(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
+    """Compile the module to a package for batches of 1 to 1024, once, and load it."""
+    if not package.exists():
+        with torch.no_grad():
+            example = tuple(part.to(image.device) for part in module.example(image.shape[-1]))
+            batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+            program = torch.export.export(module, example, dynamic_shapes=module.dynamic(batch))
+            part = package.with_suffix(".part.pt2")
+            torch._inductor.aoti_compile_and_package(program, package_path=str(part))
+            part.replace(package)
+    run = torch._inductor.aoti_load_package(str(package))
+    return lambda: run(image)
+
+
+RUNNERS: dict[str, Callable[[Plain, Tensor, Path], Callable[[], Any]]] = {
+    "deployed": eagerly,
+    "cuda_graph": as_graph,
+    "deployed_compiled": compiled,
+    "aoti": ahead_of_time,
+}
