@@ -12,6 +12,7 @@ as the difference of the two. Without a CUDA device only the gate runs, in Trito
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Annotated, Any, Literal
 
@@ -91,7 +92,7 @@ def kernel_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
     rows.append({"name": "copy", "gb_s": copied, "bytes": size})
     for shape in shapes(config):
         name = f"kernels_{shape.batch}_{shape.region}"
-        rows.attempt(name, lambda shape=shape: one_shape(shape, config, copied, rows))
+        rows.attempt(name, partial(one_shape, shape, config, copied, rows))
 
 
 def one_shape(shape: Shape, config: FusedConfig, copied: float, rows: Rows) -> None:
@@ -135,9 +136,7 @@ def captured(
         # The paper's maps take gigabytes a call.
         calls = 1 if name.startswith("paper") else len(pixels)
         work = forward if part == "forward" else both
-        replay = rows.attempt(
-            f"{name}_{part}", lambda work=work, calls=calls: graphed(work, device, calls=calls)
-        )
+        replay = rows.attempt(f"{name}_{part}", partial(graphed, work, device, calls=calls))
         if replay is not None:
             replays[f"{name}_{part}"] = (replay, calls)
     return replays
@@ -167,9 +166,7 @@ def variant_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
         if base := times.get(f"fused_{part}"):
             figures["ratio_to_fused"] = paired_ratio(taken, base)
         if part == "forward":
-            figures["call_ms"] = timed_ms(
-                lambda name=name: captured_once(found, name, pixels), device
-            )
+            figures["call_ms"] = timed_ms(partial(captured_once, found, name, pixels), device)
         rows.append(figures | {"gb_s": moved[part] / figures["median_ms"] / 1e6})
 
 
@@ -264,7 +261,7 @@ def command(config: FusedConfig) -> dict[str, Any]:
         rows.attempt("tune", lambda: tuned_rows(config, device, rows))
     else:
         for part in config.part or PARTS:
-            rows.attempt(part, lambda part=part: measured[part](config, device, rows))
+            rows.attempt(part, partial(measured[part], config, device, rows))
     return rows.published("fused kernel", ("bytes", "IMAGES", "num_warps", "BLOCK"))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from adavipro_fast import cli
 from adavipro_fast.files.whole import write_whole
+from lib import gpu_tables
 from lib.machine import ROOT
 from lib.table import draw, scatter
 
@@ -330,6 +331,16 @@ def mean(found: list[Row], figure: str, digits: int = 1) -> str:
     return f"{statistics.mean(row[figure] for row in found):.{digits}f}"
 
 
+def gpu() -> str:
+    """Tabulate what was measured on GPUs, or say that nothing was."""
+    return gpu_tables.gpu_section(RESULTS)
+
+
+def gpu_limit() -> str:
+    """Say in README what was measured on GPUs."""
+    return gpu_tables.gpu_limit(RESULTS)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -348,6 +359,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
             sets,
             runs,
             evidence,
+            gpu,
+            gpu_limit,
         ),
     )
 }

@@ -128,16 +128,14 @@ def builds(place: Place) -> Iterator[Step]:
     """Compile and export beside the tests."""
     if place.cpu:
         return
-    for part, flags in (
-        ("kernels", ("--part", "kernels")),
-        ("kernels", ("--part", "variants")),
-        ("tune", ("--tune",)),
-    ):
+    part: Part
+    for flags in (("--part", "kernels"), ("--part", "variants"), ("--tune",)):
+        part = "tune" if flags[0] == "--tune" else "kernels"
         name = f"build {' '.join(flags)}"
         yield Step(part, name, 165, place.bench("fused", *flags, "--build"), build=True)
     for precision in ("fp16", "fp32"):
         for rows in ("onnx_b", "onnx_f"), ("aoti_b",), ("aoti_f",), ("deployed_c", "open_clip"):
-            part: Part = "onnx" if rows[0].startswith("onnx") else "inference"
+            part = "onnx" if rows[0].startswith("onnx") else "inference"
             sizes = (1, 16, 256) if rows[0] == "deployed_c" else (1,)
             batches = [word for size in sizes for word in ("--batch", size)]
             chosen = BOUND[:2] if part == "onnx" else rows

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,7 @@ class TrainingStep:
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
             self.repeated(steps)()
             synchronise(self.device)
-        on_gpu = torch.autograd.DeviceType.CUDA
+        on_gpu: Any = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
         times = [
             (e.name, e.time_range.elapsed_us()) for e in trace.events() if e.device_type == on_gpu
         ]

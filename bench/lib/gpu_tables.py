@@ -1,0 +1,124 @@
+"""The tables of what was measured on GPUs, from the folders that `bench/gpu_check.py` wrote."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+NONE = (
+    "No figure of this project was measured on a GPU yet; `python bench/gpu_check.py` does it in "
+    "one command."
+)
+LIMIT = (
+    "- No figure was measured on a GPU yet: the fused kernel runs in Triton's interpreter and as "
+    "compiled code executed on a CPU, engines were built and not run. `python bench/gpu_check.py` "
+    "does it in one command."
+)
+RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
+KERNELS = {
+    "kernel": "`{name}`",
+    "batch": "{batch}",
+    "region": "{region}",
+    "images": "{dtype}",
+    "ms": "{median_ms:.3f}",
+    "GB/s": "{gb_s:.0f}",
+    "of a copy": "{share_of_copy:.2f}",
+}
+FORMS = {
+    "form": "`{name}`",
+    "ms": "{median_ms:.3f}",
+    "to the fused kernel": "{ratio_to_fused:.2f}",
+}
+STEPS = {
+    "encoder": "{model}",
+    "batch": "{batch}",
+    "row": "`{name}`",
+    "step, ms": "{step_ms:.1f}",
+    "to vp (95 %)": "{ratio_to_vp:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
+    "peak memory": "{peak_mib:.0f} MiB",
+}
+LATENCIES = {
+    "row": "`{name}`",
+    "precision": "{precision}",
+    "batch": "{batch}",
+    "p50, ms": "{p50_ms:.3f}",
+    "to the encoder alone (95 %)": RATIO,
+}
+PEERS = {
+    "instead": "`{name}`",
+    "precision": "{precision}",
+    "batch": "{batch}",
+    "p50, ms": "{p50_ms:.3f}",
+    "to ours (95 %)": RATIO.replace("ratio", "to_other"),
+    "ours": "`{other}`",
+}
+
+
+def devices(results: Path) -> list[Path]:
+    """Return the folders of GPU runs; a rehearsal on a CPU is not one."""
+    checks = sorted(results.glob("*/check.json"))
+    return [
+        path.parent for path in checks if not json.loads(path.read_text())["machine"]["rehearsal"]
+    ]
+
+
+def rows_of(folder: Path, name: str) -> list[Row]:
+    """Return the measured rows of a file; none where there is no such file."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return []
+    return [row for row in json.loads(path.read_text())["rows"] if "skipped" not in row]
+
+
+def table(rows: Iterable[Row], forms: Mapping[str, str]) -> Iterator[str]:
+    """Yield a Markdown table with a line for each row, and nothing without rows."""
+    body = [[form.format_map(row) for form in forms.values()] for row in rows]
+    if body:
+        lines = [list(forms), ["---"] * len(forms), *body]
+        yield "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def about(folder: Path) -> str:
+    """Name the machine and the targets that were missed."""
+    check = json.loads((folder / "check.json").read_text())
+    machine, found = check["machine"], check["targets"]
+    missed = [name for name, target in found.items() if not target["met"]]
+    line = f"{machine['device']}, torch {machine['versions'].get('torch', '?')}"
+    line += f", commit {machine['commit'] or 'unknown'}: {len(found) - len(missed)} of "
+    line += f"{len(found)} targets met"
+    return line + (f"; missed: {'; '.join(missed)}." if missed else ".")
+
+
+def tables(folder: Path) -> str:
+    """Return a GPU's tables: kernels, forms, training steps, inference, peers."""
+    fused, latency = rows_of(folder, "fused"), rows_of(folder, "latency")
+    steps = [row for row in rows_of(folder, "training") if "step_ms" in row]
+    ours = [row for row in latency if "ratio" in row and row["contract"] == "prompt + encoder"]
+    return "\n\n".join(
+        [
+            about(folder),
+            *table((row for row in fused if "share_of_copy" in row), KERNELS),
+            *table((row for row in fused if "ratio_to_fused" in row), FORMS),
+            *table(steps, STEPS),
+            *table(ours, LATENCIES),
+            *table((row for row in latency if "to_other" in row), PEERS),
+        ]
+    )
+
+
+def gpu_section(results: Path) -> str:
+    """Return the tables of all GPUs, or that none was measured."""
+    found = devices(results)
+    if not found:
+        return f"**{NONE.partition(';')[0]}**;{NONE.partition(';')[2]}"
+    return "\n\n".join(f"### {folder.name}\n\n{tables(folder)}" for folder in found)
+
+
+def gpu_limit(results: Path) -> str:
+    """Return README's line on what a GPU has measured."""
+    found = devices(results)
+    if not found:
+        return LIMIT
+    names = ", ".join(folder.name for folder in found)
+    return f"- Measured on {names} ([numbers](docs/pages/numbers.md#on-a-gpu)); on no other GPU."
