@@ -11,9 +11,8 @@ NONE = (
     "one command."
 )
 LIMIT = (
-    "- No figure was measured on a GPU yet: the fused kernel runs in Triton's interpreter and as "
-    "compiled code executed on a CPU, engines were built and not run. `python bench/gpu_check.py` "
-    "does it in one command."
+    "- No figure was measured on a GPU yet: the kernel ran in Triton's interpreter and compiled "
+    "for a CPU, engines were only built. `python bench/gpu_check.py` measures all."
 )
 RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
 KERNELS = {
