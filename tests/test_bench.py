@@ -179,7 +179,8 @@ def test_every_row_has_figures_or_a_reason(monkeypatch, capsys, tmp_path):
     # What others run is compared with the fastest of ours.
     compared = {row["name"]: row["other"] for row in result["rows"] if "to_other" in row}
     assert "open_clip_eager" in compared
-    assert set(compared.values()) <= {"onnx_folded", "collapsed_eager", "paper_form_eager"}
+    ours = {"onnx_folded", "collapsed_eager", "paper_form_eager", "deployed_folded"}
+    assert set(compared.values()) <= ours | {"deployed_pixel"}
     assert result["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert chart.read_text().startswith("<?xml")
 
