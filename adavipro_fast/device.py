@@ -19,8 +19,17 @@ PRODUCTS = (
     backends.mkldnn.matmul,
 )
 # Limits of oneDNN's instruction sets under which it still has bf16 instructions.
-BF16_ISAS = ("DEFAULT", "ALL", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
-BF16_ISAS += ("AVX512_CORE_AMX", "AVX10_1_512_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX_FP16")
+BF16_ISAS = (
+    "DEFAULT",
+    "ALL",
+    "AVX512_CORE_BF16",
+    "AVX512_CORE_FP16",
+    "AVX512_CORE_AMX",
+    "AVX512_CORE_AMX_FP16",
+    "AVX10_1_512",
+    "AVX10_1_512_AMX",
+    "AVX10_1_512_AMX_FP16",
+)
 # The older pair of settings, which torch itself reads, and refuses to read where they disagree
 # with the newer ones: whether cuDNN may take TF32, and how exact matrix products are.
 Older = tuple[bool, str]

@@ -14,6 +14,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def step_rows(encoder: FrozenEncoder, config: TrainingConfig, rows: Rows) -> Non
     steps = {}
     for name in names:
         step = rows.attempt(
-            name, lambda name=name: TrainingStep(name, encoder, config.batch, config.precision)
+            name, partial(TrainingStep, name, encoder, config.batch, config.precision)
         )
         if step is not None:
             steps[name] = step
@@ -140,7 +141,8 @@ def timed_steps(
         warm_up = 0 if config.quick else 1
         measured = interleaved_ms(some, device, rounds=config.rounds, warm_up=warm_up)
         for name in group:
-            times[name] = tuple([ms / block for ms in measured[n]] for n in (name, "vp"))
+            own, base = ([ms / block for ms in measured[n]] for n in (name, "vp"))
+            times[name] = own, base
     return times
 
 

@@ -76,8 +76,10 @@ def with_precision(
     """Choose the precision where it is `auto`; all processes use the leading one's choice."""
     if config.optimiser.precision != "auto":
         return config
-    chosen = group.agreed(fast_precision(device), device)
-    return replace(config, optimiser=replace(config.optimiser, precision=chosen))
+    bf16 = group.agreed(fast_precision(device), device) == "bf16"
+    return replace(
+        config, optimiser=replace(config.optimiser, precision="bf16" if bf16 else "fp32")
+    )
 
 
 def _begin(config: TrainConfig) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class TrainingStep:
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
             self.repeated(steps)()
             synchronise(self.device)
-        on_gpu = torch.autograd.DeviceType.CUDA
+        on_gpu = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]  # not re-exported
         times = [
             (e.name, e.time_range.elapsed_us()) for e in trace.events() if e.device_type == on_gpu
         ]
