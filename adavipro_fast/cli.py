@@ -105,6 +105,7 @@ def parse_some(kind: type[Config], flags: Sequence[str] | None = None) -> Config
 
 
 def _parse(kind: Any, **options: Any) -> Any:
+    escape_output()
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -141,6 +142,7 @@ def run(
         summary: says the same for a person, on stderr.
         quiet: print neither.
     """
+    escape_output()
     try:
         result = command()
         if not quiet:
@@ -163,6 +165,13 @@ def run(
             # Or else Python tries again at its exit, and complains.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(error)
+
+
+def escape_output() -> None:
+    """Escape what stdout's encoding lacks, which would end a command after all its work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def lacks_memory(error: Exception) -> bool:

@@ -1,9 +1,11 @@
-"""Which device a command runs on, and fp32 that is fp32 on it."""
+"""Which device a command runs on, what it does fast, and fp32 that is fp32 on it."""
 
+import os
+import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +17,18 @@ PRODUCTS = (
     backends.cuda.matmul,
     backends.mkldnn.conv,
     backends.mkldnn.matmul,
+)
+# Limits of oneDNN's instruction sets under which it still has bf16 instructions.
+BF16_ISAS = (
+    "DEFAULT",
+    "ALL",
+    "AVX512_CORE_BF16",
+    "AVX512_CORE_FP16",
+    "AVX512_CORE_AMX",
+    "AVX512_CORE_AMX_FP16",
+    "AVX10_1_512",
+    "AVX10_1_512_AMX",
+    "AVX10_1_512_AMX_FP16",
 )
 # The older pair of settings, which torch itself reads, and refuses to read where they disagree
 # with the newer ones: whether cuDNN may take TF32, and how exact matrix products are.
@@ -101,8 +115,31 @@ def full_fp32() -> Iterator[None]:
                 _set(*_Inside.before)
 
 
+def fast_bf16(device: torch.device) -> bool:
+    """Report whether the processor has bf16 instructions that PyTorch uses: read, not timed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        # oneDNN with Arm's library; Apple's processors and builds without it emulate bf16.
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # oneDNN's own variable limits what it uses, ATen's the rest.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT"))
+    limited = limit.upper() not in BF16_ISAS
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability().upper()
+    return wide and not limited and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def fast_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return the precision that the device trains in fastest: bf16 where it has it, else fp32."""
+    return "bf16" if fast_bf16(device) else "fp32"
+
+
 def slow_precision(precision: str, device: torch.device) -> str | None:
-    """Say where a precision takes minutes for seconds."""
-    if device.type == "cpu" and precision == "fp16":
+    """Return a warning about a precision that the device only emulates, or None."""
+    if device.type != "cpu":
+        return None
+    if precision == "fp16":
         return "fp16 runs without the CPU's fast paths and takes many times longer than fp32"
+    if precision == "bf16" and not fast_bf16(device):
+        return "this processor emulates bf16, which takes many times longer than fp32"
     return None

@@ -88,8 +88,9 @@ def command(config: PredictConfig) -> dict[str, Any]:
 def said(described: dict[str, Any]) -> dict[str, Any]:
     """Print one answer, and return it."""
     nearest = described["classes"][0]
-    rejected = described["answer"] != nearest["name"]
-    answered = f"unknown, nearest {nearest['name']!r}" if rejected else repr(nearest["name"])
+    answered = (
+        f"unknown, nearest {nearest['name']!r}" if described["rejected"] else repr(nearest["name"])
+    )
     print(f"{described['path']!r}: {answered} ({nearest['probability']:.1%})")
     return described
 

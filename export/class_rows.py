@@ -4,6 +4,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
@@ -18,6 +19,8 @@ from adavipro_fast.method.encoder import EncoderIdentity
 
 # As `Head` calls the rows; a graph that resizes holds the head in a module.
 ROWS = ("head.classes", "module.head.classes")
+# The sigmoid encoders' bias, one number for all classes.
+BIAS = ("head.bias", "module.head.bias")
 
 
 def head_of(path: Path) -> Checkpoint:
@@ -47,6 +50,7 @@ def head_of(path: Path) -> Checkpoint:
         about.class_names,
         read(EncoderIdentity, values.get("encoder")),
         about.preprocess,
+        about.calibration,
         templates=tuple(values.get("templates", ())),
     )
 
@@ -55,12 +59,20 @@ def rows_of(model: onnx.ModelProto) -> TensorProto:
     """Return the initializer that holds the class rows, (E, K) times the factor.
 
     Raises:
-        ValueError: it has another name, as in files of before.
+        ValueError: it has another name, as in files of older versions.
     """
-    found: list[TensorProto] = [t for t in model.graph.initializer if t.name in ROWS]
-    if found:
-        return found[0]
-    raise ValueError("the graph holds no class rows by the name of today; export it again")
+    rows = initializer_of(model, ROWS)
+    if rows is None:
+        raise ValueError(
+            "this file comes from an older version, which named its class rows differently; "
+            "export it again"
+        )
+    return rows
+
+
+def initializer_of(model: onnx.ModelProto, names: tuple[str, ...]) -> TensorProto | None:
+    """Return the initializer that has one of these names, if there is one."""
+    return next((t for t in model.graph.initializer if t.name in names), None)
 
 
 def write_head(source: Path, path: Path, new: Checkpoint) -> None:
@@ -69,9 +81,18 @@ def write_head(source: Path, path: Path, new: Checkpoint) -> None:
     metadata, rows = metadata_of(model), rows_of(model)
     columns = scaled_rows(new).t().contiguous()
     rows.CopyFrom(numpy_helper.from_array(columns.numpy(), rows.name))
+    bias = initializer_of(model, BIAS)
+    if bias is not None:
+        value = float(numpy_helper.to_array(bias, str(source.parent))[0])
+        filled = np.full(columns.shape[1], value, np.float32)
+        bias.CopyFrom(numpy_helper.from_array(filled, bias.name))
+    heads = [node for node in model.graph.node if rows.name in node.input]
+    wide = {rows.name, "logits", *(name for node in heads for name in node.output)}
     for item in [*model.graph.value_info, *model.graph.output]:
-        if item.name in (rows.name, "logits"):
+        if item.name in wide:
             item.type.tensor_type.shape.dim[1].dim_value = columns.shape[1]
+        if bias is not None and item.name == bias.name:
+            item.type.tensor_type.shape.dim[0].dim_value = columns.shape[1]
     if "data_sha256" in metadata:
         data = path.with_name(path.name + ".data")
         shutil.copyfile(source.with_name(source.name + ".data"), data)

@@ -28,7 +28,6 @@ from adavipro_fast.export.verify import (
     sample_batches,
 )
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
-from adavipro_fast.method.calibration import UNCALIBRATED
 from adavipro_fast.method.clip import (
     DEFAULT_TEMPLATE,
     NoText,
@@ -91,7 +90,8 @@ def command(config: RelabelConfig) -> dict[str, Any]:
         else:
             new.save(path)
         after, before = (run(written, encoder) for written in (path, file))
-        verdict = verify(before, after, new, sample_batches(old.preprocess, config.images))
+        batches = sample_batches(old.preprocess, config.images)
+        verdict = verify(before, after, new, batches, bias=encoder.logit_bias or 0.0)
         size = sum(part.stat().st_size for part in path.parent.iterdir())
     if new.config.method != "zero_shot":
         trained = "encoder" if new.config.method == "full_finetune" else "prompt"
@@ -144,7 +144,7 @@ def relabelled(old: Checkpoint, text: TextTower | NoText, config: RelabelConfig)
         old,
         tensors=old.tensors | {"class_embeddings": rows},
         class_names=config.classes,
-        calibration=UNCALIBRATED,
+        calibration=old.calibration.without,
         templates=templates,
     )
 
@@ -158,7 +158,12 @@ def run(path: Path, encoder: FrozenEncoder) -> Artifact | None:
 
 
 def verify(
-    before: Artifact | None, after: Artifact | None, new: Checkpoint, batches: Sequence[Tensor]
+    before: Artifact | None,
+    after: Artifact | None,
+    new: Checkpoint,
+    batches: Sequence[Tensor],
+    *,
+    bias: float = 0.0,
 ) -> dict[str, Any]:
     """Compare logits with the old file's embeddings times the new rows, and all else with its own.
 
@@ -167,6 +172,7 @@ def verify(
         after: the new one.
         new: its rows.
         batches: images (B, 3, S, S) uint8.
+        bias: of the encoder, added to every logit.
 
     Raises:
         VerificationError: they differ by more than rounding.
@@ -177,7 +183,7 @@ def verify(
     rows, worst, moved = scaled_rows(new), 0.0, 0.0
     for pixels in batches:
         expected, got = before(pixels), after(pixels)
-        logits = expected.embedding @ rows.t()
+        logits = expected.embedding @ rows.t() + bias
         moved = max(moved, (expected.embedding - got.embedding).abs().max().item())
         worst = max(worst, (logits - got.logits).abs().max().item())
         if not torch.equal(expected.mask.int(), got.mask.int()):

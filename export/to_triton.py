@@ -172,6 +172,7 @@ def facts_of(about: Description) -> dict[str, Any]:
         "tasks": [task.name for task in about.tasks],
         "class_names": [list(task.class_names) for task in tasks],
         "temperatures": [task.calibration.temperature for task in tasks],
+        "links": [task.calibration.link for task in tasks],
     }
 
 

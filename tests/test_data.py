@@ -18,6 +18,7 @@ from adavipro_fast import cache
 from adavipro_fast.data import images
 from adavipro_fast.data.coop import COOP, read_split
 from adavipro_fast.data.sets import DataConfig, load_dataset, load_test
+from adavipro_fast.data.split import stratified
 from adavipro_fast.method.preprocess import Preprocess
 
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
@@ -127,6 +128,23 @@ def test_without_val_a_stratified_tenth_of_train_is_held_out(copy, tmp_path):
     again, other = (load(copy, tmp_path / "cache", seed=s).val.rows for s in (5, 6))
     assert torch.equal(again, dataset.val.rows)
     assert not torch.equal(other, dataset.val.rows)
+
+
+@pytest.mark.parametrize("counts", [(200, 5), (300, 40, 6), (50, 2, 1), (7, 7, 7)])
+def test_a_hold_out_is_a_share_of_each_class_and_leaves_it_one_image(counts):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    held, kept = stratified(labels, round(0.1 * len(labels)), 3, spare_last=True)
+    assert sorted([*held.tolist(), *kept.tolist()]) == list(range(len(labels)))
+    for count, out in zip(counts, labels[held].bincount(minlength=len(counts)), strict=True):
+        assert abs(int(out) - 0.1 * count) <= 1
+        assert int(out) < count
+
+
+def test_limit_train_is_a_share_of_each_class_and_at_least_one_image():
+    labels = torch.arange(3).repeat_interleave(torch.tensor([300, 40, 1]))
+    chosen, _ = stratified(labels, 34, 3)
+    assert labels[chosen].bincount().tolist() == [29, 4, 1]
+    assert labels[stratified(labels, 3, 3)[0]].tolist() == [0, 1, 2]
 
 
 def test_limit_train_takes_the_same_number_of_each_class(folder, tmp_path):

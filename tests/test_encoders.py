@@ -10,9 +10,11 @@ from encoders import NAMES, stepped, tried
 
 from adavipro_fast import open_artifact
 from adavipro_fast.artifact.answers import answers
-from adavipro_fast.export import to_onnx
+from adavipro_fast.export import relabel, to_onnx
+from adavipro_fast.export.relabel import RelabelConfig
 from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.clip import load_clip
 from adavipro_fast.training.calibrate import calibrate
 from lib.families import ENCODERS
@@ -91,3 +93,25 @@ def test_a_sigmoids_temperature_lowers_its_own_loss():
     loss = F.binary_cross_entropy(fitted.probabilities(5 * logits), own)
     assert loss < F.binary_cross_entropy(fitted.without.probabilities(5 * logits), own)
     assert fitted.probabilities(5 * logits).sum(1).ne(1).all()
+
+
+@pytest.mark.parametrize("names", [("ring", "star"), ("ring", "star", "a cat", "a dog")])
+@pytest.mark.parametrize("ending", [".safetensors", ".onnx"])
+def test_a_sigmoids_file_is_relabelled_with_its_bias_and_its_link(siglip, tmp_path, names, ending):
+    name, model = siglip
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    fitted = Calibration(2.0, link="sigmoid")
+    replace(checkpoint_of(model, NAMES, ("{}",)), calibration=fitted).save(checkpoint)
+    file, output = checkpoint.with_suffix(ending), tmp_path / f"new{ending}"
+    if ending == ".onnx":
+        to_onnx.command(OnnxConfig(checkpoint, file, model=name))
+    assert relabel.command(RelabelConfig(file, output, names, model=name))["verified"]
+    new = open_artifact(output, device="cpu")
+    assert new.about.calibration == Calibration(link="sigmoid")
+    side = model.preprocess.size
+    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    got = new(pixels)
+    assert got.logits.shape == (3, len(names))
+    rows = load_clip(name)[1].class_embeddings(names, ("{}",))
+    expected = model.encoder.logit_scale * got.embedding @ rows.t() - 10
+    torch.testing.assert_close(got.logits, expected, rtol=0, atol=1e-3)

@@ -47,4 +47,10 @@ def described(
     ]
     known = classes[0]["probability"] >= least
     answer = classes[0]["name"] if known else UNKNOWN
-    return {"answer": answer, "classes": classes, "mask": mask.int().tolist()}
+    return {
+        "answer": answer,
+        # A class may be called `unknown`, too.
+        "rejected": not known,
+        "classes": classes,
+        "mask": mask.int().tolist(),
+    }

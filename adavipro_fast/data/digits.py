@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from adavipro_fast.data.source import Source, array_source
-from adavipro_fast.data.split import stratified
+from adavipro_fast.data.split import even
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Of 1,797 images; the rest is the test split.
@@ -19,8 +19,8 @@ def digits_sources() -> tuple[tuple[str, ...], dict[str, Source]]:
     data = load_digits()
     grey = np.rint(data.images * STEP).astype(np.uint8)
     pixels, labels = grey[..., None].repeat(3, -1), torch.tensor(data.target)
-    train, rest = stratified(labels, TRAIN, 0)
-    val, test = stratified(labels[rest], VAL, 0)
+    train, rest = even(labels, TRAIN, 0)
+    val, test = even(labels[rest], VAL, 0)
     rows = {"train": train, "val": rest[val], "test": rest[test]}
     return CLASS_NAMES, {
         split: array_source(pixels[chosen], labels[chosen].tolist(), f"digits {split}")

@@ -37,7 +37,7 @@ class DataConfig:
     download: bool = False
     """fetch a named data set where torchvision can"""
     limit_train: int | None = None
-    """use at most this many training images, the same number of each class"""
+    """use at most this many training images, the same share of each class"""
     cache_dir: Path = DEFAULT_DIR
     """where decoded images are kept"""
     cache_limit_gb: float = 100.0
@@ -79,7 +79,7 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
         digest.update(f"{name} {key} {source.labels}".encode())
     train = splits["train"]
     if "val" not in splits:
-        held, kept = stratified(train.labels, round(HOLDOUT * len(train)), seed)
+        held, kept = stratified(train.labels, round(HOLDOUT * len(train)), seed, spare_last=True)
         if len(held) == 0 or len(kept) == 0:
             raise ValueError(
                 f"{config.data} has {len(train)} training images: too few to hold a validation "

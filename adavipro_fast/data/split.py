@@ -45,8 +45,37 @@ class Split:
         return Split(images, self.labels[self.rows], torch.arange(len(self)))
 
 
-def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Choose `count` positions spread evenly over the classes; return (chosen, others), sorted."""
+def stratified(
+    labels: Tensor, count: int, seed: int, *, spare_last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Choose `count` positions, the same share of each class; return (chosen, others), sorted.
+
+    Args:
+        labels: (N,).
+        count: how many to choose; with as many as there are classes, each has one.
+        seed: of the choice.
+        spare_last: choose a class's last image only when nothing else is left.
+    """
+    rank, order = _ranks(labels, seed)
+    sizes = labels.bincount()[labels[order]]
+    share = rank / sizes
+    if spare_last:
+        share[rank == sizes - 1] += 1
+    return _cut(order[torch.argsort(share, stable=True)], count)
+
+
+def even(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose `count` positions, the same number of each class; return (chosen, others), sorted."""
+    rank, order = _ranks(labels, seed)
+    return _cut(order[torch.argsort(rank, stable=True)], count)
+
+
+def _cut(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return order[:count].sort().values, order[count:].sort().values
+
+
+def _ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Shuffle positions; return each one's number within its class, and the positions."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     # Number each image within its class, then take the images with the lowest numbers.
@@ -54,5 +83,4 @@ def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     for label in labels.unique():
         members = labels[shuffled] == label
         rank[members] = torch.arange(int(members.sum()))
-    order = shuffled[torch.argsort(rank, stable=True)]
-    return order[:count].sort().values, order[count:].sort().values
+    return rank, shuffled

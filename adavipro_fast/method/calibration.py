@@ -29,7 +29,7 @@ class Calibration:
         if not LEAST <= self.temperature <= MOST:
             raise ValueError(f"temperature is {self.temperature}; {LEAST} to {MOST} works")
         if self.link not in ("softmax", "sigmoid"):
-            raise ValueError(f"link {self.link!r} is unknown; softmax and sigmoid are not")
+            raise ValueError(f"unknown link {self.link!r}; use softmax or sigmoid")
         if len(self.confidences) not in (0, QUANTILES):
             raise ValueError(f"{len(self.confidences)} confidences; {QUANTILES} are needed")
         if not all(0 <= value <= 1 for value in self.confidences):

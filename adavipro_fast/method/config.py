@@ -8,6 +8,7 @@ import torch
 from adavipro_fast.method.functional import Activation, Edge, EdgePadding
 
 Precision = Literal["fp32", "bf16", "fp16"]
+TrainPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 ExportPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 QUANTISED = ("int8", "fp8")
 DTYPES = {

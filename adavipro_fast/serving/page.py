@@ -96,7 +96,7 @@ class Page:
             raise gr.Error(message, print_exception=False) from error
         runner = self.viewer.artifact
         status = f"{view.latency_ms:.1f} ms ({runner.backend}, {runner.provider})"
-        rejected = view.answer["answer"] == UNKNOWN != view.answer["classes"][0]["name"]
+        rejected = view.answer["rejected"]
         return [
             probabilities(view.answer),
             view.beside and probabilities(view.beside),

@@ -11,7 +11,7 @@ import tyro
 from adavipro_fast.cli import Device
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.files.checked import read
-from adavipro_fast.method.config import HeadKind, Kernel, Precision, PromptConfig
+from adavipro_fast.method.config import HeadKind, Kernel, Precision, PromptConfig, TrainPrecision
 
 # VP warms up for 1000 steps; shorter runs give it a tenth of their steps.
 WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1
@@ -51,8 +51,8 @@ class OptimiserConfig:
     """factor on the temperature, per epoch"""
     tau_min: float = 0.5
     """floor of the temperature"""
-    precision: Precision = "bf16"
-    """of the encoder; prompt, masks and noise are fp32"""
+    precision: TrainPrecision = "auto"
+    """of the encoder; prompt, masks and noise are fp32 (auto: bf16 where the processor has it)"""
     seed: int = 0
     """of everything random"""
 
@@ -77,6 +77,17 @@ class OptimiserConfig:
             raise ValueError(f"generator_start is {self.generator_start}; use 0 to 1")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}; use 0 to {2**31 - 1}")
+
+    @property
+    def known_precision(self) -> Precision:
+        """The precision of a run that has begun.
+
+        Raises:
+            ValueError: it was not chosen yet.
+        """
+        if self.precision == "auto":
+            raise ValueError("precision is auto; choose one for the device first")
+        return self.precision
 
     def temperature(self, epoch: int) -> float:
         """Return τ of an epoch, counted from 0: tau · tau_decay^epoch, at least tau_min."""

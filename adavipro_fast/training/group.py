@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from adavipro_fast.device import torch_device
 
-LONGEST_PATH = 4096
+LONGEST_TEXT = 4096
 FOLDER = "adavipro_fast folder"
 
 
@@ -62,19 +62,19 @@ class Group:
             gradient.copy_(part.view_as(gradient))
         return total
 
-    def agreed(self, path: Path, device: torch.device) -> Path:
-        """Return the leading process's path."""
+    def agreed(self, text: str, device: torch.device) -> str:
+        """Return the leading process's text, such as a path: at most 4096 bytes."""
         if self.size == 1:
-            return path
-        message = torch.zeros(LONGEST_PATH, dtype=torch.uint8, device=device)
+            return text
+        message = torch.zeros(LONGEST_TEXT, dtype=torch.uint8, device=device)
         if self.leads:
-            content = torch.frombuffer(bytearray(os.fsencode(path)), dtype=torch.uint8)
+            content = torch.frombuffer(bytearray(os.fsencode(text)), dtype=torch.uint8)
             message[: len(content)] = content
         try:
             dist.broadcast(message, 0)
         except RuntimeError as error:
             raise ConnectionError(f"another process of this run has ended: {error}") from error
-        return Path(os.fsdecode(bytes(message.tolist()).rstrip(b"\0")))
+        return os.fsdecode(bytes(message.tolist()).rstrip(b"\0"))
 
     def keep_folder(self, folder: Path) -> None:
         """Remember the run's folder for a restart."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adavipro_fast.data.sets import Dataset, load_dataset
-from adavipro_fast.device import slow_precision
+from adavipro_fast.device import fast_precision, slow_precision
 from adavipro_fast.files.checkpoint import FILES, checkpoint_of, load_checkpoint
 from adavipro_fast.files.whole import read_safetensors
 from adavipro_fast.method.clip import (
@@ -66,8 +66,20 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
                 folder, made = make_folder(name)
                 group.keep_folder(folder)
             stack.enter_context(held(folder, made))
-        config = replace(config, output=group.agreed(folder or Path(), device))
-        return _begin(config)
+        config = replace(config, output=Path(group.agreed(str(folder or ""), device)))
+        return _begin(with_precision(config, group, device))
+
+
+def with_precision(
+    config: TrainConfig, group: distributed.Group, device: torch.device
+) -> TrainConfig:
+    """Choose the precision where it is `auto`; all processes use the leading one's choice."""
+    if config.optimiser.precision != "auto":
+        return config
+    bf16 = group.agreed(fast_precision(device), device) == "bf16"
+    return replace(
+        config, optimiser=replace(config.optimiser, precision="bf16" if bf16 else "fp32")
+    )
 
 
 def _begin(config: TrainConfig) -> dict[str, Any]:
@@ -179,6 +191,7 @@ def load(config: TrainConfig) -> Loaded:
 def build(config: TrainConfig, loaded: Loaded) -> Run:
     """Build the model and its trainer."""
     group, device = distributed.join(config.device)
+    config = with_precision(config, group, device)
     frozen, dataset, embeddings = loaded.frozen, loaded.dataset, loaded.embeddings
     model = _model(config, frozen, dataset, embeddings, device)
     if model.config.head == "mapped":
@@ -200,9 +213,10 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
         templates=templates_of(config),
         group=group,
     )
-    if complaint := slow_precision(config.optimiser.precision, device):
+    precision = config.optimiser.known_precision
+    if complaint := slow_precision(precision, device):
         say(f"warning: {complaint}")
-    say(f"{model.trainable_params} trainable parameters; output {config.output}")
+    say(f"{model.trainable_params} trainable parameters, {precision}; output {config.output}")
     if config.prompt.method in PROMPTED:
         say(f"prompt by the {model.prompt.path(device)} path (--kernel {config.kernel})")
     return Run(trainer, frozen, embeddings, config)
@@ -228,9 +242,9 @@ def _model(
     assert rows is not None
     torch.manual_seed(config.optimiser.seed)
     if prompt.method == "full_finetune":
-        encoder = frozen.thawed(config.optimiser.precision)
+        encoder = frozen.thawed(config.optimiser.known_precision)
     elif prompt.method in PROMPTED:
-        encoder = frozen.with_(precision=config.optimiser.precision)
+        encoder = frozen.with_(precision=config.optimiser.known_precision)
     model = AdaViPro(encoder, rows, prompt, class_bias=bias, kernel=config.kernel).to(device)
     sample = torch.linspace(0, len(dataset.train) - 1, min(CALIBRATION_IMAGES, len(dataset.train)))
     model.prompt.initialise(dataset.train.batch(sample.long(), device)[0])

@@ -13,10 +13,12 @@ class TritonPythonModel:
     """One instance of the model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read names and temperatures, a list for each task."""
+        """Read names, temperatures and links, each a list with an entry for each task."""
         folder = Path(args["model_repository"], args["model_version"])
         about = json.loads((folder / "about.json").read_text())
         self.names, self.temperatures = about["class_names"], about["temperatures"]
+        # Repositories that older versions wrote hold no links.
+        self.links = about.get("links", ["softmax"] * len(self.names))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer each request."""
@@ -31,12 +33,19 @@ class TritonPythonModel:
         for row, task in zip(logits.astype(np.float64), tasks, strict=True):
             names = self.names[task]
             scaled = row[: len(names)] / self.temperatures[task]
-            weights = np.exp(scaled - scaled.max())
-            classes.append([names[int(weights.argmax())].encode()])
-            probabilities.append([weights.max() / weights.sum()])
+            classes.append([names[int(scaled.argmax())].encode()])
+            probabilities.append([highest(scaled, self.links[task])])
         return pb_utils.InferenceResponse(
             output_tensors=[
                 pb_utils.Tensor("class", np.array(classes, object)),
                 pb_utils.Tensor("probability", np.array(probabilities, np.float32)),
             ]
         )
+
+
+def highest(scaled: np.ndarray[Any, Any], link: str) -> float:
+    """Return the highest probability of logits (K,) that were divided by the temperature."""
+    if link == "sigmoid":
+        return float(1 / (1 + np.exp(-scaled.max())))
+    weights = np.exp(scaled - scaled.max())
+    return float(weights.max() / weights.sum())
