@@ -45,6 +45,7 @@ class AppConfig:
     """of a checkpoint's encoder"""
     device: cli.Device = "auto"
     runtime: cli.Runtime = "auto"
+    threads: cli.Threads = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:

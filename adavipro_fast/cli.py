@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from adavipro_fast.artifact import description
+from adavipro_fast.cores import use_threads
 from adavipro_fast.errors import VerificationError, printable
 from adavipro_fast.files import hub
 
@@ -53,6 +54,13 @@ Reject = Annotated[
 Task = Annotated[
     str | None, tyro.conf.arg(help="one of a file that holds several; `tasks FILE` lists them")
 ]
+Threads = Annotated[
+    int | None,
+    tyro.conf.arg(
+        help="of PyTorch, ONNX Runtime, OpenVINO and the decoders (default: the cores that the "
+        "process may use, by its affinity and its container's quota)"
+    ),
+]
 Images = Annotated[
     Path | None, tyro.conf.arg(help="folder of images to verify with (default: procedural ones)")
 ]
@@ -67,7 +75,12 @@ def main(
 ) -> None:
     """Parse the flags, run the command, print its summary for people and its JSON for programs."""
     parsed = parse(config)
-    run(lambda: command(on_disk(parsed)), summary, quiet=quiet)
+    run(lambda: _prepared(parsed, command), summary, quiet=quiet)
+
+
+def _prepared(parsed: Any, command: Callable[[Any], Result]) -> Result:
+    use_threads(getattr(parsed, "threads", None))
+    return command(on_disk(parsed))
 
 
 def on_disk(config: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adavipro_fast import cli
+from adavipro_fast.cores import use_threads
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED, HeadKind, Method, PromptConfig
 from adavipro_fast.method.timm_encoder import PREFIX
@@ -119,6 +120,7 @@ def command() -> dict[str, Any]:
     place = cli.parse_some(Place)
     flags = sys.argv[1:] if place.resume is None else kept_flags(place.resume)
     config = cli.parse(CompareConfig, CompareConfig(train=recipe("best")), flags)
+    use_threads(config.train.threads)
     if config.train.recipe != "best":
         raise ValueError("compare tries variants of the default recipe; leave --recipe out")
     folder, made = place.resume or place.output, list[Path]()

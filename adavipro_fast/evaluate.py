@@ -42,6 +42,7 @@ class EvaluateConfig:
     """of a checkpoint's encoder"""
     device: cli.Device = "auto"
     runtime: cli.Runtime = "auto"
+    threads: cli.Threads = None
     batch_size: int = 64
     """images at once"""
     reject: cli.Reject = None
@@ -70,13 +71,10 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
     )
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
-    class_names, test = load_test(config.data, artifact.about.preprocess)
-    if class_names != artifact.about.class_names:
-        raise ValueError(
-            f"{config.artifact} knows the classes {', '.join(artifact.about.class_names[:5])} ..., "
-            f"{config.data.data} has {', '.join(class_names[:5])} ...; "
-            "name the data set it was trained on with --data"
-        )
+    about = artifact.about
+    class_names, test, notes = load_test(config.data, about.preprocess, about.class_names)
+    for note in notes:
+        cli.warn(note)
     calibration = artifact.about.calibration
     least = None if config.reject is None else calibration.threshold(config.reject)
     began = time.perf_counter()
@@ -117,7 +115,8 @@ def probability_figures(
 
 def summary(result: dict[str, Any]) -> str:
     """Say how accurate it is, and where it is worst."""
-    worst = sorted(result["per_class"].items(), key=lambda entry: entry[1])[:SHOWN_CLASSES]
+    shares = [(name, top1) for name, top1 in result["per_class"].items() if top1 is not None]
+    worst = sorted(shares, key=lambda entry: entry[1])[:SHOWN_CLASSES]
     return (
         f"top-1 {result['top1']:.1f} % of {result['n']} test images, by {result['backend']} "
         f"({result['provider']}), {result['images_per_s']:.0f} images/s\n"

@@ -4,14 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
 
 from adavipro_fast import cli
 from adavipro_fast.artifact.answers import answers
 from adavipro_fast.artifact.open import open_artifact
-from adavipro_fast.data.images import read_pixels
+from adavipro_fast.data.images import readable_pixels
 from adavipro_fast.device import slow_precision, torch_device
+from adavipro_fast.errors import printable
 from adavipro_fast.method.config import Precision
 from adavipro_fast.training import pictures
 
@@ -36,6 +38,7 @@ class PredictConfig:
     """of a checkpoint's encoder"""
     device: cli.Device = "auto"
     runtime: cli.Runtime = "auto"
+    threads: cli.Threads = None
 
 
 def main() -> None:
@@ -62,19 +65,27 @@ def command(config: PredictConfig) -> dict[str, Any]:
     drawn = []
     for start in range(0, len(config.images), BATCH):
         paths = config.images[start : start + BATCH]
-        pixels = read_pixels(paths, artifact.about.preprocess)
-        prediction = artifact(pixels)
-        described = answers(artifact.about, prediction, config.reject)
-        predictions += [
-            said({"path": str(path)} | answer)
-            for path, answer in zip(paths, described, strict=True)
-        ]
-        if config.picture is not None:
-            drawn.append((pixels, prediction.mask))
+        read, errors = readable_pixels(paths, artifact.about.preprocess)
+        described: list[dict[str, Any]] = []
+        if read:
+            pixels = torch.from_numpy(np.stack(list(read.values())))
+            prediction = artifact(pixels)
+            described = answers(artifact.about, prediction, config.reject)
+            if config.picture is not None:
+                drawn.append((pixels, prediction.mask))
+        answered = dict(zip(read, described, strict=True))
+        for path in paths:
+            answer = answered[path] if path in answered else {"error": errors[path]}
+            predictions.append(print_prediction({"path": str(path)} | answer))
+    if not any("answer" in prediction for prediction in predictions):
+        others = len(predictions) - 1
+        more = f" (and {others} more images, none of which can be read)" if others else ""
+        raise ValueError(predictions[0]["error"] + more)
     if config.picture is not None:
         titles = [
             f"{p['classes'][0]['name']} {100 * p['classes'][0]['probability']:.0f} %"
             for p in predictions
+            if "answer" in p
         ]
         pixels, masks = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         about = artifact.about
@@ -85,8 +96,11 @@ def command(config: PredictConfig) -> dict[str, Any]:
     return {"predictions": predictions, "probabilities": artifact.about.calibration.link}
 
 
-def said(described: dict[str, Any]) -> dict[str, Any]:
-    """Print one answer, and return it."""
+def print_prediction(described: dict[str, Any]) -> dict[str, Any]:
+    """Print one answer or error, and return it."""
+    if "error" in described:
+        print(f"{described['path']!r}: error: {printable(described['error'])}")
+        return described
     nearest = described["classes"][0]
     answered = (
         f"unknown, nearest {nearest['name']!r}" if described["rejected"] else repr(nearest["name"])

@@ -6,6 +6,7 @@ Also KServe v2 (`tritonclient` works), an OpenAPI page at /docs and metrics at /
 """
 
 import asyncio
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from adavipro_fast import cli
+from adavipro_fast.cores import threads
 from adavipro_fast.errors import printable
 from adavipro_fast.files.hub import on_disk, run_name
 from adavipro_fast.method.config import Precision
@@ -45,6 +47,9 @@ class ServeConfig:
     """0 takes a free one"""
     token_file: Path | None = None
     """file with the token that clients must show"""
+    allow_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """address of a page whose scripts may ask from a browser, such as https://example.org;
+    repeatable (* allows all)"""
     tasks_folder: Path | None = None
     """folder of .task files for a file whose tasks are data; they may come and go"""
     batch: int = 32
@@ -64,6 +69,7 @@ class ServeConfig:
     device: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """where to run; repeatable, each runs batches of its own (default: auto)"""
     runtime: cli.Runtime = "auto"
+    threads: cli.Threads = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
@@ -77,6 +83,11 @@ class ServeConfig:
             raise ValueError(f"delay_ms is {self.delay_ms}; 0 to 1000 works")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port is {self.port}; 0 to {2**16 - 1} works")
+        for origin in self.allow_origin:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"allow_origin is {origin!r}; give scheme and host (https://example.org) or *"
+                )
         if self.images > self.queue:
             raise ValueError(f"{self.images} images in a request find no room in {self.queue}")
 
@@ -95,7 +106,7 @@ def command(config: ServeConfig) -> dict[str, Any]:
     """
     server = prepared(config)
     names, address = [each.name for each in server.served], server.address
-    say(f"serving {', '.join(names)} at {address}; {address}/docs")
+    say(f"serving {', '.join(names)} at {address}; {address}/docs; {threads()} threads")
     leave_signals_to_uvicorn()
     server.run()
     return {"address": address, "requests": server.metrics.answered, "models": names}
@@ -147,7 +158,9 @@ def prepared(config: ServeConfig) -> Prepared:
     limits = web.Limits(
         int(1e6 * config.body_mb), int(1e6 * config.image_megapixels), config.images, config.seconds
     )
-    application = web.create(served, batcher, limits=limits, token=token, metrics=metrics)
+    application = web.create(
+        served, batcher, limits=limits, token=token, metrics=metrics, origins=config.allow_origin
+    )
     settings = uvicorn.Config(
         application,
         http=ImpatientProtocol,

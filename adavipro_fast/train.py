@@ -46,10 +46,13 @@ def parse() -> TrainConfig:
 def summary(result: dict[str, Any]) -> str:
     """Say what was reached, where it lies, and what to do next."""
     path, before = result["checkpoint"], "no text tower, so no zero-shot"
-    if result["zero_shot_top1"] is not None:
-        before = f"zero-shot {result['zero_shot_top1']:.1f} %"
+    reached = f"validation top-1 {result['val_top1']:.1f} % (no test split"
+    if result["test_top1"] is not None:
+        if result["zero_shot_top1"] is not None:
+            before = f"zero-shot {result['zero_shot_top1']:.1f} %"
+        reached = f"test top-1 {result['test_top1']:.1f} % ({before}"
     return (
-        f"test top-1 {result['test_top1']:.1f} % ({before}), "
+        f"{reached}), "
         f"{result['trainable_params']} trained parameters, {result['seconds']:.0f} s\n"
         f"kept:    {path}; pictures masks.png and curves.png beside it\n"
         f"measure: python -m adavipro_fast.evaluate {path}\n"

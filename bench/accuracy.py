@@ -162,7 +162,7 @@ def classified(artifact: Artifact, config: AccuracyConfig, test: Split) -> Evalu
     if artifact.about.input != "any":
         return evaluate_artifact(artifact, test, EVALUATED_IN)
     assert isinstance(artifact, OnnxArtifact)
-    source = sources_of(config.data)[1]["test"]
+    source = sources_of(config.data).splits["test"]
 
     def predict(image: Tensor) -> tuple[Tensor, Tensor]:
         return artifact.about.prediction(artifact.run(image.to(artifact.device)))[:2]
@@ -195,7 +195,7 @@ def command(config: AccuracyConfig) -> dict[str, Any]:
     reference = opened[0].artifact
     assert reference is not None
     about = reference.about
-    names, test = load_test(config.data, about.preprocess)
+    names, test, _ = load_test(config.data, about.preprocess)
     if names != about.class_names:
         raise ValueError(f"{config.data.data} has other classes than {config.checkpoint}")
     expected = classified(reference, config, test)

@@ -66,7 +66,8 @@ def command(config: FarConfig) -> dict[str, Any]:
     """
     if config.output.exists():
         raise ValueError(f"{config.output} is there already; name a new folder")
-    names, sources = folder_sources(config.source)
+    found = folder_sources(config.source)
+    names, sources = found.class_names, found.splits
     counts = {}
     for split, source in sources.items():
         taken: dict[int, int] = dict.fromkeys(range(len(names)), 0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adavipro_fast.artifact.description import Description
 from adavipro_fast.artifact.onnx import describe_onnx, metadata_of
+from adavipro_fast.data.folder import split_folders
 from adavipro_fast.data.images import images_in, read_pixels
 from adavipro_fast.data.sets import DataConfig, load_dataset
 from adavipro_fast.errors import VerificationError
@@ -48,7 +49,7 @@ def judges_of(images: Path, class_names: tuple[str, ...], preprocess: Preprocess
     Raises:
         ValueError: there are too few images.
     """
-    if (images / "train").is_dir():
+    if split_folders(images)[0]:
         data = load_dataset(DataConfig(str(images)), preprocess)
         if data.class_names != class_names:
             raise ValueError(f"{images} has other classes than the checkpoint")

@@ -71,7 +71,7 @@ def test_evaluate_and_the_exporters_read_the_file(run, method, tmp_path):
     exported = to_onnx(OnnxConfig(path, tmp_path / "x.onnx", input="uint8"))
     assert exported["baseline"]
     assert exported["verified"]
-    _, test = load_test(config.data, open_artifact(tmp_path / "x.onnx").about.preprocess)
+    _, test, _ = load_test(config.data, open_artifact(tmp_path / "x.onnx").about.preprocess)
     pixels, _ = test.batch(torch.arange(len(test)), CPU)
     ours, theirs = (open_artifact(p, device="cpu")(pixels) for p in (path, tmp_path / "x.onnx"))
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)

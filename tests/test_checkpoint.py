@@ -47,7 +47,8 @@ def test_the_file_holds_what_the_contract_names(path):
     assert metadata["format"] == "adavipro-fast/1"
     assert metadata["class_names"] == ["a", "b_c", "d"]
     assert metadata["preprocess"]["size"] == 224
-    assert set(metadata["preprocess"]) == {"size", "mean", "std", "interpolation", "resize_mode"}
+    kept = {"size", "mean", "std", "interpolation", "resize_mode", "decoding"}
+    assert set(metadata["preprocess"]) == kept
     assert set(metadata["encoder"]) == {"name", "pretrained", "sha256"}
     assert metadata["config"].items() >= {"method": "adavipro", "prompt_size": 30}.items()
 

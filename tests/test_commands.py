@@ -22,7 +22,7 @@ from adavipro_fast.training.start import resume_run, start_run
 KEYS = {
     "method", "zero_shot_top1", "val_top1", "test_top1", "last_test_top1", "trainable_params",
     "mask_density", "mask_adaptivity", "mask_placement", "epochs", "images_per_s", "seconds",
-    "checkpoint",
+    "images", "duplicates", "checkpoint",
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_training_gives_the_contracts_keys_and_files(trained):
     output, result = trained
     assert set(result) == KEYS
     assert {p.name.split(".")[0] for p in output.iterdir() if p.name != ".lock"} == {
-        "checkpoint", "last", "metrics", "masks", "curves", "events"
+        "checkpoint", "last", "metrics", "masks", "curves", "events", "data"
     }  # fmt: skip
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -266,10 +266,10 @@ def test_predict_on_many_files_runs_in_batches(trained, folder, monkeypatch, tmp
     images = tuple(sorted((folder / "test").rglob("*.*")))[:7]
     config = PredictConfig(trained[0] / "checkpoint.safetensors", images, device="cpu")
     whole = predict.command(config)
-    sizes, read = [], predict.read_pixels
+    sizes, read = [], predict.readable_pixels
     monkeypatch.setattr(predict, "BATCH", 3)
     monkeypatch.setattr(
-        predict, "read_pixels", lambda paths, how: sizes.append(len(paths)) or read(paths, how)
+        predict, "readable_pixels", lambda paths, how: sizes.append(len(paths)) or read(paths, how)
     )
     parts = predict.command(replace(config, picture=tmp_path / "out.png"))
     assert sizes == [3, 3, 1]

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -19,7 +20,8 @@ from adavipro_fast.data import images
 from adavipro_fast.data.coop import COOP, read_split
 from adavipro_fast.data.sets import DataConfig, load_dataset, load_test
 from adavipro_fast.data.split import stratified
-from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.files.checked import read
+from adavipro_fast.method.preprocess import Preprocess, completed
 
 PREPROCESS = Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
 CPU = torch.device("cpu")
@@ -61,7 +63,7 @@ def test_a_margin_holds_the_mean_colour_around_the_shrunken_image(folder, tmp_pa
     mean = (0.2, 0.5, 0.8)
     inner = replace(own, size=184, mean=mean)
     config = DataConfig(str(folder), cache_dir=tmp_path)
-    names, test = load_test(config, replace(own, mean=mean, margin=20))
+    names, test, _ = load_test(config, replace(own, mean=mean, margin=20))
     image, within = (
         split.batch(torch.tensor([5]), CPU)[0] for split in (test, load_test(config, inner)[1])
     )
@@ -160,23 +162,193 @@ def test_a_missing_folder_is_named(tmp_path):
         load(tmp_path / "nowhere", tmp_path)
 
 
-def test_a_missing_split_is_named(copy, tmp_path):
+def test_without_a_test_split_there_is_none_and_a_note(copy, tmp_path):
     shutil.rmtree(copy / "test")
-    with pytest.raises(FileNotFoundError, match="has no folder test/"):
-        load(copy, tmp_path)
+    dataset = load(copy, tmp_path / "cache")
+    assert dataset.test is None
+    assert dataset.counts == {"train": 30, "val": 9, "test": 0, "left_out": 0}
+    assert "there is no test split: test figures are null" in dataset.facts.notes
 
 
-def test_a_class_missing_in_test_is_named(copy, tmp_path):
+def test_a_class_missing_in_test_is_noted(copy, tmp_path):
     shutil.rmtree(copy / "test" / "cross")
-    with pytest.raises(ValueError, match="class 'cross' is in only one of .*train and .*test"):
-        load(copy, tmp_path)
+    dataset = load(copy, tmp_path / "cache")
+    assert len(dataset.test) == 8
+    assert any("test has no image of 'cross'" in note for note in dataset.facts.notes)
 
 
-def test_an_empty_class_is_named(copy, tmp_path):
-    for path in (copy / "val" / "cross").iterdir():
-        path.unlink()
-    with pytest.raises(ValueError, match="val/cross holds no image"):
-        load(copy, tmp_path)
+def test_a_class_missing_in_train_is_refused_by_name(copy, tmp_path):
+    shutil.rmtree(copy / "train" / "cross")
+    with pytest.raises(ValueError, match="class 'cross' is in .*test? and not in .*train|val"):
+        load(copy, tmp_path / "cache")
+    (copy / "train" / "cross").mkdir()
+    with pytest.raises(ValueError, match="train/cross holds no image"):
+        load(copy, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "Val"])
+def test_validation_folders_have_several_names(copy, tmp_path, name):
+    (copy / "val").rename(copy / name)
+    (copy / "notes").mkdir()
+    dataset = load(copy, tmp_path / "cache")
+    assert len(dataset.val) == 9
+    assert any("holds notes/ beside the splits" in note for note in dataset.facts.notes)
+    (copy / ("val" if name != "Val" else "valid")).mkdir()
+    with pytest.raises(ValueError, match="has both"):
+        load(copy, tmp_path / "cache")
+
+
+def test_class_folders_alone_are_training_images(copy, tmp_path):
+    dataset = load(copy / "train", tmp_path / "cache")
+    assert dataset.counts == {"train": 27, "val": 3, "test": 0, "left_out": 0}
+    assert len(dataset.facts.held_out) == 3
+
+
+def test_a_class_may_be_called_train(copy, tmp_path):
+    (copy / "train" / "cross").rename(copy / "train" / "train")
+    assert load(copy / "train", tmp_path / "cache").class_names == ("circle", "crescent", "train")
+
+
+LEFT_BEHIND = (
+    "._0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/a.jpg", "@eaDir/a.jpg",
+    ".ipynb_checkpoints/a.jpg", "deep/@eaDir/a.jpg", "a.jpg~", "Icon\r",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_what_tools_leave_behind_is_no_data(copy, tmp_path, name):
+    picture = next((copy / "train" / "cross").iterdir()).read_bytes()
+    for place in ("train/cross", *([] if name.startswith("deep") else ["train"])):
+        path = copy / place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    dataset = load(copy, tmp_path / "cache")
+    assert dataset.counts["train"] == 30
+    assert dataset.counts["left_out"] == 0
+    assert not dataset.facts.notes
+
+
+def test_images_are_known_by_their_content(copy, tmp_path):
+    folder = copy / "train" / "cross"
+    picture = Image.new("RGB", (40, 40), "red")
+    for name, kind in (
+        ("a.jfif", "JPEG"), ("b.avif", "AVIF"), ("c.gif", "GIF"), ("d", "JPEG"), ("e.dat", "PNG"),
+        ("f.jpg", "WEBP"),
+    ):  # fmt: skip
+        (folder / name).write_bytes(encoded(picture, kind))
+    (folder / "labels.txt").write_text("P6 is no picture")
+    (folder / "labels").write_text("{}")
+    (folder / "more.TXT").write_text("x")
+    os.mkfifo(folder / "pipe")
+    dataset = load(copy, tmp_path / "cache")
+    assert dataset.counts["train"] == 36
+    assert dataset.counts["left_out"] == 4
+    assert dataset.facts.left_out == {".txt": 2, "without a suffix": 2}
+    assert any("2 .txt" in note for note in dataset.facts.notes)
+
+
+def test_a_class_of_mostly_other_files_is_refused(copy, tmp_path):
+    for number in range(12):
+        (copy / "train" / "cross" / f"{number}.csv").write_text("x")
+    with pytest.raises(ValueError, match="12 of 22 files of class 'cross' .*: 12 .csv"):
+        load(copy, tmp_path / "cache")
+    assert load(copy, tmp_path / "cache", skip_unreadable=True).counts["left_out"] == 12
+
+
+def test_linked_folders_are_read_once_and_circles_end(copy, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(copy / "test" / "cross", store)
+    for number in range(2):
+        (copy / "train" / "cross" / f"more{number}").symlink_to(store, target_is_directory=True)
+    (store / "up").symlink_to(copy / "train" / "cross", target_is_directory=True)
+    assert load(copy, tmp_path / "cache").counts["train"] == 34
+
+
+def test_a_name_is_the_same_in_both_forms_of_unicode(copy, tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (copy / "train" / "cross").rename(copy / "train" / composed)
+    for split in ("val", "test"):
+        (copy / split / "cross").rename(copy / split / decomposed)
+    dataset = load(copy, tmp_path / "cache")
+    assert composed in dataset.class_names
+    (copy / "train" / decomposed).mkdir()
+    with pytest.raises(ValueError, match="two folders that are called"):
+        load(copy, tmp_path / "cache")
+
+
+def test_labels_of_a_test_set_alone_follow_the_model(copy, tmp_path):
+    names = ("cross", "circle", "crescent")
+    config = DataConfig(str(copy), cache_dir=tmp_path / "cache")
+    for folder in ("train", "val"):
+        shutil.rmtree(copy / folder)
+    for data in (copy, copy / "test"):
+        _, test, _ = load_test(replace(config, data=str(data)), PREPROCESS, names)
+        assert test.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    shutil.rmtree(copy / "test" / "cross")
+    _, test, notes = load_test(config, PREPROCESS, names)
+    assert len(test) == 8
+    assert "no image of 'cross'" in notes[0]
+    with pytest.raises(ValueError, match="classes that the model does not know: 'crescent'"):
+        load_test(config, PREPROCESS, names[:2])
+    (copy / "test").rename(copy / "train")
+    with pytest.raises(FileNotFoundError, match="has no folder test/"):
+        load_test(config, PREPROCESS, names)
+
+
+def test_copies_between_splits_and_classes_are_counted_and_named(copy, tmp_path):
+    cross = sorted((copy / "train" / "cross").iterdir())
+    for path in cross[:4]:
+        shutil.copy(path, copy / "test" / "cross" / f"copy-{path.name}")
+    shutil.copy(cross[5], copy / "train" / "circle" / "same.jpg")
+    shutil.copy(cross[6], copy / "train" / "cross" / "twice.jpg")
+    facts = load(copy, tmp_path / "cache").facts
+    assert facts.duplicates.between_splits == 4
+    assert facts.duplicates.between_classes == 1
+    assert any("4 pictures are in more than one split" in note for note in facts.notes)
+    assert any("same.jpg" in note for note in facts.notes)
+
+
+BAD = {
+    "empty.jpg": (b"", "it is empty"),
+    "page.jpg": (b"  <!DOCTYPE html><html>", "it is an HTML page"),
+    "cut.png": (b"\x89PNG\r\n\x1a\n" + bytes(20), "damaged|broken|cannot"),
+    "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(30), "it is HEIC"),
+    "raw.nef": (b"II*\0" + bytes(30), "camera raw"),
+    "lfs.jpg": (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+}
+
+
+def test_all_unreadable_files_are_named_at_once_or_skipped(copy, tmp_path):
+    for name, (content, _) in BAD.items():
+        (copy / "train" / "cross" / name).write_bytes(content)
+    (copy / "train" / "circle" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(ValueError, match="cannot read 7 images: .*skip-unreadable") as stop:
+        load(copy, tmp_path / "cache")
+    for name, (_, reason) in BAD.items():
+        assert name in str(stop.value)
+        assert re.search(reason, str(stop.value))
+    dataset = load(copy, tmp_path / "cache", skip_unreadable=True)
+    assert dataset.counts == {"train": 30, "val": 9, "test": 12, "left_out": 7}
+    assert len(dataset.facts.unreadable) == 7
+    assert any("cross 6, circle 1" in note for note in dataset.facts.notes)
+
+
+def test_what_was_decoded_before_a_failed_start_is_not_decoded_again(copy, tmp_path, monkeypatch):
+    bad = copy / "train" / "cross" / "bad.jpg"
+    bad.write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot read image .*bad.jpg: it is empty"):
+        load(copy, tmp_path / "cache")
+    Image.new("RGB", (40, 40), "red").save(bad)
+    opened, decode = [], images.decode_image
+    monkeypatch.setattr(
+        "adavipro_fast.data.source.decode_image",
+        lambda content, name, how: opened.append(name) or decode(content, name, how),
+    )
+    dataset = load(copy, tmp_path / "cache")
+    assert [name.rsplit("/", 1)[1] for name in opened] == ["bad.jpg"]
+    fresh = load(copy, tmp_path / "other")
+    assert dataset.sha256 == fresh.sha256
+    assert torch.equal(dataset.train.images, fresh.train.images)
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "empty"])
@@ -332,18 +504,96 @@ def test_16_bit_pixels_go_to_the_nearest_of_255_steps():
 
 def test_images_are_rgb_before_they_are_resized(folder, recwarn):
     photo = Image.open(next((folder / "test" / "circle").glob("*.png"))).convert("RGB")
-    transparent = photo.convert("RGBA")
-    transparent.putalpha(128)
-    palette = photo.quantize(64)
-    palette.info["transparency"] = bytes(range(64))
-    for image in (photo.convert("1"), photo.convert("L"), photo.quantize(16), transparent, palette):
+    for image in (photo.convert("1"), photo.convert("L"), photo.quantize(16)):
         content = encoded(image)
         got = PREPROCESS.pixels()(images.decode_image(content, "x.png", PREPROCESS))
         # README's own example: convert, then resize.
         plain = Image.open(io.BytesIO(content)).convert("RGB")
         expected = np.asarray(plain.resize((32, 32), Image.Resampling.BICUBIC))
         assert np.array_equal(got, expected.transpose(2, 0, 1)), image.mode
-    assert not [w for w in recwarn if "Palette" in str(w.message)][1:]
+
+
+def transparent_images():
+    """Pictures whose hidden pixels are red, in every mode that has transparency."""
+    marked = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    marked.paste((0, 0, 0, 255), (8, 8, 24, 24))
+    palette = marked.convert("RGB").quantize(4)
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    grey = Image.new("I;16", (32, 32), 300)
+    grey.paste(0, (8, 8, 24, 24))
+    keyed = io.BytesIO()
+    marked.convert("RGB").save(keyed, "PNG", transparency=(255, 0, 0))
+    return {
+        "RGBA": encoded(marked), "LA": encoded(marked.convert("LA")), "P": encoded(palette),
+        "WebP": encoded(marked, "WEBP", lossless=True), "GIF": encoded(marked, "GIF"),
+        "RGB": keyed.getvalue(), "I;16": encoded(grey, transparency=300),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", transparent_images())
+def test_transparent_images_are_put_on_white(mode):
+    content = transparent_images()[mode]
+    expected = np.full((32, 32, 3), 255, np.uint8)
+    expected[8:24, 8:24] = 0
+    got = np.asarray(images.decode_image(content, "x", PREPROCESS))
+    assert np.array_equal(got, expected)
+    older = replace(PREPROCESS, decoding=2)
+    assert not np.array_equal(images.decode_image(content, "x", older), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photographs_are_turned_upright(orientation, kind):
+    picture = Image.new("L", (40, 24))
+    picture.paste(255, (0, 0, 20, 8))
+    stored = picture
+    if orientation != 1:
+        undo = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+        stored = picture.transpose(undo.get(orientation, images.TURNS[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(stored.convert("RGB"), kind, exif=exif)
+    got = np.asarray(images.decode_image(content, "x", PREPROCESS).convert("L")).astype(int)
+    assert got.shape == (24, 40)
+    assert abs(got - np.asarray(picture)).mean() < 12
+    older = images.decode_image(content, "x", replace(PREPROCESS, decoding=2))
+    # Pillow turns TIFF by itself.
+    assert older.size == (got.shape[::-1] if kind == "TIFF" else stored.size)
+
+
+def test_damaged_exif_does_not_hide_a_photograph():
+    content = encoded(
+        Image.new("RGB", (40, 24), "red"), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"
+    )
+    assert images.decode_image(content, "x", PREPROCESS).size == (40, 24)
+
+
+def test_12_bits_in_16_are_named_and_scaled_by_an_option(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 900), ("bright", 3000)):
+        for number in range(12):
+            path = tmp_path / "data" / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grey = np.clip(rng.normal(level, 300, (48, 48)), 0, 4095).astype(np.uint16)
+            Image.fromarray(grey).save(path)
+    for _ in range(2):
+        notes = load(tmp_path / "data", tmp_path / "cache").facts.notes
+        assert any("if 4095 is white, add --white-level 4095" in note for note in notes)
+    scaled = replace(PREPROCESS, white_level=4095)
+    dataset = load_dataset(DataConfig(str(tmp_path / "data"), cache_dir=tmp_path), scaled)
+    assert not any("white" in note for note in dataset.facts.notes)
+    means = dataset.train.images.float().mean((1, 2, 3))
+    assert means.max().item() == pytest.approx(3000 / 4095 * 255, abs=5)
+    assert read(Preprocess, completed(scaled.stored())) == scaled
+
+
+def test_files_without_a_decoding_are_decoded_as_when_they_were_made():
+    stored = replace(PREPROCESS, decoding=2).stored()
+    assert "decoding" not in stored
+    assert read(Preprocess, completed(stored)).decoding == 2
+    assert PREPROCESS.stored()["decoding"] == 3
+    with pytest.raises(ValueError, match="decoding 9 is unknown"):
+        replace(PREPROCESS, decoding=9)
 
 
 def test_a_link_at_a_partial_file_s_place_is_not_followed(folder, tmp_path):

@@ -80,7 +80,7 @@ def test_a_reader_of_the_contract_gets_the_same_logits_from_every_file(
     config, result = run("adavipro", head_input)
     path = Path(result["checkpoint"])
     to_onnx.command(OnnxConfig(path, tmp_path / "f.onnx", graph=graph, input="uint8"))
-    _, test = load_test(config.data, load_checkpoint(path).preprocess)
+    _, test, _ = load_test(config.data, load_checkpoint(path).preprocess)
     pixels, _ = test.batch(torch.arange(len(test)), CPU)
     session = onnxruntime.InferenceSession(tmp_path / "f.onnx")
     logits, embedding = session.run(["logits", "embedding"], {"image": pixels.numpy()})

@@ -243,7 +243,7 @@ def test_every_file_gives_the_same_answers(run, graph, tmp_path):
     path, file = Path(result["checkpoint"]), tmp_path / "f.onnx"
     exported = to_onnx.command(OnnxConfig(path, file, graph=graph, input="uint8"))
     assert exported["verified"]
-    _, test = load_test(config.data, load_checkpoint(path).preprocess)
+    _, test, _ = load_test(config.data, load_checkpoint(path).preprocess)
     pixels, _ = test.batch(torch.arange(len(test)), CPU)
     ours, theirs = (open_artifact(p, device="cpu")(pixels) for p in (path, file))
     np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-3)

@@ -1,5 +1,6 @@
 """The server: answers equal to `predict`'s, whoever else asks; hostile requests are told off."""
 
+import base64
 import io
 import json
 import random
@@ -258,7 +259,7 @@ def test_images_that_cannot_be_read_are_told(server, images):
         assert list(answer.json()) == ["error"]
     many = [("image", ("a.png", good))] * 9
     assert post(server, files=many).status_code in (400, 413)
-    broken = [("image", ("a.png", good)), ("image", ("b.png", b"no image"))]
+    broken = [("image", ("b.png", b"no image"))]
     assert "'b.png'" in post(server, files=broken).json()["error"]
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     assert post(server, content=b"--y\r\n", headers=headers).status_code == 400
@@ -658,3 +659,83 @@ def test_fifty_thousand_hostile_requests_change_nothing(files, images):
     assert process.returncode == 0
     assert "Traceback" not in err
     assert {400, 404, 405} <= codes
+
+
+def test_one_broken_image_of_a_form_does_not_fail_the_others(server, images):
+    good = images[0].read_bytes()
+    sent = [("image", ("a.png", good)), ("file", ("b.png", b"no image")), ("x", ("c.png", good))]
+    answer = post(server, files=sent)
+    assert answer.status_code == 200
+    first, second, third = answer.json()["predictions"]
+    assert set(first) == {"file", "answer", "rejected", "classes", "mask"}
+    assert second["file"] == "b.png"
+    assert "'b.png'" in second["error"]
+    assert first["answer"] == third["answer"]
+
+
+def test_text_fields_of_a_form_are_options(server, images):
+    sent = [("image", ("a.png", images[0].read_bytes()))]
+    answer = post(server, files=sent, data={"top": "1", "task": "shapes", "model": "more"})
+    assert len(answer.json()["predictions"][0]["classes"]) == 1
+    unknown = post(server, files=sent, data={"colour": "1"})
+    assert unknown.status_code == 400
+    assert "field 'colour' is unknown; known ones are model, task" in unknown.json()["error"]
+    assert "top is 'many'; a number" in post(server, files=sent, data={"top": "many"}).text
+
+
+@pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}"])
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_images_in_json_are_base64(server, images, form, key):
+    content = [image.read_bytes() for image in images[:2]]
+    texts = [form.format(base64.b64encode(each).decode()) for each in content]
+    answer = post(server, json={key: texts, "top": 2})
+    expected = post(server, files=[("image", ("a", each)) for each in content])
+    for mine, theirs in zip(
+        answer.json()["predictions"], expected.json()["predictions"], strict=True
+    ):
+        assert mine["answer"] == theirs["answer"]
+        assert len(mine["classes"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"picture": "x"}, "the JSON has no images; send image files as a form"),
+        ({"image": "?"}, "an image is not base64"),
+        ({"image": [7]}, "an image is int, not base64"),
+        ([1], "the JSON has no images"),
+    ],
+)
+def test_json_that_holds_no_images_is_told_how(server, body, message):
+    answer = post(server, json=body)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
+
+
+def test_head_is_answered_without_a_body(server):
+    for path in ("/v2/health/live", "/metrics", "/v2"):
+        answer = httpx.head(server.address + path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert "adavipro_threads 2" in httpx.get(server.address + "/metrics").text.replace(".0", "")
+
+
+def test_pages_of_allowed_origins_may_ask(files, images):
+    page, other = "https://example.org", "https://evil.example"
+    checkpoint = files / "shapes" / "checkpoint.safetensors"
+    token = files / "token"
+    token.write_text("a" * 20)
+    with running(checkpoint, allow_origin=(page,), token_file=token) as server:
+        asked = {"Origin": page, "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization"
+        flight = httpx.options(server.address + "/classify", headers=asked)
+        assert flight.status_code == 200
+        assert flight.headers["access-control-allow-origin"] == page
+        refused = httpx.options(server.address + "/classify", headers=asked | {"Origin": other})
+        assert "access-control-allow-origin" not in refused.headers
+        headers = {"Origin": page, "Authorization": "Bearer " + "a" * 20}
+        answer = post(server, content=images[0].read_bytes(), headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == page
+        assert post(server, content=b"", headers={"Origin": page}).status_code == 401
+    with pytest.raises(ValueError, match="give scheme and host"):
+        ServeConfig(("x",), allow_origin=("example.org/page",))

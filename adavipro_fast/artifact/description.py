@@ -86,7 +86,7 @@ class Description:
                 replace(task, config=replace(task.config, margin=preprocess.margin))
                 for task in about.tasks
             )
-            return replace(about, config=config, tasks=tuple(tasks))
+            return replace(about, config=config, preprocess=preprocess, tasks=tuple(tasks))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} has metadata that cannot be used: {error}") from error
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
+from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.config import ExportPrecision
@@ -123,6 +124,7 @@ def session_options(precision: ExportPrecision) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = threads()
     # Its threads would go on spinning and take the cores from what runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if precision in ("fp16", "bf16"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
 from adavipro_fast.method.config import QUANTISED
 from adavipro_fast.method.model import Prediction
@@ -66,8 +67,9 @@ class OpenVinoArtifact:
                 f"OpenVINO is not installed or cannot be loaded ({error}); {INSTALL}, or "
                 f"{OTHERWISE}"
             ) from error
+        settings = SETTINGS | {"INFERENCE_NUM_THREADS": threads()}
         try:
-            compiled = openvino.Core().compile_model(str(path), "CPU", SETTINGS)
+            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         except Exception as error:  # What it raises for a graph that it does not know is open.
             reason = " ".join(str(error).split())
             raise NotRunnableError(f"OpenVINO cannot run {path}: {reason}; {OTHERWISE}") from error

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,47 @@ from filelock import FileLock, Timeout
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
+from adavipro_fast.cores import threads
 from adavipro_fast.data.source import Source
+from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.preprocess import Preprocess
 
 DEFAULT_DIR = Path.home() / ".cache" / "adavipro_fast"
-DECODERS = 8
-# Part of a cache file's name: pixels decoded otherwise are other pixels.
-DECODING = 2
+# Reading waits for disks and networks, decoding for the processor.
+READERS = 8
+MOST_NAMED = 200
+# What lies beside a cache file: the settings' hash, then a row for each image.
+ROWS = ".rows"
+ROW = np.dtype([("sha256", "V32"), ("peak", "<u2")])
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Mapped = np.memmap[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The decoded images of a split."""
+
+    images: Pixels
+    """(N, 3, S, S), memory-mapped, of the files that could be read"""
+    key: str
+    """hash that names the cache file"""
+    kept: tuple[int, ...]
+    """which of the source's images they are"""
+    unreadable: dict[int, str]
+    """the others, and why"""
+    digests: tuple[bytes, ...]
+    """sha256 of each kept file"""
+    peaks: np.ndarray[Any, np.dtype[np.uint16]]
+    """largest value of each kept image with 16-bit grey pixels, else 0"""
 
 
 def decoded(
     source: Source, preprocess: Preprocess, folder: Path, *, label: str, limit: int
-) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], str]:
+) -> Decoded:
     """Open a split's cache file, making it first where it is not there.
+
+    Files that cannot be read are left out and reported. Images that another cache file of the same
+    preprocessing holds are copied instead of decoded.
 
     Args:
         source: the images.
@@ -41,32 +71,59 @@ def decoded(
         label: what to call the split in the progress bar.
         limit: bytes that the folder may hold; other files than this one go beyond it.
 
-    Returns:
-        (N, 3, S, S) uint8, memory-mapped, and the hash that names it.
-
     Raises:
         OSError: the folder cannot be written.
-        ValueError: an image cannot be read, or the file is not what was written.
+        ValueError: the cache file is not what was written.
     """
-    key = content_key(source, preprocess)
-    path = folder / f"{key}.npy"
-    shape = (len(source.labels), 3, preprocess.size, preprocess.size)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                fill(path, shape, source, preprocess, label)
-                shrink(folder, limit, keep=path)
-            os.utime(path)
-            images = opened(path)
-    except OSError as error:
-        raise OSError(f"cannot keep decoded images in {folder}: {error}") from error
+    digests, unreadable = content_digests(source)
+    kept = [i for i in range(len(source.labels)) if i not in unreadable]
+    while True:
+        if not kept:
+            raise ValueError(
+                f"{label} has no image that can be read: {some(list(unreadable.values()))}"
+            )
+        key = key_of([digests[i] for i in kept], preprocess)
+        path = folder / f"{key}.npy"
+        shape = (len(kept), 3, preprocess.size, preprocess.size)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                failed = {}
+                if not path.exists():
+                    chosen = _Chosen(source, kept, [digests[i] for i in kept])
+                    failed = fill(path, chosen, preprocess, label)
+                    shrink(folder, limit, keep=path)
+                if not failed:
+                    os.utime(path)
+                    images = opened(path)
+                    break
+        except OSError as error:
+            raise OSError(f"cannot keep decoded images in {folder}: {error}") from error
+        unreadable |= failed
+        kept = [i for i in kept if i not in failed]
     if images.shape != shape or images.dtype != np.uint8:
         raise ValueError(f"{path} is not the cache file it should be; remove it")
-    return images, key
+    rows = read_rows(path, preprocess)
+    peaks = np.zeros(len(kept), np.uint16) if rows is None else rows["peak"]
+    return Decoded(images, key, tuple(kept), unreadable, tuple(digests[i] for i in kept), peaks)
 
 
-def opened(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def some(reasons: Sequence[str]) -> str:
+    """List why files cannot be read, the first ones of very many."""
+    more = f"; and {len(reasons) - MOST_NAMED} more" if len(reasons) > MOST_NAMED else ""
+    return "; ".join(reasons[:MOST_NAMED]) + more
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Those images of a source that are decoded into one file."""
+
+    source: Source
+    indices: list[int]
+    digests: list[bytes]
+
+
+def opened(path: Path) -> Pixels:
     """Map a cache file into memory.
 
     Raises:
@@ -74,55 +131,158 @@ def opened(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """
     try:
         # Copy-on-write: torch wants writable memory, the file stays as it is.
-        images: np.ndarray[Any, np.dtype[np.uint8]] = np.load(path, mmap_mode="c")
+        images: Pixels = np.load(path, mmap_mode="c")
     # NumPy parses the header with Python's own parser, which has many ways to refuse.
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}; remove it") from error
     return images
 
 
-def content_key(source: Source, preprocess: Preprocess) -> str:
-    """Hash the images' bytes and the preprocessing."""
-    settings = preprocess.stored() | {"decoding": DECODING}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    with ThreadPoolExecutor(DECODERS) as pool:
-        indices = range(len(source.labels))
-        for content in pool.map(lambda i: hashlib.sha256(source.read(i)).digest(), indices):
-            digest.update(content)
+def content_digests(source: Source) -> tuple[list[bytes], dict[int, str]]:
+    """Hash each image file; return the hashes, and why some files cannot be read."""
+    failed: dict[int, str] = {}
+
+    def digest(index: int) -> bytes:
+        try:
+            return hashlib.sha256(source.read(index)).digest()
+        except OSError as error:
+            failed[index] = f"cannot read image {source.name(index)}: {error.strerror or error}"
+            return b""
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(digest, range(len(source.labels)))), failed
+
+
+def key_of(digests: Sequence[bytes], preprocess: Preprocess) -> str:
+    """Hash the images' hashes and the preprocessing."""
+    digest = hashlib.sha256(settings_of(preprocess))
+    for content in digests:
+        digest.update(content)
     return digest.hexdigest()[:32]
 
 
-def fill(
-    path: Path, shape: tuple[int, ...], source: Source, preprocess: Preprocess, label: str
-) -> None:
-    """Decode all images into a file, which gets its name when it is whole."""
-    transform = preprocess.pixels()
+def settings_of(preprocess: Preprocess) -> bytes:
+    """Serialise what pixels depend on beside the image."""
+    settings = preprocess.stored() | {"decoding": preprocess.decoding}
+    return json.dumps(settings, sort_keys=True).encode()
+
+
+def fill(path: Path, chosen: _Chosen, preprocess: Preprocess, label: str) -> dict[int, str]:
+    """Decode images into a file, which gets its name when it is whole.
+
+    Where some cannot be read, the others are kept under the name that they have without those.
+
+    Returns:
+        Which images of the source cannot be read, and why.
+    """
+    transform, count = preprocess.pixels(), len(chosen.indices)
     # The caller holds the lock: what is there is of a process that was killed.
-    for partial in path.parent.glob(f"{path.stem}*.partial"):
-        partial.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{path.stem}*.partial"):
+        left.unlink(missing_ok=True)
+    known = known_rows(path.parent, preprocess, chosen.digests)
+    rows = np.zeros(count, ROW)
+    rows["sha256"] = [np.void(digest) for digest in chosen.digests]
+    failed: dict[int, str] = {}
+
+    def decode(number: int) -> None:
+        place = known.get(chosen.digests[number])
+        if place is not None:
+            pixels[number] = place.images[place.row]
+            rows["peak"][number] = place.peak
+            return
+        index = chosen.indices[number]
+        try:
+            image = chosen.source.open(index, preprocess)
+            pixels[number] = transform(image)
+            rows["peak"][number] = image.info.get("peak", 0)
+        except ValueError as error:
+            failed[index] = str(error)
+
+    shape = (count, 3, preprocess.size, preprocess.size)
+    with partial_file(path, shape) as (partial, pixels):
+        with ThreadPoolExecutor(threads()) as pool:
+            done = pool.map(decode, range(count))
+            for _ in tqdm(done, f"decode {label}", count, unit="image", leave=False, disable=None):
+                pass
+        pixels.flush()
+        if not failed:
+            _name(partial, path, rows, preprocess)
+            return {}
+        good = [n for n, index in enumerate(chosen.indices) if index not in failed]
+        if good:
+            key = key_of([chosen.digests[n] for n in good], preprocess)
+            less = path.with_name(f"{key}.npy")
+            with partial_file(less, (len(good), *shape[1:])) as (partial_less, fewer):
+                for row, number in enumerate(good):
+                    fewer[row] = pixels[number]
+                fewer.flush()
+                _name(partial_less, less, rows[good], preprocess)
+    return failed
+
+
+@contextlib.contextmanager
+def partial_file(path: Path, shape: tuple[int, ...]) -> Iterator[tuple[Path, Mapped]]:
+    """Make an array file beside `path` under a name of its own; it is removed unless renamed.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
     partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
-
-    def decode(index: int) -> None:
-        pixels[index] = transform(source.open(index, preprocess))
-
     try:
         # Never a file or link that is there already.
         partial.open("xb").close()
         pixels = open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        # A full disk must be told now: writing to a map that has no room ends the process.
+        # Reserve the space now: writing to a memory map on a full disk kills the process.
         if hasattr(os, "posix_fallocate"):
             with partial.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-        with ThreadPoolExecutor(DECODERS) as pool:
-            done = pool.map(decode, range(shape[0]))
-            for _ in tqdm(
-                done, f"decode {label}", shape[0], unit="image", leave=False, disable=None
-            ):
-                pass
-        pixels.flush()
-        partial.replace(path)
+        yield partial, pixels
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _name(partial: Path, path: Path, rows: np.ndarray[Any, Any], preprocess: Preprocess) -> None:
+    settings = hashlib.sha256(settings_of(preprocess)).digest()
+    write_whole(path.with_suffix(ROWS), settings + rows.tobytes())
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where an image lies that was decoded before."""
+
+    images: Pixels
+    row: int
+    peak: int
+
+
+def known_rows(folder: Path, preprocess: Preprocess, digests: Sequence[bytes]) -> dict[bytes, Row]:
+    """Find images that cache files of this preprocessing hold already."""
+    wanted, found = set(digests), dict[bytes, Row]()
+    for path in files(folder):
+        rows = read_rows(path, preprocess)
+        # Another process may remove the file at any time.
+        with contextlib.suppress(OSError, ValueError):
+            matches = [] if rows is None else [r["sha256"].tobytes() in wanted for r in rows]
+            if rows is not None and any(matches):
+                images = opened(path)
+                if len(images) == len(rows):
+                    for number in np.flatnonzero(matches).tolist():
+                        digest = rows["sha256"][number].tobytes()
+                        found[digest] = Row(images, number, int(rows["peak"][number]))
+    return found
+
+
+def read_rows(path: Path, preprocess: Preprocess) -> np.ndarray[Any, Any] | None:
+    """Read what lies beside a cache file; None if it is of other settings or not there."""
+    try:
+        content = path.with_suffix(ROWS).read_bytes()
+    except OSError:
+        return None
+    settings = hashlib.sha256(settings_of(preprocess)).digest()
+    if content[:32] != settings or (len(content) - 32) % ROW.itemsize:
+        return None
+    return np.frombuffer(content, ROW, offset=32)
 
 
 def files(folder: Path) -> list[Path]:
@@ -160,4 +320,5 @@ def shrink(folder: Path, limit: int, keep: Path | None = None) -> int:
                 with FileLock(path.with_suffix(".lock"), timeout=0):
                     held -= size_of(path)
                     path.unlink(missing_ok=True)
+                    path.with_suffix(ROWS).unlink(missing_ok=True)
     return before - held

@@ -1,19 +1,30 @@
 """Decode image files, which may come from anyone, to RGB pixels."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.data.walk import FORMATS, described, walk
+from adavipro_fast.method.preprocess import FIRST_DECODING, WHITE, Preprocess
 
-# What torchvision calls an image, without formats that start other programs or hold scripts.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 LARGEST_IMAGE = 100_000_000
+# EXIF orientation to what makes an image upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
 # TIFF's tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 # Of an image whose longer side overhangs the square until it is cropped.
@@ -21,14 +32,16 @@ LARGEST_RESIZED = 20_000_000
 
 
 def images_in(folder: Path) -> list[Path]:
-    """List the image files under a folder, in the order of their names."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    """List the image files under a folder, by their content, in the order of their names."""
+    return walk(folder).images
 
 
 def decode_image(
     content: bytes, name: str, preprocess: Preprocess, most: int = LARGEST_IMAGE
 ) -> Image.Image:
-    """Decode a JPEG, PNG, ... completely, as RGB with 8 bits.
+    """Decode a JPEG, PNG, ... completely, upright, as RGB with 8 bits.
+
+    Files of an older decoding stay as they lie, and transparent pixels keep their hidden colour.
 
     Args:
         content: the file's bytes.
@@ -52,18 +65,37 @@ def decode_image(
                 f"{LARGEST_RESIZED} pixels work"
             )
         image.load()
-        return to_rgb(image)
+        if preprocess.decoding == FIRST_DECODING:
+            return to_rgb(image, white_level=preprocess.white_level, flatten=False)
+        return upright(image, to_rgb(image, white_level=preprocess.white_level))
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"cannot read image {name}: it is none of {', '.join(FORMATS)}; replace or remove it"
+            f"cannot read image {name}: {described(content, name)}; replace or remove it"
         ) from error
     # Decoders raise whatever a hostile file leads them to: struct.error, IndexError, KeyError, ...
     except Exception as error:
         raise ValueError(f"cannot read image {name}: {error}; replace or remove it") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image, converted: Image.Image) -> Image.Image:
+    """Turn a converted image as the file's EXIF orientation says."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    # Cameras and editors write EXIF that cannot be read; the pixels can.
+    except Exception:
+        return converted
+    turn = TURNS.get(orientation)
+    return converted if turn is None else converted.transpose(turn)
+
+
+def to_rgb(image: Image.Image, *, white_level: int = WHITE, flatten: bool = True) -> Image.Image:
     """Convert to RGB with 8 bits, before anything is resized: palettes do not mix.
+
+    Args:
+        image: as Pillow opened it.
+        white_level: value of white in 16-bit grey images. Their largest value is kept in the
+            result's `info` as `peak`.
+        flatten: put transparent images on white.
 
     Raises:
         ValueError: grey pixels of neither 8 nor 16 bits, whose range is not known.
@@ -82,15 +114,42 @@ def to_rgb(image: Image.Image) -> Image.Image:
         for part, row in zip(
             *(np.array_split(a.ravel(), 100) for a in (narrow, pixels)), strict=True
         ):
-            part[:] = (row.astype(np.uint32) + 128) // 257
-        return Image.fromarray(narrow).convert("RGB")
+            wider = np.minimum(row, white_level).astype(np.uint32)
+            part[:] = (wider * 255 + white_level // 2) // white_level
+        if flatten and isinstance(image.info.get("transparency"), int):
+            narrow[pixels == image.info["transparency"]] = 255
+        converted = Image.fromarray(narrow).convert("RGB")
+        converted.info["peak"] = int(pixels.max())
+        return converted
+    transparent = "transparency" in image.info
+    if flatten and (transparent or image.mode in TRANSPARENT):
+        straight = image.convert("LA") if image.mode == "La" else image
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
     # Without this, Pillow warns of palettes that are transparent in part.
-    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    return (image.convert("RGBA") if transparent else image).convert("RGB")
 
 
 def unresized(image: Image.Image) -> Tensor:
     """Return an RGB image as a graph takes it that resizes by itself: (1, 3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+
+def readable_pixels(
+    paths: Sequence[Path], preprocess: Preprocess
+) -> tuple[dict[Path, np.ndarray[Any, np.dtype[np.uint8]]], dict[Path, str]]:
+    """Decode image files; return the pixels (3, S, S) of each, and why others cannot be read."""
+    transform = preprocess.pixels()
+    read: dict[Path, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+    errors: dict[Path, str] = {}
+    for path in paths:
+        try:
+            if not path.is_file():
+                raise FileNotFoundError(f"no image file {path}")
+            read[path] = transform(decode_image(path.read_bytes(), str(path), preprocess))
+        except (OSError, ValueError) as error:
+            errors[path] = str(error)
+    return read, errors
 
 
 def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:

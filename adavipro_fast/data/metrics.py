@@ -76,12 +76,13 @@ class Evaluation:
         """Share of right predictions, percent."""
         return 100 * self.right.double().mean().item()
 
-    def per_class(self, class_names: tuple[str, ...]) -> dict[str, float]:
-        """Return the share of right predictions of each class, percent."""
-        return {
-            name: 100 * (self.predicted[self.labels == i] == i).double().mean().item()
-            for i, name in enumerate(class_names)
-        }
+    def per_class(self, class_names: tuple[str, ...]) -> dict[str, float | None]:
+        """Return the share of right predictions of each class, percent; None without images."""
+        shares: dict[str, float | None] = {}
+        for label, name in enumerate(class_names):
+            right = (self.predicted[self.labels == label] == label).double()
+            shares[name] = 100 * right.mean().item() if len(right) else None
+        return shares
 
 
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:

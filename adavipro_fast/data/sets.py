@@ -3,22 +3,24 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 from filelock import FileLock
 
 from adavipro_fast.data import world
 from adavipro_fast.data.cache import DEFAULT_DIR, decoded
 from adavipro_fast.data.coop import COOP, coop_sources
+from adavipro_fast.data.cut import Cut, by_class, check_readable, grey_note
 from adavipro_fast.data.digits import digits_sources
-from adavipro_fast.data.folder import folder_sources
-from adavipro_fast.data.source import Source, array_source
+from adavipro_fast.data.duplicates import Duplicates, find_duplicates
+from adavipro_fast.data.folder import composed, folder_sources, listed, source_of_test
+from adavipro_fast.data.source import Source, Sources, array_source
 from adavipro_fast.data.split import Split, stratified
 from adavipro_fast.method.preprocess import Preprocess
 
@@ -30,14 +32,16 @@ class DataConfig:
     """Which labelled images are used."""
 
     data: str = "demo"
-    """a folder with train/ [val/] test/<class name>/*, demo, digits, cifar10, cifar100, dtd,
-    eurosat, flowers102, food101, pets, sun397 or ucf101"""
+    """a folder with train/ [val/] [test/] and class folders in each, or of class folders alone; or
+    demo, digits, cifar10, cifar100, dtd, eurosat, flowers102, food101, pets, sun397, ucf101"""
     data_root: Path = Path("data")
     """where named data sets lie"""
     download: bool = False
     """fetch a named data set where torchvision can"""
     limit_train: int | None = None
     """use at most this many training images, the same share of each class"""
+    skip_unreadable: bool = False
+    """leave out images that cannot be read, and count them, instead of stopping"""
     cache_dir: Path = DEFAULT_DIR
     """where decoded images are kept"""
     cache_limit_gb: float = 100.0
@@ -49,15 +53,39 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is known about a data set beside its images."""
+
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """files that are no images, by their suffixes, and unreadable ones"""
+    unreadable: tuple[str, ...] = ()
+    """why files cannot be read that were skipped"""
+    held_out: tuple[str, ...] = ()
+    """names of the training images that validate, where there is no val/"""
+    duplicates: Duplicates = field(default_factory=Duplicates)
+    notes: tuple[str, ...] = ()
+    """what a user should know about the data"""
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """A labelled data set: class names in label order and its three splits."""
+    """A labelled data set: class names in label order and its splits."""
 
     class_names: tuple[str, ...]
     train: Split
     val: Split
-    test: Split
+    test: Split | None
+    """None where there is none"""
     sha256: str
     """of names, labels and pixels before the splits are cut"""
+    facts: Facts = field(default_factory=Facts)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images each split has, and how many files were left out."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        counts = {name: 0 if split is None else len(split) for name, split in splits.items()}
+        return counts | {"left_out": sum(self.facts.left_out.values())}
 
 
 def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -> Dataset:
@@ -70,14 +98,20 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
 
     Raises:
         FileNotFoundError: a folder or file is missing.
-        ValueError: an image cannot be read, a class is empty, or splits disagree on the classes.
+        ValueError: images cannot be read, a class is empty, or splits disagree on the classes.
     """
-    class_names, sources = sources_of(config)
-    splits, digest = {}, hashlib.sha256(json.dumps(class_names).encode())
-    for name, source in sources.items():
-        splits[name], key = _decoded(config, name, source, preprocess)
-        digest.update(f"{name} {key} {source.labels}".encode())
+    sources = sources_of(config)
+    class_names, notes = sources.class_names, list(sources.notes)
+    cuts = {name: cut_of(config, name, s, preprocess) for name, s in sources.splits.items()}
+    check_readable(cuts.values(), skip=config.skip_unreadable)
+    digest = hashlib.sha256(json.dumps(class_names).encode())
+    for name, cut in cuts.items():
+        labels = tuple(cut.split.labels.tolist())
+        digest.update(f"{name} {cut.decoded.key} {labels}".encode())
+    splits = {name: cut.split for name, cut in cuts.items()}
     train = splits["train"]
+    held_out: tuple[str, ...] = ()
+    _check_classes(train, class_names)
     if "val" not in splits:
         held, kept = stratified(train.labels, round(HOLDOUT * len(train)), seed, spare_last=True)
         if len(held) == 0 or len(kept) == 0:
@@ -87,52 +121,143 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
             )
         splits["val"] = Split(train.images, train.labels, held)
         train = Split(train.images, train.labels, kept)
+        held_out = tuple(cuts["train"].name(row) for row in held.tolist())
     if config.limit_train is not None:
-        if config.limit_train < len(class_names):
-            raise ValueError(
-                f"--limit-train {config.limit_train} is less than one image a class; "
-                f"use {len(class_names)} or more"
-            )
-        limit = min(config.limit_train, len(train))
-        chosen, _ = stratified(train.labels[train.rows], limit, seed + 1)
-        train = Split(train.images, train.labels, train.rows[chosen])
-    return Dataset(class_names, train, splits["val"], splits["test"], digest.hexdigest())
+        train = limited(train, config.limit_train, len(class_names), seed)
+    splits["train"] = train
+    if "test" not in splits:
+        notes.append("there is no test split: test figures are null")
+    skipped = tuple(reason for cut in cuts.values() for reason in cut.decoded.unreadable.values())
+    left_out = Counter[str]()
+    for cut in cuts.values():
+        left_out.update(cut.source.left_out)
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
+        notes.append(f"files that are no images are left out: {kinds}")
+    if skipped:
+        notes.append(
+            f"{len(skipped)} unreadable images are left out: {by_class(cuts, class_names)}"
+        )
+        left_out["unreadable"] = len(skipped)
+    duplicates = find_duplicates(
+        (
+            name,
+            split,
+            cuts[name if name in cuts else "train"].decoded.digests,
+            cuts[name if name in cuts else "train"].name,
+        )
+        for name, split in splits.items()
+    )
+    notes += duplicates.notes
+    notes += grey_note(cuts["train"].decoded.peaks, preprocess)
+    facts = Facts(left_out, skipped, held_out, duplicates, tuple(notes))
+    return Dataset(class_names, train, splits["val"], splits.get("test"), digest.hexdigest(), facts)
 
 
-def load_test(config: DataConfig, preprocess: Preprocess) -> tuple[tuple[str, ...], Split]:
-    """Read the test split alone: class names and images; errors are `load_dataset`'s."""
-    class_names, sources = sources_of(config)
-    return class_names, _decoded(config, "test", sources["test"], preprocess)[0]
+def limited(train: Split, limit: int, classes: int, seed: int) -> Split:
+    """Take at most `limit` training images, the same share of each class.
+
+    Raises:
+        ValueError: there are more classes.
+    """
+    if limit < classes:
+        raise ValueError(
+            f"--limit-train {limit} is less than one image a class; use {classes} or more"
+        )
+    chosen, _ = stratified(train.labels[train.rows], min(limit, len(train)), seed + 1)
+    return Split(train.images, train.labels, train.rows[chosen])
 
 
-def _decoded(
-    config: DataConfig, name: str, source: Source, preprocess: Preprocess
-) -> tuple[Split, str]:
-    images, key = decoded(
+def load_test(
+    config: DataConfig, preprocess: Preprocess, class_names: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], Split, tuple[str, ...]]:
+    """Read the test split alone.
+
+    Args:
+        config: which data set.
+        preprocess: the encoder's preprocessing.
+        class_names: in label order, that the labels follow (default: the data set's own).
+
+    Returns:
+        Class names, images, and what a user should know about them.
+
+    Raises:
+        FileNotFoundError: there is no test split.
+        ValueError: a class is not among the names; else as `load_dataset`.
+    """
+    folder = Path(config.data)
+    if class_names is not None and not named(config.data) and folder.is_dir():
+        source, notes = source_of_test(folder, class_names, skip_unreadable=config.skip_unreadable)
+    else:
+        sources = sources_of(config)
+        if "test" not in sources.splits:
+            raise FileNotFoundError(f"{config.data} has no test split")
+        source, notes = sources.splits["test"], list(sources.notes)
+        source = relabelled(source, sources.class_names, class_names or sources.class_names)
+        class_names = class_names or sources.class_names
+    cut = cut_of(config, "test", source, preprocess)
+    check_readable([cut], skip=config.skip_unreadable)
+    if cut.decoded.unreadable:
+        names = by_class({"test": cut}, class_names)
+        notes.append(f"{len(cut.decoded.unreadable)} unreadable images are left out: {names}")
+    return class_names, cut.split, tuple(notes)
+
+
+def relabelled(source: Source, own: tuple[str, ...], names: tuple[str, ...]) -> Source:
+    """Number a source's labels as `names` has its classes.
+
+    Raises:
+        ValueError: a class is not among them.
+    """
+    place = {composed(name): label for label, name in enumerate(names)}
+    unknown = [name for name in own if composed(name) not in place]
+    if unknown:
+        raise ValueError(
+            f"the data set has classes that the model does not know: {listed(unknown)}; it knows "
+            f"{listed(names)}; name the data set it was trained on with --data"
+        )
+    labels = tuple(place[composed(own[label])] for label in source.labels)
+    return replace(source, labels=labels)
+
+
+def cut_of(config: DataConfig, name: str, source: Source, preprocess: Preprocess) -> Cut:
+    """Decode a split."""
+    images = decoded(
         source,
         preprocess,
         config.cache_dir,
         label=f"{config.data} {name}",
         limit=int(1e9 * config.cache_limit_gb),
     )
-    labels = torch.tensor(source.labels)
-    return Split(torch.from_numpy(images), labels, torch.arange(len(labels))), key
+    return Cut(source, images)
 
 
-def sources_of(config: DataConfig) -> tuple[tuple[str, ...], dict[str, Source]]:
+def _check_classes(train: Split, class_names: tuple[str, ...]) -> None:
+    counts = train.labels.bincount(minlength=len(class_names)).tolist()
+    empty = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
+    if empty:
+        raise ValueError(f"no training image of class {empty[0]!r} can be read")
+
+
+def named(data: str) -> bool:
+    """Report whether `--data` names a data set, not a folder."""
+    return data in NAMED
+
+
+def sources_of(config: DataConfig) -> Sources:
     """Find class names and the images of each split; errors are `load_dataset`'s."""
     if config.data == "demo":
-        return world.CLASS_NAMES, {name: _demo_source(name) for name in world.SPLITS}
+        return Sources(world.CLASS_NAMES, {name: _demo_source(name) for name in world.SPLITS})
     if config.data == "digits":
-        return digits_sources()
+        return Sources(*digits_sources())
     if config.data in TORCHVISION:
-        return _torchvision_sources(config)
+        return Sources(*_torchvision_sources(config))
     if config.data in COOP:
-        return coop_sources(COOP[config.data], config.data_root)
+        return Sources(*coop_sources(COOP[config.data], config.data_root))
     root = Path(config.data)
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder {root}; --data takes a folder, {', '.join(NAMED)}")
-    return folder_sources(root)
+    return folder_sources(root, skip_unreadable=config.skip_unreadable)
 
 
 def _demo_source(split: str) -> Source:

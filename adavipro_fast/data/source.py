@@ -1,7 +1,8 @@
 """Images of one split before they are decoded."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class Source:
     """what to call image i in a message"""
     shape: tuple[int, int, int] | None = None
     """(height, width, 3) of raw images"""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """files in class folders that are no images: how many of each suffix"""
 
     def open(self, index: int, preprocess: Preprocess) -> Image.Image:
         """Decode image i."""
@@ -34,9 +37,27 @@ class Source:
         return decode_image(content, self.name(index), preprocess)
 
 
-def file_source(paths: list[Path], labels: list[int]) -> Source:
+@dataclass(frozen=True)
+class Sources:
+    """A labelled data set before decoding: class names in label order, and its splits."""
+
+    class_names: tuple[str, ...]
+    splits: dict[str, Source]
+    """train, and val and test where there are any"""
+    notes: tuple[str, ...] = ()
+    """what a user should know about the data"""
+
+
+def file_source(
+    paths: list[Path], labels: list[int], left_out: Mapping[str, int] | None = None
+) -> Source:
     """Take image files with their labels as the images of a split."""
-    return Source(tuple(labels), read=lambda i: paths[i].read_bytes(), name=lambda i: str(paths[i]))
+    return Source(
+        tuple(labels),
+        read=lambda i: paths[i].read_bytes(),
+        name=lambda i: str(paths[i]),
+        left_out=Counter(left_out or {}),
+    )
 
 
 def array_source(pixels: Pixels, labels: list[int], title: str) -> Source:

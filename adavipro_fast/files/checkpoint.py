@@ -26,7 +26,7 @@ from adavipro_fast.method.config import PROMPTED, Kernel, PromptConfig
 from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
 from adavipro_fast.method.functional import check_region
 from adavipro_fast.method.model import AdaViPro
-from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.method.preprocess import Preprocess, completed
 from adavipro_fast.method.prompt import frame
 
 FORMAT, BASELINE_FORMAT = "adavipro-fast/1", "adavipro-fast-baseline/1"
@@ -252,7 +252,7 @@ def read_settings(metadata: Mapping[str, Any]) -> tuple[PromptConfig, Preprocess
         KeyError: one of the two is missing.
         ValueError: one of the two cannot be used, or they do not go together.
     """
-    preprocess: Preprocess = read(Preprocess, metadata["preprocess"])
+    preprocess: Preprocess = read(Preprocess, completed(metadata["preprocess"]))
     config: PromptConfig = read(PromptConfig, metadata["config"])
     config = replace(config, margin=preprocess.margin)
     check_region(preprocess.size, config.region_size)

@@ -55,6 +55,29 @@ class TextTower:
             rows.append(self.model.encode_text(tokens, normalize=True).float().mean(0))
         return F.normalize(torch.stack(rows), dim=-1)
 
+    def cut(self, class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+        """Return the names whose end the tokenizer cuts off, with a template around them."""
+        return [
+            name
+            for name in class_names
+            if any(self._is_cut(t.replace("{}", readable(name))) for t in templates)
+        ]
+
+    def _is_cut(self, text: str) -> bool:
+        """Report whether a text without its last letter has the same tokens."""
+        tokens = self.tokenizer([text, text[:-1]])
+        return bool(torch.equal(tokens[0], tokens[1]))
+
+
+def alike(class_names: Sequence[str], rows: Tensor) -> tuple[str, str] | None:
+    """Return two classes whose embeddings (K, E) are equal, so that no image tells them apart."""
+    first: dict[bytes, str] = {}
+    for name, row in zip(class_names, rows.contiguous().numpy(), strict=True):
+        other = first.setdefault(row.tobytes(), name)
+        if other != name:
+            return other, name
+    return None
+
 
 @dataclass(frozen=True)
 class NoText:

@@ -1,7 +1,7 @@
 """How an image becomes the encoder's input."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +16,13 @@ from adavipro_fast.method.config import LARGEST_SIDE
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
+# How files become RGB pixels. 3 turns images upright by their EXIF orientation and puts transparent
+# ones on white; 2 ignored orientation and transparency, and is that of files without a number.
+DECODING, FIRST_DECODING = 3, 2
+# Of 16-bit grey images.
+WHITE = 65535
+# Settings that files leave out where they have these values.
+UNSET = {"margin": 0, "crop": 1, "decoding": FIRST_DECODING, "white_level": WHITE}
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,10 @@ class Preprocess:
     """pixels on each side that keep the mean colour, the image shrunk to what is left"""
     crop: float = 1.0
     """share of the resized image's shorter side that the centre crop keeps (timm's crop_pct)"""
+    decoding: int = DECODING
+    """how image files become RGB pixels, 2 or 3"""
+    white_level: int = WHITE
+    """value of white in 16-bit grey images; 4095 for cameras of 12 bits"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST_SIDE:
@@ -46,6 +57,13 @@ class Preprocess:
             raise ValueError(f"mean {self.mean} or std {self.std} cannot normalise an image")
         if not 0.1 <= self.crop <= 1 or (self.crop != 1 and self.resize_mode != "shortest"):
             raise ValueError(f"crop {self.crop} with resize mode {self.resize_mode!r} is not known")
+        if self.decoding not in (FIRST_DECODING, DECODING):
+            raise ValueError(
+                f"decoding {self.decoding} is unknown; this version knows {FIRST_DECODING} and "
+                f"{DECODING}"
+            )
+        if not 255 <= self.white_level <= WHITE:
+            raise ValueError(f"white_level is {self.white_level}; use 255 to {WHITE}")
         if self.interpolation not in INTERPOLATIONS or self.resize_mode not in RESIZE_MODES:
             raise ValueError(
                 f"interpolation {self.interpolation!r} with resize mode {self.resize_mode!r} is "
@@ -53,10 +71,10 @@ class Preprocess:
             )
 
     def stored(self) -> dict[str, Any]:
-        """Return what files keep: open_clip's settings, and margin and crop where there are any."""
+        """Return what files keep: open_clip's settings, and others that are not the default."""
         values = asdict(self)
-        for name, none in (("margin", 0), ("crop", 1)):
-            if values[name] == none:
+        for name, unset in UNSET.items():
+            if values[name] == unset:
                 del values[name]
         return values
 
@@ -93,7 +111,8 @@ class Preprocess:
     def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
         """Return open_clip's preprocessing, then the margin: image to (3, S, S) uint8 pixels."""
         inner = replace(self, size=self.inner, margin=0, crop=1.0)
-        config = open_clip.transform.PreprocessCfg(**inner.stored())
+        names = ("size", "mean", "std", "interpolation", "resize_mode")
+        config = open_clip.transform.PreprocessCfg(**{n: getattr(inner, n) for n in names})
         whole = open_clip.transform.image_transform_v2(config, is_train=False)
         # The last two steps are ToTensor and Normalize, which run later and on the device.
         resize, last = whole.transforms[:-2], [type(t).__name__ for t in whole.transforms[-2:]]
@@ -110,3 +129,8 @@ class Preprocess:
             return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
 
         return apply
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete what `Preprocess.stored` returned: older files leave the decoding out."""
+    return UNSET | dict(values)

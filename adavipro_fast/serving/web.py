@@ -8,10 +8,9 @@ import asyncio
 import hmac
 import logging
 import math
-import os
 import time
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,21 +24,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers
 from adavipro_fast.artifact.description import Description, NotRunnableError
+from adavipro_fast.cores import threads
 from adavipro_fast.data.images import decode_image
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.serving import kserve
 from adavipro_fast.serving.batcher import Batcher, FullError, Job, StoppingError
 from adavipro_fast.serving.kserve import TensorSpec
 from adavipro_fast.serving.served import CLASSIFY, Generation, Served
+from adavipro_fast.serving.uploads import clean, uploaded
 
 VERSION = installed("adavipro_fast")
 OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
@@ -54,6 +54,14 @@ FILES = {
             }
         },
         "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "images": {"type": "array", "items": {"type": "string", "format": "byte"}}
+                },
+            }
+        },
     }
 }
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -87,6 +95,10 @@ class Metrics:
         self.batches = Histogram(
             "adavipro_batch_images", "images in a batch", buckets=BATCHES, registry=self.registry
         )
+        self.threads = Gauge(
+            "adavipro_threads", "threads of runtimes and decoders", registry=self.registry
+        )
+        self.threads.set(threads())
         self.held = Gauge("adavipro_images_held", "images that wait or run", registry=self.registry)
 
 
@@ -107,7 +119,7 @@ class Application:
         self.batcher, self.limits, self.metrics = batcher, limits, metrics
         metrics.held.set_function(lambda: batcher.held)
         # Decoding leaves Python's lock alone.
-        self.decoders = ThreadPoolExecutor(os.cpu_count() or 1)
+        self.decoders = ThreadPoolExecutor(threads())
 
     def named(self, name: str, version: str | None = None) -> tuple[Generation, bool]:
         """Find a model: its file as it is now, and whether it takes image files.
@@ -145,8 +157,18 @@ class Application:
         """Decode image files: (B, 3, S, S) uint8.
 
         Raises:
-            HTTPException: one is no image that can be read.
+            HTTPException: one is not an image that can be read.
         """
+        each = await self.decode_each(files, about)
+        for error in each:
+            if isinstance(error, ValueError):
+                raise HTTPException(400, str(error)) from None
+        return torch.from_numpy(np.stack(each))
+
+    async def decode_each(
+        self, files: Sequence[tuple[str, bytes]], about: Description
+    ) -> list[Any]:
+        """Decode image files: for each (3, S, S) uint8, or the ValueError that says why not."""
         transform, most = about.preprocess.pixels(), self.limits.image_pixels
 
         def decode(name: str, content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -154,12 +176,11 @@ class Application:
 
         loop = asyncio.get_running_loop()
         work = [loop.run_in_executor(self.decoders, decode, *file) for file in files]
-        try:
-            return torch.from_numpy(np.stack(await asyncio.gather(*work)))
-        except ValueError as error:
-            # Others may still be decoding.
-            await asyncio.gather(*work, return_exceptions=True)
-            raise HTTPException(400, str(error)) from None
+        found = await asyncio.gather(*work, return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, ValueError):
+                raise error
+        return found
 
     async def run(
         self, generation: Generation, pixels: Tensor, tasks: Sequence[str] | None
@@ -232,6 +253,7 @@ def create(
     token: str | None = None,
     refresh_seconds: float = 1.0,
     metrics: Metrics | None = None,
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """Make the web application.
 
@@ -242,6 +264,7 @@ def create(
         token: that a client must show, if any.
         refresh_seconds: how often files are looked at for changes.
         metrics: that the batcher counts too.
+        origins: of pages in browsers that may ask.
     """
     own = Application(served, batcher, limits or Limits(), metrics or Metrics())
     # A line for every broken form, which the client is told of, would be the client's to fill.
@@ -274,6 +297,15 @@ def create(
     add_classify(web, own)
     web.add_middleware(Counted, metrics=own.metrics)
     web.add_middleware(Guarded, token=token)
+    web.add_middleware(Headed)
+    if origins:
+        # Outside of the token: a browser asks without it first.
+        web.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+        )
     return web
 
 
@@ -460,58 +492,72 @@ def add_classify(web: FastAPI, own: Application) -> None:
         request: Request,
         model: str | None = None,
         task: str | None = None,
-        top: int = SHOWN_CLASSES,
+        top: int | None = None,
         reject: float | None = None,
     ) -> dict[str, Any]:
-        """Classify an image file sent as the body, or several as a form.
+        """Classify an image file sent as the body, or several as a form or as base64 in JSON.
 
         `model`: one of several files; `task`: one of a file's tasks; `top`: how many classes to
-        list; `reject`: share of known images that may be answered `unknown`.
+        list (5); `reject`: share of known images that may be answered `unknown`. A form or JSON may
+        hold the same options. An image that cannot be read has an `error` in its place.
         """
-        now, _ = own.named(model or next(iter(own.served)))
-        if top < 1:
-            raise HTTPException(400, f"top is {top}; 1 or more is needed")
+        asked = {"model": model, "task": task, "top": top, "reject": reject}
         with own.batcher.place(1):
-            files = await uploaded(await own.read(request), request.headers, own.limits)
-            own.check_images(len(files))
-            with own.batcher.place(len(files) - 1):
-                pixels = await own.decoded(files, now.about)
-                tasks = None if task is None else [task] * len(files)
-                try:
-                    found = await classified(own, now, pixels, tasks, reject, top)
-                except ValueError as error:
-                    raise HTTPException(400, str(error)) from None
-        named = zip((name for name, _ in files), found, strict=True)
-        return {"predictions": [{"file": name, **each} for name, each in named]}
+            body = await own.read(request)
+            try:
+                upload = await uploaded(body, request.headers, own.limits.images)
+                options = chosen(asked, upload.options)
+            except ValueError as error:
+                raise HTTPException(400, str(error)) from None
+            own.check_images(len(upload.files))
+            with own.batcher.place(len(upload.files) - 1):
+                return {"predictions": await answered(own, upload.files, options)}
 
 
-async def uploaded(body: bytes, headers: Headers, limits: Limits) -> list[tuple[str, bytes]]:
-    """Return the image files of a request, with their names.
+def chosen(asked: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """Take options from the address, and from a form's or JSON's fields where it has none.
 
     Raises:
-        HTTPException: it holds none.
+        ValueError: one cannot be used.
     """
-    kind = headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        return [("image", body)] if body else []
+    kinds = {"model": str, "task": str, "top": int, "reject": float}
+    options = dict(asked)
+    for name, text in fields.items():
+        if options[name] is None and text:
+            try:
+                options[name] = kinds[name](text)
+            except ValueError:
+                raise ValueError(f"{name} is {text!r}; a number is needed") from None
+    options["top"] = SHOWN_CLASSES if options["top"] is None else options["top"]
+    if options["top"] < 1:
+        raise ValueError(f"top is {options['top']}; 1 or more is needed")
+    return options
 
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
 
-    parser = MultiPartParser(
-        headers, stream(), max_files=limits.images, max_fields=0, max_part_size=limits.body_bytes
-    )
+async def answered(
+    own: Application, files: Sequence[tuple[str, bytes]], options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Answer each image file, one that cannot be read by its error.
+
+    Raises:
+        HTTPException: not one can be read, or an option cannot be used.
+    """
+    now, _ = own.named(options["model"] or next(iter(own.served)))
+    each = await own.decode_each(files, now.about)
+    read = [pixels for pixels in each if not isinstance(pixels, ValueError)]
+    if not read:
+        raise HTTPException(400, str(each[0]))
+    tasks = None if options["task"] is None else [options["task"]] * len(read)
+    pixels = torch.from_numpy(np.stack(read))
     try:
-        form = await parser.parse()
-        files = [each for _, each in form.multi_items() if not isinstance(each, str)]
-        return [(clean(file.filename or "image"), await file.read()) for file in files]
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise HTTPException(400, f"the form cannot be read: {error}") from None
-
-
-def clean(text: str) -> str:
-    """Make text that holds a client's words one that any answer can hold."""
-    return text.encode(errors="replace").decode()
+        found = iter(await classified(own, now, pixels, tasks, options["reject"], options["top"]))
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+    predictions = []
+    for (name, _), one in zip(files, each, strict=True):
+        failed = isinstance(one, ValueError)
+        predictions.append({"file": name} | ({"error": clean(str(one))} if failed else next(found)))
+    return predictions
 
 
 class Guarded:
@@ -534,6 +580,26 @@ class Guarded:
                 await refusal(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+class Headed:
+    """Middleware: answers HEAD as GET, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def without_body(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                message = message | {"body": b""}
+            await send(message)
+
+        await self.app(dict(scope) | {"method": "GET"}, receive, without_body)
 
 
 class Counted:

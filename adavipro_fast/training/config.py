@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from adavipro_fast.cli import Device
+from adavipro_fast.cli import Device, Threads
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.files.checked import read
 from adavipro_fast.method.config import HeadKind, Kernel, Precision, PromptConfig, TrainPrecision
+from adavipro_fast.method.preprocess import WHITE
 
 # VP warms up for 1000 steps; shorter runs give it a tenth of their steps.
 WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1
@@ -120,8 +121,12 @@ class TrainConfig:
     """head.safetensors of a linear probe that a linear head starts from (default: fitted here)"""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    white_level: int = WHITE
+    """value of white in 16-bit grey images, such as 4095 from cameras of 12 bits; kept in every
+    file"""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     device: Device = "auto"
+    threads: Threads = None
     kernel: Kernel = "auto"
     """fused (Triton) or plain (PyTorch); auto: fused on CUDA devices where it can run"""
     output: Path | None = None

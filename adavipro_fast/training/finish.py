@@ -83,11 +83,13 @@ def told_to_stop(trainer: Trainer) -> Iterator[None]:
 def _zero_shot(
     trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor | None, config: TrainConfig
 ) -> float | None:
-    """Test the encoder on whole images, whatever margin the prompt has.
+    """Test the encoder on whole images, whatever margin the prompt has; None without a test split.
 
     With a mapped head, the classes are found for the encoder alone too.
     """
     region, test = config.prompt.region_size, trainer.dataset.test
+    if test is None:
+        return None
     if config.prompt.head == "mapped":
         model = unprompted(frozen, len(trainer.dataset.class_names), region).to(trainer.device)
         train = trainer.dataset.train
@@ -101,18 +103,21 @@ def _zero_shot(
     else:
         return None
     if config.prompt.margin:
-        _, test = load_test(config.data, model.preprocess)
+        _, test, _ = load_test(config.data, model.preprocess)
     return trainer.evaluate(model, test).top1
 
 
 def _result(
     trainer: Trainer, frozen: FrozenEncoder, zero_shot_top1: float | None, config: TrainConfig
 ) -> dict[str, Any]:
-    """Test the best and the last model in fp32, draw the pictures, collect the figures."""
-    progress, test = trainer.progress, trainer.dataset.test
-    progress.images = {
-        name: len(getattr(trainer.dataset, name)) for name in ("train", "val", "test")
-    }
+    """Test the best and the last model in fp32, draw the pictures, collect the figures.
+
+    Without a test split, mask figures are those of the validation images.
+    """
+    progress, dataset = trainer.progress, trainer.dataset
+    tested = dataset.test is not None
+    test = dataset.val if dataset.test is None else dataset.test
+    progress.images = dataset.counts
     kept = checkpoint_of(trainer.model, trainer.dataset.class_names)
     model = kept.model(frozen, config.kernel).to(trainer.device)
     last = best = trainer.evaluate(model, test)
@@ -144,8 +149,8 @@ def _result(
         "method": config.prompt.method,
         "zero_shot_top1": zero_shot_top1,
         "val_top1": progress.best_val,
-        "test_top1": best.top1,
-        "last_test_top1": last.top1,
+        "test_top1": best.top1 if tested else None,
+        "last_test_top1": last.top1 if tested else None,
         "trainable_params": trainer.model.trainable_params,
         "mask_density": figures.density,
         "mask_adaptivity": figures.adaptivity,
@@ -155,6 +160,11 @@ def _result(
             speeds or [len(trainer.dataset.val) / max(progress.seconds, 1e-9)]
         ),
         "seconds": progress.seconds,
+        "images": dataset.counts,
+        "duplicates": {
+            "between_splits": dataset.facts.duplicates.between_splits,
+            "between_classes": dataset.facts.duplicates.between_classes,
+        },
         "checkpoint": str(path),
     }
 

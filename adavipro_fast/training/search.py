@@ -262,7 +262,7 @@ class Search:
     def reserve(self, image_s: float) -> float:
         """Return the seconds that the test of the finalists will take."""
         dataset = self.load(self.candidates[0]).dataset
-        return OVERHEAD_S + image_s * (4 * len(dataset.test) + len(dataset.val))
+        return OVERHEAD_S + image_s * (4 * len(dataset.test or ()) + len(dataset.val))
 
     def best_within(self, candidate: Candidate, epochs: int) -> float:
         """Return the best validation top-1 of a candidate's first epochs, percent."""
@@ -293,13 +293,12 @@ class Search:
             model = kept.model(loaded.frozen, candidate.config.kernel).to(loaded.device)
             if candidate is winner:
                 keep_calibration(trainer, model, loaded.dataset.val, path_of(candidate))
-            top1 = trainer.evaluate(model, loaded.dataset.test).top1
-            rows[candidate.name] |= {
-                "test_top1": top1,
-                "test_se": standard_error(top1, len(loaded.dataset.test)),
-                "inference_ratio": inference_ratio(model, loaded),
-            }
-            self.clock.say(f"{candidate.name}: test top-1 {top1:.1f} %")
+            row, test = rows[candidate.name], loaded.dataset.test
+            row["inference_ratio"] = inference_ratio(model, loaded)
+            if test is not None:
+                top1 = trainer.evaluate(model, test).top1
+                row |= {"test_top1": top1, "test_se": standard_error(top1, len(test))}
+                self.clock.say(f"{candidate.name}: test top-1 {top1:.1f} %")
         return {
             "winner": winner.name,
             "rule": "the smallest file within one standard error of the best on validation",

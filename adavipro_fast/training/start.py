@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adavipro_fast.cores import threads, use_threads
 from adavipro_fast.data.sets import Dataset, load_dataset
 from adavipro_fast.device import fast_precision, slow_precision
 from adavipro_fast.files.checkpoint import FILES, checkpoint_of, load_checkpoint
-from adavipro_fast.files.whole import read_safetensors
 from adavipro_fast.method.clip import (
-    DEFAULT_TEMPLATE,
-    NoText,
     TextTower,
     check_templates,
     load_clip,
@@ -24,8 +22,16 @@ from adavipro_fast.method.clip import (
 from adavipro_fast.method.config import PROMPTED, HeadInput, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.preprocess import WHITE
 from adavipro_fast.training import group as distributed
+from adavipro_fast.training.class_names import (
+    check_embeddings,
+    class_embeddings,
+    needs_text,
+    templates_of,
+)
 from adavipro_fast.training.config import TrainConfig, difference, read_stored, stored
+from adavipro_fast.training.data_record import keep_data
 from adavipro_fast.training.finish import finish
 from adavipro_fast.training.log import say
 from adavipro_fast.training.mapping import classifier_of, map_classes, unmapped_rows
@@ -56,6 +62,7 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: a setting is wrong, or the output folder already holds a run.
     """
+    use_threads(config.threads)
     group, device = distributed.join(config.device)
     with ExitStack() as stack:
         folder = config.output or group.kept_folder()
@@ -123,6 +130,9 @@ def resume_run(
     before = read_stored(state.settings, path)
     parsed = ask(before)
     accepted = parsed.accept_change
+    use_threads(parsed.threads)
+    # Results do not depend on the number of threads.
+    before = replace(before, threads=parsed.threads)
     asked = replace(parsed, resume=None, output=before.output, accept_change=())
     changed = difference(before, asked)
     refused = {k: v for k, v in changed.items() if k not in {a.lstrip("-") for a in accepted}}
@@ -172,6 +182,9 @@ def load(config: TrainConfig) -> Loaded:
     check_templates(config.template)
     _check_head(config)
     frozen, text = load_clip(config.model, config.pretrained)
+    if config.white_level != WHITE:
+        preprocess = replace(frozen.preprocess, white_level=config.white_level)
+        frozen = frozen.with_(preprocess=preprocess)
     if config.prompt.head == "mapped":
         classifier_of(frozen)
     torch.manual_seed(config.optimiser.seed)
@@ -181,10 +194,13 @@ def load(config: TrainConfig) -> Loaded:
     dataset = load_dataset(config.data, bare.preprocess, seed=config.optimiser.seed)
     embeddings = None
     if isinstance(text, TextTower) or needs_text(config):
-        embeddings = _class_embeddings(config, text, dataset.class_names)
-    say(f"encoder {config.model} on {device}, {frozen.preprocess.size} px, frozen")
-    counts = (len(split) for split in (dataset.train, dataset.val, dataset.test))
-    say("data: {} train, {} val, {} test images".format(*counts))
+        embeddings = class_embeddings(config, text, dataset.class_names)
+        check_embeddings(config, text, dataset.class_names, embeddings)
+    side = frozen.preprocess.size
+    say(f"encoder {config.model} on {device}, {side} px, frozen; {threads()} threads")
+    say("data: {train} train, {val} val, {test} test images".format(**dataset.counts))
+    for note in dataset.facts.notes:
+        say(f"warning: {note}")
     return Loaded(frozen.to(device), embeddings, dataset, device)
 
 
@@ -197,6 +213,8 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
     if model.config.head == "mapped":
         map_classes(model, dataset.train, group)
     assert config.output is not None
+    if group.leads:
+        keep_data(dataset, config.data.data, config.output)
     trainer = Trainer(
         model,
         replace(dataset, train=dataset.train.resident(device)),
@@ -297,31 +315,3 @@ def _head(
         raise ValueError(f"{source} holds no linear head that reads {asked}")
     tensors = probe.tensors
     return Head(tensors["class_embeddings"], tensors["class_bias"], probe.config.head_input)
-
-
-def needs_text(config: TrainConfig) -> bool:
-    """Tell whether class embeddings are part of what is trained."""
-    named = config.prompt.head == "text" and config.prompt.method != "linear_probe"
-    return named or config.class_embeddings is not None
-
-
-def templates_of(config: TrainConfig) -> tuple[str, ...]:
-    """Return the texts that class names are embedded in; none where their rows are given."""
-    if config.class_embeddings is not None or not needs_text(config):
-        return ()
-    return config.template or (DEFAULT_TEMPLATE,)
-
-
-def _class_embeddings(
-    config: TrainConfig, text: TextTower | NoText, class_names: tuple[str, ...]
-) -> torch.Tensor:
-    if config.class_embeddings is None:
-        return text.class_embeddings(class_names, config.template or (DEFAULT_TEMPLATE,))
-    tensors, _ = read_safetensors(config.class_embeddings)
-    rows = tensors.get("class_embeddings")
-    if rows is None or rows.ndim != 2 or len(rows) != len(class_names):
-        raise ValueError(
-            f"{config.class_embeddings} needs a tensor class_embeddings with {len(class_names)} "
-            f"rows, in the order {', '.join(class_names[:3])} ..."
-        )
-    return torch.nn.functional.normalize(rows.float(), dim=-1)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adavipro_fast.data.cache import DECODERS
+from adavipro_fast.cores import threads
 from adavipro_fast.data.images import decode_image
 from adavipro_fast.data.sets import DataConfig, load_dataset
 from adavipro_fast.data.split import Split
@@ -44,7 +44,7 @@ def decoded_batches(
     """Yield batches as a loader without a cache would: decode and resize, in threads."""
     transform = preprocess.pixels()
     files = sorted((folder / "images" / "train").rglob("*.jpg"))
-    with ThreadPoolExecutor(DECODERS) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         for start in range(0, len(files), size):
             paths = files[start : start + size]
             arrays = pool.map(

@@ -16,12 +16,12 @@ class TritonPythonModel:
         """Read how images are prepared."""
         # Not above: Triton imports this file twice, once to complete its configuration.
         from adavipro_fast.data.images import decode_image
-        from adavipro_fast.method.preprocess import Preprocess
+        from adavipro_fast.method.preprocess import Preprocess, completed
 
         folder = Path(args["model_repository"], args["model_version"])
         about = json.loads((folder / "about.json").read_text())
         self.tasks, self.decode_image = about["tasks"], decode_image
-        self.preprocess = Preprocess(**about["preprocess"])
+        self.preprocess = Preprocess(**completed(about["preprocess"]))
         self.transform = self.preprocess.pixels()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,164 @@
+"""Which files of a folder are images: decided by what they hold, not by what they are called."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+# Formats that are decoded: what torchvision calls an image, GIF and AVIF, without formats that
+# start other programs or hold scripts.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
+# AppleDouble files (`._name`), which macOS writes beside files on other file systems.
+APPLE_DOUBLE = b"\x00\x05\x16\x07"
+# Camera raw files look like TIFF and hold a small preview first.
+RAW = (
+    ".3fr", ".arw", ".cr2", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef", ".mos", ".nef",
+    ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw",
+)  # fmt: skip
+# Names of image files, also of formats that cannot be decoded: such a file that is not an image is
+# damaged, and is reported instead of left out.
+SUFFIXES = frozenset(
+    {
+        ".apng", ".avif", ".avifs", ".bmp", ".cr3", ".dib", ".gif", ".heic", ".heics", ".heif",
+        ".hif", ".j2k", ".jfif", ".jif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".pbm",
+        ".pgm", ".pjp", ".pjpeg", ".png", ".pnm", ".ppm", ".psd", ".tga", ".tif", ".tiff", ".webp",
+        *RAW,
+    }
+)  # fmt: skip
+# What operating systems, editors, synchronisation and storage devices leave in folders, in lower
+# case. Names that begin with a dot are of this kind, too.
+SIDECARS = frozenset(
+    {
+        "__macosx", "__pycache__", "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recycle",
+        "@recently-snapshot", "@synoeastream", "@synoresource", "@tmp", "desktop.ini",
+        "ehthumbs.db", "ehthumbs_vista.db", "folder.htt", "icon\r", "lost+found",
+        "network trash folder", "picasa.ini", "recycler", "system volume information",
+        "temporary items", "thumbs.db", "zbthumbnail.info",
+    }
+)  # fmt: skip
+
+
+# Beginnings of files that are often called images, and what to call them.
+OTHERS = {
+    b"ftyphei": "HEIC, which is not decoded here; convert it to JPEG or PNG",
+    b"ftyphev": "HEIC, which is not decoded here; convert it to JPEG or PNG",
+    b"ftypmif1": "HEIF, which is not decoded here; convert it to JPEG or PNG",
+    b"ftypcrx": "a camera raw file; convert it to JPEG or PNG",
+    b"\xff\x0a": "JPEG XL, which is not decoded here; convert it to JPEG or PNG",
+    b"JXL \r\n": "JPEG XL, which is not decoded here; convert it to JPEG or PNG",
+    b"jP  \r\n": "JPEG 2000, which is not decoded here; convert it to JPEG or PNG",
+    b"8BPS": "a Photoshop file; convert it to JPEG or PNG",
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a ZIP archive",
+    b"ftyp": "a video or another file of its family",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file with `git lfs pull`",
+    b"<?xml": "XML or SVG",
+    b"<svg": "SVG",
+    b"<!doctype html": "an HTML page",
+    b"<html": "an HTML page",
+}
+
+
+@dataclass
+class Found:
+    """What a walk found."""
+
+    images: list[Path] = field(default_factory=list)
+    """image files by their content, and damaged files that are called images, in order of names"""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """other files: how many of each suffix"""
+
+
+def walk(folder: Path) -> Found:
+    """Find the images under a folder.
+
+    Links are followed, each folder is entered once. Sidecars of operating systems and tools are
+    neither images nor counted.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    found = Found()
+    for path in sorted(_files(folder, set())):
+        kind = kind_of(path)
+        if kind in ("image", "damaged"):
+            found.images.append(path)
+        elif kind == "other":
+            found.left_out[path.suffix.lower() or "without a suffix"] += 1
+    return found
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """List the folders in a folder that are no sidecars, in order of their names."""
+    return sorted(p for p in folder.iterdir() if not is_sidecar(p.name) and p.is_dir())
+
+
+def is_sidecar(name: str) -> bool:
+    """Report whether an operating system, an editor or a storage device left a file or folder."""
+    backup = name.endswith("~") or name.startswith(("~$", "."))
+    return backup or name.lower() in SIDECARS
+
+
+def kind_of(path: Path) -> str:
+    """Judge a file: image, damaged (called an image, and not one), sidecar, or other."""
+    named = path.suffix.lower() in SUFFIXES
+    try:
+        # A pipe would wait for its writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "other"
+        with path.open("rb") as file:
+            header = file.read(len(APPLE_DOUBLE))
+    except OSError:
+        return "damaged" if named else "other"
+    if header == APPLE_DOUBLE:
+        return "sidecar"
+    if path.suffix.lower() not in RAW and opens(path):
+        return "image"
+    return "damaged" if named else "other"
+
+
+def opens(path: Path) -> bool:
+    """Report whether Pillow takes a file for an image by its header."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    # Plugins raise whatever a damaged header leads them to.
+    except Exception:
+        return False
+
+
+def described(content: bytes, name: str) -> str:
+    """Say what a file holds that is not an image which can be decoded."""
+    if not content:
+        return "it is empty"
+    if not content.strip(b"\0"):
+        return "it holds only zeros"
+    if Path(name).suffix.lower() in RAW:
+        return "it is a camera raw file; convert it to JPEG or PNG"
+    # Text may have blanks first; other formats have a length first.
+    start = content[:64].lstrip()
+    for mark, what in OTHERS.items():
+        if content[:16].find(mark) in (0, 4) or start.lower().startswith(mark.lower()):
+            return f"it is {what}"
+    return f"it is damaged, or not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+
+
+def _files(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
+    status = folder.stat()
+    # A link may lead back up, and several links to one folder would give its images twice.
+    if (status.st_dev, status.st_ino) in entered:
+        return
+    entered.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        kept = sorted((e for e in entries if not is_sidecar(e.name)), key=lambda e: e.name)
+    for entry in kept:
+        if entry.is_dir():
+            yield from _files(folder / entry.name, entered)
+        else:
+            yield folder / entry.name

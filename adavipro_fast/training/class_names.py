@@ -1,0 +1,76 @@
+"""What a text head scores classes by: the embeddings of their names, or rows of a file."""
+
+import torch
+from torch import Tensor
+
+from adavipro_fast.data.folder import listed
+from adavipro_fast.files.whole import read_safetensors
+from adavipro_fast.method.clip import DEFAULT_TEMPLATE, NoText, TextTower, alike, readable
+from adavipro_fast.training.config import TrainConfig
+from adavipro_fast.training.log import say
+
+
+def needs_text(config: TrainConfig) -> bool:
+    """Tell whether class embeddings are part of what is trained."""
+    named = config.prompt.head == "text" and config.prompt.method != "linear_probe"
+    return named or config.class_embeddings is not None
+
+
+def templates_of(config: TrainConfig) -> tuple[str, ...]:
+    """Return the texts that class names are embedded in; none where their rows are given."""
+    if config.class_embeddings is not None or not needs_text(config):
+        return ()
+    return config.template or (DEFAULT_TEMPLATE,)
+
+
+def check_embeddings(
+    config: TrainConfig, text: TextTower | NoText, names: tuple[str, ...], rows: Tensor
+) -> None:
+    """Check that the class embeddings tell the classes apart, and warn of names read in part.
+
+    Raises:
+        ValueError: two classes have the same embedding, and it scores them.
+    """
+    scored, given = needs_text(config), config.class_embeddings is not None
+    cut: list[str] = []
+    if isinstance(text, TextTower) and not given:
+        cut = text.cut(names, config.template or (DEFAULT_TEMPLATE,))
+    if cut and scored:
+        say(f"warning: the text tower reads only the beginning of {listed(cut)}: too long")
+    pair = alike(names, rows)
+    if pair is not None:
+        cause = f"the rows of {config.class_embeddings} are equal"
+        if not given:
+            read = (
+                "too long to be read whole" if pair[0] in cut else f"read as {readable(pair[0])!r}"
+            )
+            cause = f"both are {read}"
+        line = f"classes {pair[0]!r} and {pair[1]!r} have the same embedding: {cause}"
+        if scored:
+            raise ValueError(f"{line}; rename one, or learn the classes with --head linear")
+        say(f"warning: {line}; zero-shot figures cannot tell them apart")
+    if scored and not given and all(name.strip().isdigit() for name in names):
+        say(
+            f"warning: the classes are called {listed(names)}; numbers say little to a text tower: "
+            "rename the folders, or learn the classes with --head linear"
+        )
+
+
+def class_embeddings(
+    config: TrainConfig, text: TextTower | NoText, class_names: tuple[str, ...]
+) -> Tensor:
+    """Embed the class names, or read their rows from a file: (K, E) fp32 unit rows.
+
+    Raises:
+        ValueError: the file has other rows than there are classes.
+    """
+    if config.class_embeddings is None:
+        return text.class_embeddings(class_names, config.template or (DEFAULT_TEMPLATE,))
+    tensors, _ = read_safetensors(config.class_embeddings)
+    rows = tensors.get("class_embeddings")
+    if rows is None or rows.ndim != 2 or len(rows) != len(class_names):
+        raise ValueError(
+            f"{config.class_embeddings} needs a tensor class_embeddings with {len(class_names)} "
+            f"rows, in the order {', '.join(class_names[:3])} ..."
+        )
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
