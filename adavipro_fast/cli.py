@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import tyro
 
 from adavipro_fast.artifact import description
 from adavipro_fast.cores import use_threads
-from adavipro_fast.errors import VerificationError, printable
+from adavipro_fast.errors import EncoderWarning, VerificationError, printable
 from adavipro_fast.files import hub
 
 Config = TypeVar("Config")
@@ -156,6 +157,7 @@ def run(
         quiet: print neither.
     """
     escape_output()
+    warnings.showwarning = _show(warnings.showwarning)
     try:
         result = command()
         if not quiet:
@@ -178,6 +180,18 @@ def run(
             # Or else Python tries again at its exit, and complains.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail(error)
+
+
+def _show(others: Callable[..., None]) -> Callable[..., None]:
+    """Print our own warnings in one line, and others as before."""
+
+    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, EncoderWarning):
+            warn(str(message))
+        else:
+            others(message, category, *rest, **more)
+
+    return show
 
 
 def escape_output() -> None:

@@ -257,7 +257,7 @@ def summary(result: dict[str, Any]) -> str:
             *table,
             f"winner: {result['winner']}, {result['rule']}",
             f"kept:   {path}; {result['folder']}/compare.md and compare.png",
-            f"export: python export/to_onnx.py {path} --output model.onnx",
+            f"export: adavipro-to-onnx {path} --output model.onnx",
         ]
     )
 

@@ -10,5 +10,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+class EncoderWarning(UserWarning):
+    """An encoder may run otherwise than its weights were trained."""
+
+
 class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the last good state is on the disk."""

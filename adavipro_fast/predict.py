@@ -65,21 +65,22 @@ def command(config: PredictConfig) -> dict[str, Any]:
     drawn = []
     for start in range(0, len(config.images), BATCH):
         paths = config.images[start : start + BATCH]
-        read, errors = readable_pixels(paths, artifact.about.preprocess)
+        each = readable_pixels(paths, artifact.about.preprocess)
+        read = [pixels for pixels in each if not isinstance(pixels, str)]
         described: list[dict[str, Any]] = []
         if read:
-            pixels = torch.from_numpy(np.stack(list(read.values())))
+            pixels = torch.from_numpy(np.stack(read))
             prediction = artifact(pixels)
             described = answers(artifact.about, prediction, config.reject)
             if config.picture is not None:
                 drawn.append((pixels, prediction.mask))
-        answered = dict(zip(read, described, strict=True))
-        for path in paths:
-            answer = answered[path] if path in answered else {"error": errors[path]}
+        answered = iter(described)
+        for path, one in zip(paths, each, strict=True):
+            answer = {"error": one} if isinstance(one, str) else next(answered)
             predictions.append(print_prediction({"path": str(path)} | answer))
     if not any("answer" in prediction for prediction in predictions):
-        others = len(predictions) - 1
-        more = f" (and {others} more images, none of which can be read)" if others else ""
+        count = len(predictions)
+        more = f" (none of the {count} images can be read)" if count > 1 else ""
         raise ValueError(predictions[0]["error"] + more)
     if config.picture is not None:
         titles = [

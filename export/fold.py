@@ -25,9 +25,23 @@ from adavipro_fast.export.patches import (
     patch_convolution,
     take_tokens,
 )
-from adavipro_fast.method.functional import LAPLACIAN, SOBEL_X, apply_prompt, region_logit
+from adavipro_fast.method.functional import (
+    LAPLACIAN,
+    SOBEL_X,
+    Edge,
+    apply_prompt,
+    region_logit,
+)
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import AdaptivePrompt
+
+# The convolutions of each edge detector; a detector that is not here is not exported.
+FILTERS: dict[Edge, tuple[tuple[tuple[float, ...], ...], ...]] = {
+    "laplacian": (LAPLACIAN,),
+    "laplacian-magnitude": (LAPLACIAN,),
+    "sobel": (SOBEL_X, tuple(zip(*SOBEL_X, strict=True))),
+    "none": (),
+}
 
 
 class TokenTable(nn.Module):
@@ -103,8 +117,7 @@ class MaskHead(nn.Module):
         self.centre = self.generator is not None or (not linear and padded)
         self.register_buffer("offset", (shift / scale).view(3, 1, 1))
         self.register_buffer("scale", (scale if linear else scale.abs()).view(3, 1, 1))
-        across = torch.tensor(SOBEL_X)
-        kernels = [torch.tensor(LAPLACIAN)] if "laplacian" in config.edge else [across, across.t()]
+        kernels = [torch.tensor(values) for values in FILTERS[config.edge]]
         self.filters = nn.ParameterList(k.expand(3, 1, 3, 3).contiguous() for k in kernels)
         if self.generator is not None:
             return

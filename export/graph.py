@@ -3,7 +3,6 @@
 import ast
 import json
 import logging
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -37,18 +36,6 @@ WIDE = ("decide", "head", "edge", "kernels", "resize")
 ONE_FILE_BYTES = 1_900_000_000
 
 
-@contextmanager
-def named_when_whole(output: Path) -> Iterator[Path]:
-    """Yield where to write; what lies beside it moves to the output's folder without an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
-        path = Path(folder) / output.name
-        yield path
-        # The file that was asked for comes last.
-        for file in sorted(path.parent.iterdir(), key=lambda file: file == path):
-            file.replace(output.parent / file.name)
-
-
 def write(
     module: Plain | AnySize, path: Path, *, side: int, opset: int, metadata: dict[str, Any]
 ) -> int:
@@ -76,6 +63,9 @@ def write(
     if apart:
         data = path.with_name(path.name + ".data")
         metadata = metadata | {"data_sha256": file_sha256(data)}
+    # Older runtimes load the file, too.
+    least = onnx.helper.find_min_ir_version_for(list(model.opset_import))
+    model.ir_version = min(model.ir_version, least)
     save_sealed(model, path, metadata)
     return len(model.graph.node)
 

@@ -20,7 +20,6 @@ from adavipro_fast.artifact.description import Artifact
 from adavipro_fast.artifact.torch import TorchArtifact, clip_of
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.class_rows import head_of, scaled_rows, write_head
-from adavipro_fast.export.graph import named_when_whole
 from adavipro_fast.export.verify import (
     LARGEST_ERROR_FP32,
     SMALLEST_COSINE,
@@ -28,6 +27,7 @@ from adavipro_fast.export.verify import (
     sample_batches,
 )
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
+from adavipro_fast.files.whole import named_when_whole
 from adavipro_fast.method.clip import (
     DEFAULT_TEMPLATE,
     NoText,

@@ -19,7 +19,7 @@ from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.calibrate import judges_of, quantise_file
 from adavipro_fast.export.fold import Plain, deployed
-from adavipro_fast.export.graph import check_dtypes, named_when_whole, write
+from adavipro_fast.export.graph import check_dtypes, write
 from adavipro_fast.export.open_tasks import OpenTasks, folded_task
 from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.export.resize import AnySize, AnySizeTasks, any_size_obstacle
@@ -36,7 +36,7 @@ from adavipro_fast.export.verify import (
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, load_checkpoint
 from adavipro_fast.files.hub import run_name
 from adavipro_fast.files.task import TaskFile
-from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.files.whole import file_sha256, named_when_whole
 from adavipro_fast.method.config import DTYPES, PROMPTED, QUANTISED, ExportPrecision, Input
 from adavipro_fast.method.model import AdaViPro
 

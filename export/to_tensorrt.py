@@ -28,11 +28,10 @@ from adavipro_fast.artifact.tensorrt import (
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import to_onnx
-from adavipro_fast.export.graph import named_when_whole
 from adavipro_fast.export.network import WIDE_PRODUCTS, Network, prove_precision, prove_quantised
 from adavipro_fast.export.verify import compare, sample_batches
 from adavipro_fast.files.checkpoint import FORMAT
-from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.files.whole import file_sha256, named_when_whole
 from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input
 
 Runtime = Literal["auto", "tensorrt", "tensorrt-rtx"]

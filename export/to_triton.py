@@ -18,7 +18,7 @@ from adavipro_fast import cli
 from adavipro_fast.artifact.description import Description
 from adavipro_fast.artifact.onnx import describe_onnx
 from adavipro_fast.artifact.tensorrt import read_sidecar
-from adavipro_fast.files.whole import write_whole
+from adavipro_fast.files.whole import flush, write_whole
 
 MODELS = Path(__file__).parent / "python_backend"
 # Names that configuration files, addresses and folders hold as they are.
@@ -147,7 +147,7 @@ def graph_of(config: TritonConfig) -> Graph:
         width = embedding_width(path)
         graph = Graph(about, "onnxruntime", "model.onnx", config.batch, config.batch, width)
     else:
-        raise ValueError(f"{path} is no .onnx or .engine file; export it with export/to_onnx.py")
+        raise ValueError(f"{path} is no .onnx or .engine file; export it with adavipro-to-onnx")
     if about.input == "float32":
         raise ValueError(f"{path} takes normalised floats; export it with --input uint8")
     if about.open_for is not None:
@@ -205,13 +205,16 @@ def place(
     about = (json.dumps(facts) + "\n").encode()
     for name, source in files.items():
         shutil.copyfile(source, partial / name)
+        flush(partial / name)
     write_whole(partial / "about.json", about)
     write_whole(folder / "about.json", about)
     # Only what changes is written: Triton would load the model again.
     path = folder / "config.pbtxt"
     if not path.exists() or path.read_text() != config:
         write_whole(path, config.encode())
+    flush(partial)
     partial.replace(folder / str(version))
+    flush(folder)
 
 
 def configurations(name: str, graph: Graph, kind: str, config: TritonConfig) -> dict[str, str]:

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,9 +319,12 @@ def test_an_error_of_ours_keeps_its_traceback():
 def test_the_commands_are_listed(capsys):
     run_module("adavipro_fast", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2].split(".")[1] for line in lines] == [
+    assert [line.split()[2].split(".")[1] for line in lines[:10]] == [
         "train", "compare", "evaluate", "predict", "tasks", "serve", "app", "push", "cache", "demo"
     ]  # fmt: skip
+    exporters = ["to-onnx", "to-tensorrt", "to-triton", "to-task", "relabel", "verify"]
+    assert [line.split()[0] for line in lines[10:]] == [f"adavipro-{name}" for name in exporters]
+    assert all(len(line.split()) > 3 for line in lines)
 
 
 def test_no_standard_output_is_no_error(tmp_path):
@@ -393,8 +397,58 @@ def test_without_flags_it_is_the_demo_under_the_default_recipe(monkeypatch):
     assert configs == [recipe("best")]
 
 
-def test_ctrl_c_stops_what_comes_after_training(trained):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_ctrl_c_stops_what_comes_after_training(small, tmp_path):
+    def handler(*_):
+        """Stand in for the shell's own way, which may be to ignore it."""
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        start_run(small(tmp_path, epochs=1))
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("broken", [b"", b"no image", None])
+def test_predict_answers_the_others_where_one_image_is_broken(trained, folder, tmp_path, broken):
+    good = sorted((folder / "test").rglob("*.*"))[0]
+    bad = tmp_path / "bad.jpg"
+    if broken is not None:
+        bad.write_bytes(broken)
+    checkpoint = trained[0] / "checkpoint.safetensors"
+    picture = tmp_path / "out.png"
+    config = PredictConfig(checkpoint, (bad, good, good), device="cpu", picture=picture)
+    first, second, third = predict.command(config)["predictions"]
+    assert first["path"] == str(bad)
+    assert set(first) == {"path", "error"}
+    assert second == third
+    assert set(second) == {"path", "answer", "rejected", "classes", "mask"}
+    assert picture.exists()
+    with pytest.raises(ValueError, match="bad.jpg.*none of the 2 images can be read"):
+        predict.command(replace(config, images=(bad, bad)))
+
+
+def test_training_without_a_test_split_says_so(small, folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(folder / "train", data)
+    (data / "cross" / "notes.txt").write_text("x")
+    config = small(tmp_path / "run", epochs=1)
+    result = start_run(replace(config, data=replace(config.data, data=str(data))))
+    assert result["test_top1"] is result["last_test_top1"] is result["zero_shot_top1"] is None
+    assert result["images"] == {"train": 27, "val": 3, "test": 0, "left_out": 1}
+    assert "no test split" in train.summary(result)
+    err = capsys.readouterr().err
+    assert "warning: there is no test split" in err
+    assert "its folders are the classes" in err
+    kept = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert kept["left_out"] == {".txt": 1}
+    assert len(kept["held_out"]) == 3
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    shutil.rmtree(data / "circle")
+    found = evaluate.command(EvaluateConfig(checkpoint, DataConfig(str(data)), device="cpu"))
+    assert found["n"] == 20
+    assert found["per_class"]["circle"] is None
+    assert "worst classes: " in evaluate.summary(found)
 
 
 def test_class_embeddings_of_another_width_are_refused(small, tmp_path):

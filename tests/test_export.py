@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -26,6 +27,7 @@ from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import encoder as encoder_of
 from adavipro_fast.export import fold, network, to_onnx, to_tensorrt, verify
 from adavipro_fast.export import graph as onnx_graph
+from adavipro_fast.export.fold import FILTERS
 from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.export.to_tensorrt import TensorRtConfig
@@ -33,7 +35,7 @@ from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.clip import load_clip, load_encoder
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
-from adavipro_fast.method.functional import normalise
+from adavipro_fast.method.functional import Edge, normalise
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.preprocess import Preprocess
 
@@ -289,9 +291,21 @@ def test_weights_beyond_one_file_lie_beside_it(checkpoint, tmp_path, monkeypatch
     data = tmp_path / "model.onnx.data"
     assert sorted(tmp_path.iterdir()) == [path, data]
     assert result["bytes"] == path.stat().st_size + data.stat().st_size
-    data.write_bytes(data.read_bytes()[:-1] + b"!")
+    model = onnx.load(path, load_external_data=False)
+    assert (model.ir_version, model.opset_import[0].version) == (9, 20)
+    renamed = [file.rename(tmp_path / file.name.replace("model", "mine")) for file in (path, data)]
+    with pytest.raises(ValueError, match="exported as model.onnx with its weights in model.onnx.d"):
+        open_artifact(renamed[0])
+    renamed[0].rename(path)
+    with pytest.raises(FileNotFoundError, match="model.onnx.data is missing; it holds the weights"):
+        open_artifact(path)
+    data.write_bytes(renamed[1].read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match="is damaged"):
         open_artifact(path)
+
+
+def test_every_edge_detector_has_its_own_filters():
+    assert set(FILTERS) == set(get_args(Edge))
 
 
 def one_line(error):

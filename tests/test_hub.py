@@ -313,6 +313,17 @@ def test_an_exported_file_is_fetched_by_its_name(published):
     assert path.read_bytes() == b"graph"
 
 
+def test_a_graph_s_second_file_of_weights_is_fetched_with_it(published):
+    files = published.repositories["owner/name"]
+    files["large.onnx"], files["large.onnx.data"] = b"graph with data_sha256", b"weights"
+    path = addresses.on_disk(Path("hub:owner/name/large.onnx"))
+    assert path.with_name("large.onnx.data").read_bytes() == b"weights"
+    del files["large.onnx.data"]
+    files["alone.onnx"] = b"another graph with data_sha256"
+    with pytest.raises(FileNotFoundError, match="owner/name holds no alone.onnx.data"):
+        addresses.on_disk(Path("hub:owner/name/alone.onnx"))
+
+
 def card_of(hub):
     return ModelCard(hub.repositories["owner/name"]["README.md"].decode())
 
@@ -417,6 +428,19 @@ def test_every_method_has_a_card(checkpoint, method):
     assert "| This model | test | 40.0 |" in card.text
     assert ("The encoder alone" in card.text) == (method != "zero_shot")
     assert ("As it was before this training" in card.text) == (method == "full_finetune")
+
+
+def test_a_card_without_a_test_split_has_validations_figure(checkpoint):
+    figures = {"val_top1": 50.0, "test_top1": None, "zero_shot_top1": None, "mask_density": 1.0}
+    run = Run("cifar10", {"train": 9, "val": 3, "test": 0, "left_out": 1}, 3, figures)
+    card = model_card(
+        checkpoint.config, ("a", "b"), checkpoint.encoder, checkpoint.preprocess, run=run
+    )
+    (result,) = card.data.eval_results
+    assert (result.dataset_split, result.metric_value) == ("validation", 0.5)
+    assert "| This model | 3 validation | 50.0 |" in card.text
+    assert "test |" not in card.text
+    assert "mean over the validation images" in card.text
 
 
 def test_an_encoder_of_ones_own_is_warned_of(hub, checkpoint, tmp_path, capsys, monkeypatch):

@@ -77,7 +77,7 @@ class Description:
         if values.get("format") != FORMAT:
             raise ValueError(
                 f"{path} was not exported by adavipro_fast (format {values.get('format')!r}, "
-                f"{FORMAT!r} is needed); export a checkpoint with export/to_onnx.py"
+                f"{FORMAT!r} is needed); export a checkpoint with adavipro-to-onnx"
             )
         try:
             about: Description = read(cls, values)

@@ -158,7 +158,7 @@ def describe_onnx(path: Path) -> Description:
     if place < len(SEAL):
         raise ValueError(
             f"{path} is cut short or was not exported by adavipro_fast; export a checkpoint with "
-            "export/to_onnx.py"
+            "adavipro-to-onnx"
         )
     digest = content[place : place + 64]
     unsealed = content[:place] + UNSEALED.encode() + content[place + 64 :]
@@ -180,7 +180,16 @@ def describe_onnx(path: Path) -> Description:
         if entry.key == "location"
     }
     if places and (places != {data.name} or "data_sha256" not in values):
+        own = next(iter(places))
+        renamed = len(places) == 1 and own.endswith(".onnx.data") and own != data.name
+        if renamed and Path(own).name == own:
+            raise ValueError(
+                f"{path} was exported as {own.removesuffix('.data')} with its weights in {own}; "
+                "give both files these names again"
+            )
         raise ValueError(f"{path} wants weights from elsewhere than {data.name}; refused")
+    if places and not data.is_file():
+        raise FileNotFoundError(f"{data} is missing; it holds the weights of {path.name}")
     if "data_sha256" in values and values["data_sha256"] != file_sha256(data):
         raise ValueError(f"{data} is damaged: it is not what was exported; export it again")
     return Description.of(values, path)

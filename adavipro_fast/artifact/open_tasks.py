@@ -81,7 +81,7 @@ class OpenArtifact:
         """Classify (B, 3, S, S) uint8 RGB pixels; logits are as wide as the widest task named."""
         known, about = self._now
         if not known:
-            raise ValueError("the file holds no task yet; add one (export/to_task.py)")
+            raise ValueError("the file holds no task yet; add one (adavipro-to-task)")
         names = [about.tasks[number].name for number in about.numbers(task, len(pixels))]
         present = list(dict.fromkeys(names))
         device = self.file.device

@@ -86,7 +86,7 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
     path = sidecar_path(engine)
     for file in (engine, path):
         if not file.is_file():
-            raise FileNotFoundError(f"no such file: {file}; build with export/to_tensorrt.py")
+            raise FileNotFoundError(f"no such file: {file}; build with adavipro-to-tensorrt")
     try:
         if path.stat().st_size > LARGEST_SIDECAR:
             raise ValueError(f"it is larger than {LARGEST_SIDECAR} bytes")
@@ -108,13 +108,13 @@ def check_runs_here(values: dict[str, Any], version: str, capability: str | None
     if values["runtime_version"] != version:
         raise ValueError(
             f"the engine was built by {values['runtime']} {values['runtime_version']}, here is "
-            f"{version}; build it again with export/to_tensorrt.py or install that version"
+            f"{version}; build it again with adavipro-to-tensorrt or install that version"
         )
     if capability not in values["compute_capabilities"]:
         raise ValueError(
             f"the engine was built for compute capability "
             f"{', '.join(values['compute_capabilities'])}, here is {capability}; build it again "
-            f"with export/to_tensorrt.py --compute-capability {capability}"
+            f"with adavipro-to-tensorrt --compute-capability {capability}"
         )
 
 

@@ -137,19 +137,19 @@ def unresized(image: Image.Image) -> Tensor:
 
 def readable_pixels(
     paths: Sequence[Path], preprocess: Preprocess
-) -> tuple[dict[Path, np.ndarray[Any, np.dtype[np.uint8]]], dict[Path, str]]:
-    """Decode image files; return the pixels (3, S, S) of each, and why others cannot be read."""
+) -> list[np.ndarray[Any, np.dtype[np.uint8]] | str]:
+    """Decode image files: for each its pixels (3, S, S), or why it cannot be read."""
     transform = preprocess.pixels()
-    read: dict[Path, np.ndarray[Any, np.dtype[np.uint8]]] = {}
-    errors: dict[Path, str] = {}
-    for path in paths:
+
+    def read(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]] | str:
         try:
             if not path.is_file():
                 raise FileNotFoundError(f"no image file {path}")
-            read[path] = transform(decode_image(path.read_bytes(), str(path), preprocess))
+            return transform(decode_image(path.read_bytes(), str(path), preprocess))
         except (OSError, ValueError) as error:
-            errors[path] = str(error)
-    return read, errors
+            return str(error)
+
+    return [read(path) for path in paths]
 
 
 def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:

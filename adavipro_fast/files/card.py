@@ -158,15 +158,17 @@ def code(text: str) -> str:
 
 
 def result_of(run: Run) -> EvalResult:
-    """Return the test figure as the Hub's model-index holds it."""
+    """Return the test figure as the Hub's model-index holds it, or validation's without one."""
+    split = "validation" if run.figures["test_top1"] is None else "test"
+    figure = run.figures["val_top1" if split == "validation" else "test_top1"]
     return EvalResult(
         task_type="image-classification",
         dataset_type=run.data or "imagefolder",
         dataset_name=run.data or f"images {OWN}",
-        dataset_split="test",
+        dataset_split=split,
         metric_type="accuracy",
         metric_name=f"top-1 accuracy, seed {run.seed}",
-        metric_value=round(run.figures["test_top1"] / 100, 4),
+        metric_value=round(figure / 100, 4),
     )
 
 
@@ -222,10 +224,11 @@ def how_good(config: PromptConfig, run: Run | None, pictures: Sequence[str]) -> 
         f"{run.seed}; another seed gives other figures. What was kept was chosen on the validation "
         "images, nothing on the test images."
     )
+    split = "validation" if run.figures.get("test_top1") is None else "test"
     if config.method == "adavipro":
         said += (
             f" The prompt is added in {100 * run.figures['mask_density']:.0f} % of the regions "
-            "that its frame touches, in the mean over the test images."
+            f"that its frame touches, in the mean over the {split} images."
         )
     return "\n\n".join(["## How good it is", "\n".join(table), said, *shown])
 

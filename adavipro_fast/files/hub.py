@@ -84,7 +84,12 @@ def fetch(repository: str, file: str = CHECKPOINT, **options: Any) -> Path:
     if not file.endswith(OPENED):
         raise ValueError(f"{file} of {repository}: only {' and '.join(OPENED)} files are opened")
     with told(repository, file):
-        return Path(hf_hub_download(repository, file, library_name=LIBRARY, **options))
+        path = Path(hf_hub_download(repository, file, library_name=LIBRARY, **options))
+    # Weights of a large graph lie in a second file.
+    if path.suffix == ".onnx" and b"data_sha256" in path.read_bytes():
+        with told(repository, f"{file}.data"):
+            hf_hub_download(repository, f"{file}.data", library_name=LIBRARY, **options)
+    return path
 
 
 def check_repository(repository: str) -> None:

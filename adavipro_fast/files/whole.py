@@ -1,18 +1,26 @@
 """Files that appear only when they are whole, and the two formats that we read."""
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
+import shutil
 import struct
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
+
+# Begins the names of the folders that exports work in.
+WORK = ".export-"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -28,6 +36,53 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_when_whole(output: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success move it and its companions next to `output`.
+
+    All are flushed to the disk before. What exports left behind that were killed is removed.
+    """
+    parent = output.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{WORK}*"):
+        _remove_abandoned(left)
+    work = Path(tempfile.mkdtemp(dir=parent, prefix=WORK))
+    # As long as the process lives, others leave the folder alone.
+    with FileLock(work / "lock"):
+        path = work / "files" / output.name
+        try:
+            path.parent.mkdir()
+            yield path
+            # The file that was asked for comes last.
+            for file in sorted(path.parent.iterdir(), key=lambda file: file == path):
+                flush(file)
+                file.replace(parent / file.name)
+            flush(parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_abandoned(work: Path) -> None:
+    """Remove a work folder whose process has ended."""
+    # A folder without a lock is one that another process is just making.
+    with contextlib.suppress(Timeout, OSError):
+        if (work / "lock").exists():
+            with FileLock(work / "lock", timeout=0):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    # Windows opens no folders.
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:

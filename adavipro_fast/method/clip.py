@@ -13,6 +13,12 @@ from torch import Tensor
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.method.timm_encoder import PREFIX, load_timm
+from adavipro_fast.method.weights import (
+    SETTINGS,
+    one_line_errors,
+    resolved_name,
+    settings_of_file,
+)
 
 DEFAULT_TEMPLATE = "This is a photo of a {}"
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
@@ -106,23 +112,22 @@ def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTowe
     """
     if model.startswith(PREFIX):
         return load_timm(model, pretrained), NoText(model)
+    model = model if model == "demo" else resolved_name(model)
     source = f"local-dir:{DEMO_MODEL}" if model == "demo" else model
-    known = open_clip.list_models()
-    if ":" not in source and source not in known:
-        raise ValueError(
-            f"model {model!r} is unknown to open_clip; use demo, local-dir:PATH or one of "
-            f"{', '.join(known[:3])} ... ({len(known)} names: open_clip.list_models())"
-        )
-    try:
+    with one_line_errors(model, pretrained):
+        settings = dict(open_clip.get_pretrained_cfg(source, pretrained))
+        if not settings and ":" not in source and Path(pretrained).is_file():
+            settings = dict(settings_of_file(source, Path(pretrained)))
         # Where the weights were trained with QuickGELU, open_clip only warns of another one.
-        quick = open_clip.get_pretrained_cfg(source, pretrained).get("quick_gelu", False)
-        clip = open_clip.create_model(source, pretrained=pretrained or None, force_quick_gelu=quick)
+        quick = bool(settings.pop("quick_gelu", False))
+        prepared = {k: v for k, v in settings.items() if k in SETTINGS and v is not None}
+        clip = open_clip.create_model(
+            source,
+            pretrained=pretrained or None,
+            force_quick_gelu=quick,
+            force_preprocess_cfg=prepared,
+        )
         tokenizer = open_clip.get_tokenizer(source)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0][:300]
-        raise ValueError(
-            f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}"
-        ) from error
     if getattr(clip.visual, "output_tokens", False):
         # CoCa's tower also returns tokens, for its captions.
         clip.visual.output_tokens = False

@@ -1,0 +1,116 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import open_clip
+import pytest
+
+from adavipro_fast.errors import EncoderWarning
+from adavipro_fast.method import weights
+from adavipro_fast.method.clip import DEMO_MODEL, load_clip
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("ViT-B/32", "ViT-B-32"),
+        ("vit-b-32", "ViT-B-32"),
+        ("ViT-L-14/336", "ViT-L-14-336"),
+        ("hf-hub:a/b", "hf-hub:a/b"),
+        (str(DEMO_MODEL), f"local-dir:{DEMO_MODEL}"),
+    ],
+)
+def test_names_that_people_type_are_understood(typed, name):
+    assert weights.resolved_name(typed) == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("openai/clip-vit-base-patch32", "use --model ViT-B-32 --pretrained openai"),
+        ("clip-vit-large-patch14-336", "use --model ViT-L-14-336 --pretrained openai"),
+        ("ViT-B32", "is unknown to open_clip; use demo, .* ViT-B-32"),
+        ("SigLIP-B-16", "ViT-B-16-SigLIP"),
+        ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "or hf-hub:laion/CLIP"),
+    ],
+)
+def test_unknown_names_are_answered_by_the_nearest(typed, message):
+    with pytest.raises(ValueError, match=message):
+        load_clip(typed)
+
+
+def test_a_folder_of_transformers_is_recognised(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    for model in (str(tmp_path), f"local-dir:{tmp_path}"):
+        with pytest.raises(ValueError, match="holds a 'clip' model of transformers"):
+            load_clip(model)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no open_clip_config.json"):
+        load_clip(str(tmp_path))
+
+
+def test_a_file_has_what_all_published_weights_of_its_name_agree_on(tmp_path):
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        siglip = weights.settings_of_file("ViT-B-16-SigLIP", file)
+        resnet = weights.settings_of_file("RN50", file)
+    assert (siglip["mean"], siglip["resize_mode"]) == ((0.5, 0.5, 0.5), "squash")
+    assert resnet["quick_gelu"]
+    with pytest.warns(EncoderWarning, match="--model ViT-B-32-quickgelu for QuickGELU"):
+        several = weights.settings_of_file("ViT-B-32", file)
+    assert "quick_gelu" not in several
+    assert several["resize_mode"] == "shortest"
+
+
+def test_a_published_file_is_known_by_its_hash(tmp_path, monkeypatch):
+    file = tmp_path / "ViT-B-32.pt"
+    file.write_bytes(b"weights")
+    own = open_clip.get_pretrained_cfg("ViT-B-32", "openai")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setitem(own, "url", f"https://example.org/{digest}/ViT-B-32.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert weights.settings_of_file("ViT-B-32", file)["quick_gelu"]
+
+
+def test_without_a_network_the_file_to_fetch_is_named_in_one_line(tmp_path):
+    program = (
+        "from adavipro_fast import cli; from adavipro_fast.method.clip import load_clip\n"
+        "cli.run(lambda: load_clip('ViT-B-32', 'openai'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "HF_HUB_OFFLINE is set; fetch open_clip_model.safetensors of " in line
+    assert "vit_base_patch32_clip_224.openai" in line
+    assert "--pretrained FILE" in line
+
+
+def test_weights_of_a_file_run_as_they_were_trained(tmp_path, monkeypatch):
+    import torch
+
+    name = "ViT-S-32-alt"
+    file = tmp_path / "weights.pt"
+    model = open_clip.create_model(name)
+    torch.save(model.state_dict(), file)
+    published = {"quick_gelu": True, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    published |= {"resize_mode": "squash", "interpolation": "bilinear", "url": ""}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda _: ["one", "two"])
+    monkeypatch.setattr(
+        open_clip, "get_pretrained_cfg", lambda _, tag: published if tag in ("one", "two") else {}
+    )
+    encoder, _ = load_clip(name, str(file))
+    kept = encoder.preprocess
+    assert (kept.mean, kept.resize_mode, kept.interpolation) == ((0.5,) * 3, "squash", "bilinear")
+    assert any("QuickGELU" in type(module).__name__ for module in encoder.visual.modules())
