@@ -7,6 +7,7 @@ import warnings
 
 import open_clip
 import pytest
+import torch
 
 from adavipro_fast.errors import EncoderWarning
 from adavipro_fast.method import weights
@@ -43,9 +44,9 @@ def test_unknown_names_are_answered_by_the_nearest(typed, message):
 
 
 def test_a_folder_of_transformers_is_recognised(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     for model in (str(tmp_path), f"local-dir:{tmp_path}"):
-        with pytest.raises(ValueError, match="holds a 'clip' model of transformers"):
+        with pytest.raises(ValueError, match="holds a 'siglip' model of transformers, of which"):
             load_clip(model)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no open_clip_config.json"):
@@ -98,8 +99,6 @@ def test_without_a_network_the_file_to_fetch_is_named_in_one_line(tmp_path):
 
 
 def test_weights_of_a_file_run_as_they_were_trained(tmp_path, monkeypatch):
-    import torch
-
     name = "ViT-S-32-alt"
     file = tmp_path / "weights.pt"
     model = open_clip.create_model(name)
@@ -114,3 +113,37 @@ def test_weights_of_a_file_run_as_they_were_trained(tmp_path, monkeypatch):
     kept = encoder.preprocess
     assert (kept.mean, kept.resize_mode, kept.interpolation) == ((0.5,) * 3, "squash", "bilinear")
     assert any("QuickGELU" in type(module).__name__ for module in encoder.visual.modules())
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_clip_of_transformers_computes_the_same(tmp_path, act, safe):
+    transformers = pytest.importorskip("transformers")
+    tower = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    tower |= {"intermediate_size": 96, "hidden_act": act}
+    config = transformers.CLIPConfig(
+        vision_config=tower | {"image_size": 64, "patch_size": 16},
+        text_config=tower | {"bos_token_id": 49406, "eos_token_id": 49407},
+        projection_dim=32,
+    )
+    theirs = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    if not safe:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    prepared = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(prepared))
+    encoder, text = load_clip(str(tmp_path))
+    assert encoder.preprocess.std == (0.25,) * 3
+    assert (encoder.preprocess.size, encoder.preprocess.interpolation) == (64, "bilinear")
+    assert encoder.logit_scale == pytest.approx(theirs.logit_scale.exp().item())
+    images = torch.randn(2, 3, 64, 64)
+    tokens = text.tokenizer(["a photo of a cat", "dog"])
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens, pixel_values=images)
+        torch.testing.assert_close(encoder(images), expected.image_embeds, atol=1e-5, rtol=0)
+        got = text.model.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(got, expected.text_embeds, atol=1e-5, rtol=0)

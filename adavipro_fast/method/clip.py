@@ -13,6 +13,7 @@ from torch import Tensor
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.method.timm_encoder import PREFIX, load_timm
+from adavipro_fast.method.transformers_clip import is_transformers_clip, load_transformers_clip
 from adavipro_fast.method.weights import (
     SETTINGS,
     one_line_errors,
@@ -114,6 +115,7 @@ def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTowe
         return load_timm(model, pretrained), NoText(model)
     model = model if model == "demo" else resolved_name(model)
     source = f"local-dir:{DEMO_MODEL}" if model == "demo" else model
+    folder = Path(source.removeprefix("local-dir:"))
     with one_line_errors(model, pretrained):
         settings = dict(open_clip.get_pretrained_cfg(source, pretrained))
         if not settings and ":" not in source and Path(pretrained).is_file():
@@ -121,13 +123,16 @@ def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTowe
         # Where the weights were trained with QuickGELU, open_clip only warns of another one.
         quick = bool(settings.pop("quick_gelu", False))
         prepared = {k: v for k, v in settings.items() if k in SETTINGS and v is not None}
-        clip = open_clip.create_model(
-            source,
-            pretrained=pretrained or None,
-            force_quick_gelu=quick,
-            force_preprocess_cfg=prepared,
-        )
-        tokenizer = open_clip.get_tokenizer(source)
+        if is_transformers_clip(folder):
+            clip, tokenizer = load_transformers_clip(folder)
+        else:
+            clip = open_clip.create_model(
+                source,
+                pretrained=pretrained or None,
+                force_quick_gelu=quick,
+                force_preprocess_cfg=prepared,
+            )
+            tokenizer = open_clip.get_tokenizer(source)
     if getattr(clip.visual, "output_tokens", False):
         # CoCa's tower also returns tokens, for its captions.
         clip.visual.output_tokens = False

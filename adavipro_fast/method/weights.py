@@ -15,6 +15,7 @@ import open_clip
 from huggingface_hub import constants
 
 from adavipro_fast.errors import EncoderWarning
+from adavipro_fast.method.transformers_clip import CONFIG, is_transformers_clip
 
 # What open_clip keeps of published weights that decides how they run.
 SETTINGS = ("quick_gelu", "mean", "std", "interpolation", "resize_mode")
@@ -23,7 +24,7 @@ SHA256_IN_ADDRESS = re.compile(r"/([0-9a-f]{64})/")
 HUB_NAME = re.compile(r"(?:openai/)?clip-vit-(base|large)-patch(\d+)(?:-(\d+))?")
 SIZES = {"base": "B", "large": "L"}
 NEAREST = 3
-OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG = "open_clip_config.json", "config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def resolved_name(model: str) -> str:
@@ -34,6 +35,8 @@ def resolved_name(model: str) -> str:
     """
     folder = Path(model.removeprefix("local-dir:"))
     if folder.is_dir() and not (folder / OPEN_CLIP_CONFIG).exists():
+        if is_transformers_clip(folder):
+            return model
         raise ValueError(f"model folder {folder} {what_lacks(folder)}")
     if ":" in model:
         return model
@@ -50,15 +53,14 @@ def resolved_name(model: str) -> str:
 def what_lacks(folder: Path) -> str:
     """Say what a folder without open_clip's configuration holds, and how to use it."""
     try:
-        kind = json.loads((folder / TRANSFORMERS_CONFIG).read_text()).get("model_type")
+        kind = json.loads((folder / CONFIG).read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
         return (
             f"has no {OPEN_CLIP_CONFIG}; save the model with open_clip, or name a model of its list"
         )
     return (
-        f"holds a {kind!r} model of transformers; open_clip reads its own format: for OpenAI's "
-        "weights use --model ViT-B-32 --pretrained openai (or ViT-B-16, ViT-L-14), for others "
-        "publish or save them with open_clip"
+        f"holds a {kind!r} model of transformers, of which only 'clip' is read; name an encoder of "
+        "open_clip, or timm:NAME"
     )
 
 
