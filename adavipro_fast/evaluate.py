@@ -25,6 +25,7 @@ from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.config import Precision
 from adavipro_fast.method.prompt import frame_regions
+from adavipro_fast.training.data_record import trained_on
 
 SHOWN_CLASSES = 3
 
@@ -75,6 +76,8 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
     class_names, test, notes = load_test(config.data, about.preprocess, about.class_names)
     for note in notes:
         cli.warn(note)
+    if trained_on(config.artifact, Path(config.data.data)):
+        cli.warn("the model was trained on these images; others say how good it is")
     calibration = artifact.about.calibration
     least = None if config.reject is None else calibration.threshold(config.reject)
     began = time.perf_counter()

@@ -446,6 +446,7 @@ def test_training_without_a_test_split_says_so(small, folder, tmp_path, capsys):
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     shutil.rmtree(data / "circle")
     found = evaluate.command(EvaluateConfig(checkpoint, DataConfig(str(data)), device="cpu"))
+    assert "the model was trained on these images" in capsys.readouterr().err
     assert found["n"] == 20
     assert found["per_class"]["circle"] is None
     assert "worst classes: " in evaluate.summary(found)

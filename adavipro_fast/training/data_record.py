@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+from adavipro_fast.data.folder import split_folders
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.files.whole import write_whole
+
+NAME = "data.json"
 
 
 def keep_data(dataset: Dataset, data: str, folder: Path) -> None:
@@ -23,4 +26,14 @@ def keep_data(dataset: Dataset, data: str, folder: Path) -> None:
         },
         "notes": facts.notes,
     }
-    write_whole(folder / "data.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_whole(folder / NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def trained_on(checkpoint: Path, data: Path) -> bool:
+    """Report whether a run trained on the images of a folder that has no test split."""
+    try:
+        own = Path(json.loads(checkpoint.with_name(NAME).read_text())["data"])
+        same = own.is_dir() and data.is_dir() and own.samefile(data)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return same and not split_folders(data)[0]
