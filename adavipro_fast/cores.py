@@ -34,10 +34,13 @@ def cpu_quota(cgroups: Path, membership: Path) -> float | None:
     except OSError:
         return None
     for line in lines:
-        number, controllers, name = line.split(":", 2)
-        root = cgroups if number == "0" and not controllers else cgroups / "cpu"
+        number, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
         if controllers and "cpu" not in controllers.split(","):
             continue
+        root = cgroups if number == "0" and not controllers else cgroups / controllers
+        if controllers and not root.exists():
+            root = cgroups / "cpu"
         folder = root / name.lstrip("/")
         # In a container the group's own name may be missing below the mount.
         for group in (folder, *folder.parents):

@@ -15,6 +15,7 @@ prompt.
 import copy
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,14 @@ MOST_CHANNELS = 96
 MOST_SCORES = 96
 
 
+def difference(first: AdaViPro, other: AdaViPro) -> str:
+    """Name the settings in which the images of two models are prepared differently."""
+    before, after = asdict(first.preprocess), asdict(other.preprocess)
+    changed = [f"{k} {before[k]} and {after[k]}" for k in before if before[k] != after[k]]
+    older = "; decoding 2 is of an older version: train that one again"
+    return ", ".join(changed) + (older if before["decoding"] != after["decoding"] else "")
+
+
 def tasks_obstacle(models: Sequence[AdaViPro]) -> str | None:
     """Say what keeps models from sharing one graph."""
     first = models[0]
@@ -43,7 +52,7 @@ def tasks_obstacle(models: Sequence[AdaViPro]) -> str | None:
         if model.encoder.sha256 != first.encoder.sha256:
             return "they are of different encoders"
         if model.preprocess != first.preprocess:
-            return "their images are prepared differently (size, mean, deviation or margin)"
+            return f"their images are prepared differently: {difference(first, model)}"
         if model.config.region_size != first.config.region_size:
             return "their regions are of different sizes"
         if model.config.method == "full_finetune":

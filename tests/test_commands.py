@@ -16,6 +16,7 @@ from adavipro_fast import cli, evaluate, predict, train
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import NonFiniteLossError
 from adavipro_fast.evaluate import EvaluateConfig
+from adavipro_fast.files.whole import read_safetensors, safetensors_bytes
 from adavipro_fast.predict import PredictConfig
 from adavipro_fast.training.config import OptimiserConfig, lr_factor, recipe
 from adavipro_fast.training.start import resume_run, start_run
@@ -439,7 +440,7 @@ def test_training_without_a_test_split_says_so(small, folder, tmp_path, capsys):
     assert "no test split" in train.summary(result)
     err = capsys.readouterr().err
     assert "warning: there is no test split" in err
-    assert "its folders are the classes" in err
+    assert "its folders hold the training images, one class each" in err
     kept = json.loads((tmp_path / "run" / "data.json").read_text())
     assert kept["left_out"] == {".txt": 1}
     assert len(kept["held_out"]) == 3
@@ -475,3 +476,15 @@ def test_a_message_cannot_steer_the_terminal(capsys):
     with pytest.raises(SystemExit):
         cli.fail("no class \x1b[2J\x07\u202e here\nnor there")
     assert capsys.readouterr().err == "error: no class \\x1b[2J\\x07\\u202e here nor there\n"
+
+
+def test_a_run_of_an_older_version_is_not_continued_in_silence(small, tmp_path):
+    trainer_config = small(tmp_path, epochs=2)
+    start_run(trainer_config)
+    path = tmp_path / "last.safetensors"
+    tensors, metadata = read_safetensors(path)
+    metadata["settings"].pop("white_level")
+    metadata["progress"]["result"] = {}
+    path.write_bytes(safetensors_bytes(tensors, metadata))
+    with pytest.raises(ValueError, match="begun by an older version, which decoded images and"):
+        resume_run(tmp_path)

@@ -19,7 +19,7 @@ from adavipro_fast import cache
 from adavipro_fast.data import images
 from adavipro_fast.data.coop import COOP, read_split
 from adavipro_fast.data.sets import DataConfig, load_dataset, load_test
-from adavipro_fast.data.split import stratified
+from adavipro_fast.data.split import held_out, stratified
 from adavipro_fast.files.checked import read
 from adavipro_fast.method.preprocess import Preprocess, completed
 
@@ -132,14 +132,28 @@ def test_without_val_a_stratified_tenth_of_train_is_held_out(copy, tmp_path):
     assert not torch.equal(other, dataset.val.rows)
 
 
-@pytest.mark.parametrize("counts", [(200, 5), (300, 40, 6), (50, 2, 1), (7, 7, 7)])
+COUNTS = [(200, 5), (300, 40, 6), (50, 2, 1), (7, 7, 7), (100, *[2] * 30), (30, *[3] * 10)]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
 def test_a_hold_out_is_a_share_of_each_class_and_leaves_it_one_image(counts):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    held, kept = stratified(labels, round(0.1 * len(labels)), 3, spare_last=True)
+    held, kept = held_out(labels, 0.1, 3)
     assert sorted([*held.tolist(), *kept.tolist()]) == list(range(len(labels)))
-    for count, out in zip(counts, labels[held].bincount(minlength=len(counts)), strict=True):
-        assert abs(int(out) - 0.1 * count) <= 1
-        assert int(out) < count
+    shares = labels[held].bincount(minlength=len(counts)).tolist()
+    assert shares[0] >= 0.1 * counts[0] - 1
+    assert shares[0] <= 0.2 * counts[0] + 1
+    for count, out in zip(counts, shares, strict=True):
+        assert out < count
+        assert out <= 0.1 * count + 1 or count == counts[0]
+
+
+def test_classes_of_one_image_are_not_held_out():
+    held, kept = held_out(torch.arange(20), 0.1, 3)
+    assert (len(held), len(kept)) == (0, 20)
+    labels = torch.tensor([*range(14), 14, 14])
+    held, _ = held_out(labels, 0.1, 3)
+    assert labels[held].tolist() == [14]
 
 
 def test_limit_train_is_a_share_of_each_class_and_at_least_one_image():
@@ -262,6 +276,105 @@ def test_linked_folders_are_read_once_and_circles_end(copy, tmp_path):
         (copy / "train" / "cross" / f"more{number}").symlink_to(store, target_is_directory=True)
     (store / "up").symlink_to(copy / "train" / "cross", target_is_directory=True)
     assert load(copy, tmp_path / "cache").counts["train"] == 34
+
+
+def test_links_that_lead_back_up_add_nothing(copy, tmp_path):
+    for link, target in (("cross/up", ".."), ("self", "."), ("up", ".."), ("cross/root", "../..")):
+        (copy / "train" / link).symlink_to(target, target_is_directory=True)
+    (copy / "train" / "cross" / "loop").symlink_to("loop")
+    (copy / "train" / "cross" / "far").symlink_to(tmp_path.parent)
+    dataset = load(copy, tmp_path / "cache")
+    assert dataset.class_names == ("circle", "crescent", "cross")
+    assert dataset.train.labels.bincount().tolist() == [10, 10, 10]
+    assert sum("leads back to" in note for note in dataset.facts.notes) == 2
+
+
+@pytest.mark.parametrize("layout", ["data/{}", "{}_set", "{}ing Images", "images/{}"])
+def test_layouts_that_would_train_on_splits_as_classes_are_refused(copy, tmp_path, layout):
+    root = tmp_path / "other"
+    for split in ("train", "test"):
+        shutil.copytree(copy / split, root / layout.format(split))
+    with pytest.raises(ValueError, match="; name .*other/|looks like a split"):
+        load(root, tmp_path / "cache")
+
+
+def test_classes_beside_a_test_folder_are_for_training(copy, tmp_path):
+    for path in (copy / "train").iterdir():
+        path.rename(copy / path.name)
+    shutil.rmtree(copy / "train")
+    dataset = load(copy, tmp_path / "cache")
+    assert dataset.class_names == ("circle", "crescent", "cross")
+    assert dataset.counts == {"train": 30, "val": 9, "test": 12, "left_out": 0}
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("how", ["none", "empty", "sidecars", "broken"])
+def test_a_split_without_images_counts_as_absent(copy, tmp_path, split, how):
+    for path in (copy / split).rglob("*.*"):
+        path.unlink()
+    if how == "none":
+        shutil.rmtree(copy / split)
+        (copy / split).mkdir()
+    content = {"sidecars": ".DS_Store", "broken": "a.jpg"}
+    if how in content:
+        (copy / split / "cross" / content[how]).write_bytes(b"")
+    dataset = load(copy, tmp_path / "cache", skip_unreadable=how == "broken")
+    assert dataset.counts["test"] == (0 if split == "test" else 12)
+    assert dataset.counts["val"] == (3 if split == "val" else 9)
+    assert any("counts as absent" in note for note in dataset.facts.notes)
+
+
+def test_nothing_that_may_be_a_class_or_an_image_is_left_out_in_silence(copy, tmp_path):
+    for name in (".net", "recycler", "c~"):
+        shutil.copytree(copy / "train" / "cross", copy / "train" / name)
+    (copy / "train" / "gone").symlink_to(tmp_path / "nowhere")
+    shutil.copy(next((copy / "train" / "cross").iterdir()), copy / "train")
+    (copy / "test" / "zzz").mkdir()
+    (copy / "test" / "zzz" / ".DS_Store").write_bytes(b"")
+    dataset = load(copy, tmp_path / "cache")
+    assert set(dataset.class_names) == {"circle", "crescent", "cross", "recycler", "c~"}
+    notes = " ".join(dataset.facts.notes)
+    assert "holds '.net', 'gone', which is left out" in notes
+    assert "1 images lie in" in notes
+
+
+def test_a_class_of_other_files_alone_is_refused_with_what_they_are(copy, tmp_path):
+    for path in (copy / "test" / "cross").iterdir():
+        path.rename(path.with_suffix(".npy")).write_bytes(b"x" * 99)
+    with pytest.raises(ValueError, match="4 of 4 files of class 'cross' .*: 4 .npy"):
+        load(copy, tmp_path / "cache")
+
+
+def test_camera_raw_files_are_not_decoded_as_their_previews(copy, tmp_path):
+    picture = next((copy / "train" / "cross").glob("*.jpg"))
+    picture.rename(picture.with_suffix(".dng"))
+    with pytest.raises(ValueError, match=r"\.dng: it is a camera raw file"):
+        load(copy, tmp_path / "cache")
+
+
+def test_few_images_are_judged_when_all_is_cut(copy, tmp_path):
+    for number, path in enumerate(sorted((copy / "train" / "cross").iterdir())):
+        if number:
+            path.write_bytes(b"")
+    facts = load(copy, tmp_path / "cache", skip_unreadable=True).facts
+    assert any("few training images of cross (1)" in note for note in facts.notes)
+
+
+def test_one_class_is_warned_of(copy, tmp_path):
+    for split in ("train", "val", "test"):
+        for name in ("circle", "cross"):
+            shutil.rmtree(copy / split / name)
+    facts = load(copy, tmp_path / "cache").facts
+    assert any("'crescent' is the only class" in note for note in facts.notes)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_folders_that_may_not_be_read_are_named(copy, tmp_path):
+    inner = copy / "train" / "cross" / "more"
+    inner.mkdir(mode=0)
+    with pytest.raises(ValueError, match="you may not read the folder .*more"):
+        load(copy, tmp_path / "cache")
+    assert load(copy, tmp_path / "cache", skip_unreadable=True).counts["train"] == 30
 
 
 def test_a_name_is_the_same_in_both_forms_of_unicode(copy, tmp_path):
@@ -513,6 +626,20 @@ def test_images_are_rgb_before_they_are_resized(folder, recwarn):
         assert np.array_equal(got, expected.transpose(2, 0, 1)), image.mode
 
 
+def png(depth, kind, row, key):
+    """A picture of 32 x 32 pixels whose left quarter is the transparent colour, rest black."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 32, 32, depth, kind, 0, 0, 0)),
+        (b"tRNS", row[:6] if kind == 2 else struct.pack(">H", key)),
+        (b"IDAT", zlib.compress((b"\0" + row) * 32)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
 def transparent_images():
     """Pictures whose hidden pixels are red, in every mode that has transparency."""
     marked = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
@@ -527,6 +654,8 @@ def transparent_images():
         "RGBA": encoded(marked), "LA": encoded(marked.convert("LA")), "P": encoded(palette),
         "WebP": encoded(marked, "WEBP", lossless=True), "GIF": encoded(marked, "GIF"),
         "RGB": keyed.getvalue(), "I;16": encoded(grey, transparency=300),
+        "4 bits": png(4, 0, bytes([0x33] * 4) + bytes(12), key=3),
+        "RGB, 16 bits": png(16, 2, bytes.fromhex("123456789abc") * 8 + bytes(144), key=0x1234),
     }  # fmt: skip
 
 
@@ -535,6 +664,9 @@ def test_transparent_images_are_put_on_white(mode):
     content = transparent_images()[mode]
     expected = np.full((32, 32, 3), 255, np.uint8)
     expected[8:24, 8:24] = 0
+    if "bits" in mode:
+        expected[:] = 0
+        expected[:, :8] = 255
     got = np.asarray(images.decode_image(content, "x", PREPROCESS))
     assert np.array_equal(got, expected)
     older = replace(PREPROCESS, decoding=2)

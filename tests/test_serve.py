@@ -702,7 +702,7 @@ def test_images_in_json_are_base64(server, images, form, key):
     [
         ({"picture": "x"}, "the JSON has no images; send image files as a form"),
         ({"image": "?"}, "an image is not base64"),
-        ({"image": [7]}, "an image is int, not base64"),
+        ({"image": [7]}, "an image is 7, not base64"),
         ([1], "the JSON has no images"),
     ],
 )
@@ -710,6 +710,27 @@ def test_json_that_holds_no_images_is_told_how(server, body, message):
     answer = post(server, json=body)
     assert answer.status_code == 400
     assert message in answer.json()["error"]
+
+
+def test_json_may_hold_nulls_numbers_and_one_broken_image(server, images):
+    good = base64.b64encode(images[0].read_bytes()).decode()
+    address = f"data:image/jpeg;name=a b.jpg;base64,{good}"
+    asked = {"images": [good, "***", None, address], "task": None, "top": 1.0, "reject": None}
+    answer = post(server, json=asked)
+    assert answer.status_code == 200
+    first, second, third, fourth = answer.json()["predictions"]
+    assert first["classes"] == fourth["classes"]
+    assert len(first["classes"]) == 1
+    assert "not base64" in second["error"]
+    assert "null, not base64" in third["error"]
+
+
+def test_a_form_that_is_cut_off_is_told_so(server, images):
+    request = httpx.Request("POST", server.address, files={"image": images[0].read_bytes()})
+    headers = {"Content-Type": request.headers["content-type"]}
+    answer = post(server, content=request.read()[:160], headers=headers)
+    assert answer.status_code == 400
+    assert "the form holds no file, or is cut off" in answer.json()["error"]
 
 
 def test_head_is_answered_without_a_body(server):

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
 
+from adavipro_fast import AdaViPro, open_artifact
 from adavipro_fast.errors import EncoderWarning
+from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.method import weights
 from adavipro_fast.method.clip import DEMO_MODEL, load_clip
 
@@ -147,3 +150,37 @@ def test_a_clip_of_transformers_computes_the_same(tmp_path, act, safe):
         torch.testing.assert_close(encoder(images), expected.image_embeds, atol=1e-5, rtol=0)
         got = text.model.encode_text(tokens, normalize=True)
     torch.testing.assert_close(got, expected.text_embeds, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [True, False, None])
+def test_a_checkpoint_keeps_the_activation_that_it_was_trained_with(tmp_path, monkeypatch, kept):
+    name, file = "ViT-S-32-alt", tmp_path / "weights.pt"
+    torch.save(open_clip.create_model(name).state_dict(), file)
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda _: ["one"])
+    published = {"quick_gelu": True}
+    monkeypatch.setattr(
+        open_clip, "get_pretrained_cfg", lambda _, tag: published if tag == "one" else {}
+    )
+    encoder, _ = load_clip(name, str(file), quick_gelu=kept)
+    model = AdaViPro(encoder, torch.eye(3, encoder.projection.shape[1]))
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint_of(model, ("a", "b", "c")).save(path)
+    if kept is None:
+        assert load_checkpoint(path).encoder.quick_gelu
+    if kept is False:
+        # As files of older versions are, which had GELU with weights of a file.
+        checkpoint = load_checkpoint(path)
+        replace(checkpoint, encoder=replace(checkpoint.encoder, quick_gelu=None)).save(path)
+    opened = open_artifact(path, device="cpu")
+    quick = any("QuickGELU" in type(m).__name__ for m in opened.model.encoder.visual.modules())
+    assert quick == (kept is not False)
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = model.eval()(pixels)
+    torch.testing.assert_close(opened(pixels).logits, expected.logits)
+
+
+def test_a_folder_called_as_a_model_is_not_the_model(tmp_path, monkeypatch):
+    (tmp_path / "ViT-B-32").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert weights.resolved_name("ViT-B-32") == "ViT-B-32"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import open_clip
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.method.clip import NoText, TextTower, load_clip
 from adavipro_fast.method.config import PROMPTED, Precision
-from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
 from adavipro_fast.method.model import AdaViPro, Prediction
 
 
@@ -120,7 +121,20 @@ def clip_of(
         model: where it now lies instead.
         pretrained: tag or path of its weights instead.
     """
+    known = checkpoint.encoder
     return load_clip(
-        model or checkpoint.encoder.name,
-        checkpoint.encoder.pretrained if pretrained is None else pretrained,
+        model or known.name,
+        known.pretrained if pretrained is None else pretrained,
+        quick_gelu=activation_of(known),
     )
+
+
+def activation_of(encoder: EncoderIdentity) -> bool:
+    """Return whether an encoder ran with QuickGELU, which weights and their hash do not say.
+
+    Older checkpoints had what open_clip's tag says, and GELU with weights of a file.
+    """
+    if encoder.quick_gelu is not None:
+        return encoder.quick_gelu
+    cfg = open_clip.get_pretrained_cfg(encoder.name, encoder.pretrained)
+    return bool(cfg.get("quick_gelu", False))

@@ -79,9 +79,8 @@ def decoded(
     kept = [i for i in range(len(source.labels)) if i not in unreadable]
     while True:
         if not kept:
-            raise ValueError(
-                f"{label} has no image that can be read: {some(list(unreadable.values()))}"
-            )
+            none = np.zeros((0, 3, preprocess.size, preprocess.size), np.uint8)
+            return Decoded(none, "", (), unreadable, (), np.zeros(0, np.uint16))
         key = key_of([digests[i] for i in kept], preprocess)
         path = folder / f"{key}.npy"
         shape = (len(kept), 3, preprocess.size, preprocess.size)
@@ -99,7 +98,7 @@ def decoded(
                     break
         except OSError as error:
             raise OSError(f"cannot keep decoded images in {folder}: {error}") from error
-        unreadable |= failed
+        unreadable = dict(sorted((unreadable | failed).items()))
         kept = [i for i in kept if i not in failed]
     if images.shape != shape or images.dtype != np.uint8:
         raise ValueError(f"{path} is not the cache file it should be; remove it")

@@ -1,7 +1,7 @@
 """A split as it was decoded: its images, and the files that could not be read."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,10 @@ def check_readable(cuts: Iterable[Cut], *, skip: bool) -> None:
     )
 
 
-def by_class(cuts: Mapping[str, Cut], class_names: tuple[str, ...]) -> str:
+def by_class(cuts: Iterable[Cut], class_names: tuple[str, ...]) -> str:
     """Count unreadable images by class."""
     counts = Counter(
-        class_names[cut.source.labels[index]]
-        for cut in cuts.values()
-        for index in cut.decoded.unreadable
+        class_names[cut.source.labels[index]] for cut in cuts for index in cut.decoded.unreadable
     )
     return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 

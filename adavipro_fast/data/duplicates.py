@@ -1,14 +1,17 @@
 """Exact copies of an image in several splits or classes, found by the files' hashes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from adavipro_fast.data.cut import Cut
 from adavipro_fast.data.split import Split
 
 # Copies that a message names.
 NAMED = 3
-# A split: its name, its images, and hashes and names of the files that they were cut from.
-Part = tuple[str, Split, Sequence[bytes], Callable[[int], str]]
+# A split's name and images, and what they were cut from.
+Part = tuple[str, Split, Cut]
+# Where a picture was found: the first file in each split, or in each class.
+Places = dict[str, str] | dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -20,31 +23,32 @@ class Duplicates:
     notes: tuple[str, ...] = ()
     """the same in words, with the names of some"""
 
-
-@dataclass
-class _Seen:
-    """Where a picture was found."""
-
-    splits: set[str]
-    labels: set[int]
-    names: list[str]
+    def stored(self) -> dict[str, int]:
+        """Return the counts."""
+        return {"between_splits": self.between_splits, "between_classes": self.between_classes}
 
 
 def find_duplicates(parts: Iterable[Part]) -> Duplicates:
     """Count pictures whose files are equal byte for byte."""
-    seen: dict[bytes, _Seen] = {}
-    for split_name, split, digests, name in parts:
+    splits: dict[bytes, dict[str, str]] = {}
+    classes: dict[bytes, dict[int, str]] = {}
+    for split_name, split, cut in parts:
         for row in split.rows.tolist():
-            found = seen.setdefault(digests[row], _Seen(set(), set(), []))
-            found.splits.add(split_name)
-            found.labels.add(int(split.labels[row]))
-            if len(found.names) < NAMED:
-                found.names.append(name(row))
-    splits = [found for found in seen.values() if len(found.splits) > 1]
-    classes = [found for found in seen.values() if len(found.labels) > 1]
-    notes = [
-        f"{len(copies)} pictures are in {what}: {' = '.join(copies[0].names)}"
-        for copies, what in ((splits, "more than one split"), (classes, "more than one class"))
-        if copies
-    ]
-    return Duplicates(len(splits), len(classes), tuple(notes))
+            digest, name = cut.decoded.digests[row], cut.name(row)
+            splits.setdefault(digest, {}).setdefault(split_name, name)
+            classes.setdefault(digest, {}).setdefault(int(split.labels[row]), name)
+    between_splits = [places for places in splits.values() if len(places) > 1]
+    between_classes = [places for places in classes.values() if len(places) > 1]
+    notes = note(between_splits, "more than one split") + note(
+        between_classes, "more than one class"
+    )
+    return Duplicates(len(between_splits), len(between_classes), tuple(notes))
+
+
+def note(copies: Sequence[Places], what: str) -> list[str]:
+    """Say how many pictures are in several places, and name the files of the first."""
+    if not copies:
+        return []
+    count = "1 picture is" if len(copies) == 1 else f"{len(copies)} pictures are"
+    names = list(copies[0].values())[:NAMED]
+    return [f"{count} in {what}: {' = '.join(names)}"]

@@ -1,12 +1,22 @@
 """A labelled folder: train/ [val/] [test/] with class folders inside, or class folders alone."""
 
+import os
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from adavipro_fast.data.source import Source, Sources, file_source
-from adavipro_fast.data.walk import Found, subfolders, walk
+from adavipro_fast.data.walk import (
+    Found,
+    identity_of,
+    is_sidecar,
+    kind_of,
+    not_entered,
+    subfolders,
+    walk,
+)
 
 # What people call the splits; upper and lower case are the same.
 SPLITS = {
@@ -14,9 +24,9 @@ SPLITS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-# Classes with fewer training images are named in a warning.
-FEW = 10
 NAMED = 5
+# Folders that people name after splits, as `train_set`.
+LIKE_A_SPLIT = re.compile(r"(^|[^a-z])(train|training|test|testing|valid|validation)([^a-z]|$)")
 
 
 def folder_sources(root: Path, *, skip_unreadable: bool = False) -> Sources:
@@ -24,47 +34,68 @@ def folder_sources(root: Path, *, skip_unreadable: bool = False) -> Sources:
 
     Args:
         root: of the splits, or of the classes.
-        skip_unreadable: take classes most of whose files are no images.
+        skip_unreadable: take classes most of whose files are no images, and folders that cannot be
+            read in part.
 
     Raises:
-        FileNotFoundError: there is no train/ beside the other splits.
         ValueError: a class is empty, has mostly other files, or is missing in train/.
     """
     folders, notes = split_folders(root)
-    if not folders:
-        folders = {"train": root}
-        notes.append(f"{root} has no train/; its folders are the classes, and all are for training")
-    elif "train" not in folders:
-        raise FileNotFoundError(
-            f"{root} has {', '.join(folders)} and no folder train/; training images belong there"
-        )
-    classes = {split: class_folders(folder) for split, folder in folders.items()}
+    others = set(folders.values())
+    if "train" not in folders:
+        what = "class folders" if folders else "folders"
+        notes.append(f"{root} has no train/; its {what} hold the training images, one class each")
+        folders = {"train": root} | folders
+    classes = {
+        split: class_folders(folder, root, others if folder == root else set(), notes)
+        for split, folder in folders.items()
+    }
     class_names = tuple(classes["train"])
     if not class_names:
         raise ValueError(
             f"{folders['train']} has no class folders; put images in "
             f"{folders['train']}/<class name>/"
         )
+    if folders["train"] == root:
+        check_flat(root, list(classes["train"].values()))
     splits = {}
     for split, found in classes.items():
-        unknown = [name for name in found if name not in classes["train"]]
+        inside = {
+            name: walk(folder, outer_of(root, folders[split])) for name, folder in found.items()
+        }
+        known = {name: each for name, each in inside.items() if name in classes["train"]}
+        unknown = [name for name in inside if name not in known and not inside[name].empty]
         if unknown:
             raise ValueError(
                 f"class {unknown[0]!r} is in {folders[split]} and not in {folders['train']}; every "
                 "class needs training images"
             )
-        splits[split], missing = _source(
-            folders[split], found, class_names, skip_unreadable=skip_unreadable
-        )
+        source, missing = _source(folders[split], known, class_names, notes, skip=skip_unreadable)
         if missing and split == "train":
             raise ValueError(f"{found[missing[0]]} holds no image; remove the class or add images")
+        if not source.labels:
+            notes.append(f"{folders[split]} holds no image; it counts as absent")
+            continue
+        splits[split] = source
         if missing:
             notes.append(f"{folders[split]} has no image of {listed(missing)}")
-    counts = Counter(class_names[label] for label in splits["train"].labels)
-    few = [f"{name} ({counts[name]})" for name in class_names if counts[name] < FEW]
-    if few and max(counts.values()) >= FEW:
-        notes.append(f"few training images of {listed(few)}")
+    if len(class_names) == 1:
+        notes.append(f"{class_names[0]!r} is the only class; every image will be called so")
     return Sources(class_names, splits, tuple(notes))
+
+
+def check_flat(root: Path, classes: Sequence[Path]) -> None:
+    """Raise ValueError where folders that would be classes are rather splits, or hold them."""
+    for folder in classes:
+        inner, _ = split_folders(folder)
+        if inner and any(subfolders(path) for path in inner.values()):
+            names = ", ".join(f"{path.name}/" for path in inner.values())
+            raise ValueError(f"{root} holds {folder.name}/, which holds {names}; name {folder}")
+        if LIKE_A_SPLIT.search(folder.name.lower()) and subfolders(folder):
+            raise ValueError(
+                f"{folder} looks like a split and not like a class; call the splits train/, val/ "
+                "and test/"
+            )
 
 
 def source_of_test(
@@ -87,22 +118,38 @@ def source_of_test(
             f"{root} has no folder test/; name a folder with test/, or one that holds class folders"
         )
     folder = folders.get("test", root)
-    found = class_folders(folder)
-    names = {composed(name): label for label, name in enumerate(known)}
-    unknown = [name for name in found if name not in names]
+    found = class_folders(folder, root, set(), notes)
+    if not found:
+        raise ValueError(
+            f"{folder} has no class folders; name the folder that holds them, such as {folder}/.."
+        )
+    inside = {name: walk(path, outer_of(root, folder)) for name, path in found.items()}
+    names = tuple(composed(name) for name in known)
+    unknown = [name for name in inside if name not in names and not inside[name].empty]
     if unknown:
         raise ValueError(
             f"{folder} has classes that the model does not know: {listed(unknown)}; it knows "
             f"{listed(known)}"
         )
-    source, missing = _source(
-        folder, found, tuple(composed(name) for name in known), skip_unreadable=skip_unreadable
-    )
+    source, missing = _source(folder, inside, names, notes, skip=skip_unreadable)
     if not source.labels:
         raise ValueError(f"{folder} holds no image of {listed(known)}")
     if missing:
         notes.append(f"{folder} has no image of {listed(missing)}")
+    if source.left_out:
+        notes.append(left_out_note(source.left_out))
     return source, notes
+
+
+def outer_of(root: Path, split: Path) -> list[Path]:
+    """Return the folders that a link in a class folder must not lead back to."""
+    return [split, root, *root.absolute().parents]
+
+
+def left_out_note(left_out: Mapping[str, int]) -> str:
+    """Say which files were left out."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(left_out).most_common())
+    return f"files that are no images are left out: {kinds}"
 
 
 def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
@@ -124,28 +171,53 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     # A class may be called `train`, beside other classes.
     if others and not any(subfolders(folder) for folder in found.values()):
         return {}, []
-    if found and others:
+    if "train" in found and others:
         names = ", ".join(f"{name}/" for name in others[:NAMED])
         return found, [f"{root} holds {names} beside the splits; it is not used"]
     return found, []
 
 
-def class_folders(folder: Path) -> dict[str, Path]:
+def class_folders(
+    folder: Path, root: Path, others: Collection[Path], notes: list[str]
+) -> dict[str, Path]:
     """Find the class folders of a split, by their names in Unicode's composed form.
+
+    Args:
+        folder: of the split.
+        root: of the data set.
+        others: folders that are no classes.
+        notes: is told what else lies there.
 
     Raises:
         ValueError: a name is not text, or two are the same text.
     """
     found: dict[str, Path] = {}
+    outer = {identity_of(root), identity_of(folder)}
     for path in subfolders(folder):
+        if path in others:
+            continue
+        if identity_of(path) in outer:
+            notes.append(f"{path} leads back to {path.resolve()}; it is left out")
+            continue
         # The file system's bytes are no text: they could not be stored or shown.
         if not path.name.isprintable() and not _is_text(path.name):
-            raise ValueError(f"class folder {path.name!r} in {folder} is not UTF-8; rename it")
+            raise ValueError(
+                f"class folder {os.fsencode(path.name)!r} in {folder} is not UTF-8; rename it"
+            )
         name = composed(path.name)
         if name in found:
             raise ValueError(f"{folder} has two folders that are called {name!r}; merge them")
         found[name] = path
+    if left := not_entered(folder):
+        notes.append(f"{folder} holds {listed(left)}, which is left out")
+    if loose := sum(kind_of(p) == "image" for p in folder.iterdir() if is_loose(p)):
+        notes.append(f"{loose} images lie in {folder} itself, in no class; they are left out")
     return dict(sorted(found.items()))
+
+
+def is_loose(path: Path) -> bool:
+    """Report whether something lies beside the class folders that is not a sidecar."""
+    return not is_sidecar(path.name) and not path.is_dir()
 
 
 def composed(name: str) -> str:
@@ -168,7 +240,12 @@ def _is_text(name: str) -> bool:
 
 
 def _source(
-    folder: Path, found: dict[str, Path], class_names: tuple[str, ...], *, skip_unreadable: bool
+    folder: Path,
+    found: Mapping[str, Found],
+    class_names: tuple[str, ...],
+    notes: list[str],
+    *,
+    skip: bool,
 ) -> tuple[Source, list[str]]:
     """Collect a split's images, and name the classes that have none."""
     files: list[Path] = []
@@ -176,9 +253,16 @@ def _source(
     missing = []
     left_out: Counter[str] = Counter()
     for label, name in enumerate(class_names):
-        inside = walk(found[name]) if name in found else Found()
+        inside = found.get(name, Found())
         others = inside.left_out.total()
-        if others > len(inside.images) > 0 and not skip_unreadable:
+        if inside.denied:
+            line = f"you may not read the folder {inside.denied[0]}"
+            if not skip:
+                raise ValueError(
+                    f"{line}; change its permissions, or leave it out with --skip-unreadable"
+                )
+            notes.append(f"{line}; it is left out")
+        if others > len(inside.images) and not skip:
             kinds = ", ".join(f"{count} {kind}" for kind, count in inside.left_out.most_common())
             raise ValueError(
                 f"{others} of {others + len(inside.images)} files of class {name!r} in {folder} "

@@ -10,7 +10,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from adavipro_fast.data.walk import FORMATS, described, walk
+from adavipro_fast.data.walk import FORMATS, described, is_raw, walk
 from adavipro_fast.method.preprocess import FIRST_DECODING, WHITE, Preprocess
 
 LARGEST_IMAGE = 100_000_000
@@ -24,6 +24,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Where a PNG says how many bits a value has.
+PNG_DEPTH = 24
 TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
 # TIFF's tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
@@ -54,6 +56,8 @@ def decode_image(
             whose range is not known.
     """
     try:
+        if is_raw(name):
+            raise UnidentifiedImageError
         image = Image.open(BytesIO(content), formats=FORMATS)
         # Both sizes are told by the header.
         if image.width * image.height > most:
@@ -64,6 +68,7 @@ def decode_image(
                 f"{image.width}x{image.height} would be resized to {width}x{height}; up to "
                 f"{LARGEST_RESIZED} pixels work"
             )
+        scale_key(image, content)
         image.load()
         if preprocess.decoding == FIRST_DECODING:
             return to_rgb(image, white_level=preprocess.white_level, flatten=False)
@@ -75,6 +80,18 @@ def decode_image(
     # Decoders raise whatever a hostile file leads them to: struct.error, IndexError, KeyError, ...
     except Exception as error:
         raise ValueError(f"cannot read image {name}: {error}; replace or remove it") from error
+
+
+def scale_key(image: Image.Image, content: bytes) -> None:
+    """Turn a PNG's transparent value into that of the pixels that Pillow gives, of 8 bits."""
+    key = image.info.get("transparency")
+    if image.format != "PNG" or key is None:
+        return
+    depth = content[PNG_DEPTH]
+    if image.mode == "L" and depth < 8:
+        image.info["transparency"] = key * 255 // (2**depth - 1)
+    if image.mode == "RGB" and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def upright(image: Image.Image, converted: Image.Image) -> Image.Image:

@@ -19,12 +19,20 @@ from adavipro_fast.data.coop import COOP, coop_sources
 from adavipro_fast.data.cut import Cut, by_class, check_readable, grey_note
 from adavipro_fast.data.digits import digits_sources
 from adavipro_fast.data.duplicates import Duplicates, find_duplicates
-from adavipro_fast.data.folder import composed, folder_sources, listed, source_of_test
+from adavipro_fast.data.folder import (
+    composed,
+    folder_sources,
+    left_out_note,
+    listed,
+    source_of_test,
+)
 from adavipro_fast.data.source import Source, Sources, array_source
-from adavipro_fast.data.split import Split, stratified
+from adavipro_fast.data.split import Split, held_out, stratified
 from adavipro_fast.method.preprocess import Preprocess
 
 HOLDOUT = 0.1
+# Classes with fewer training images are named in a warning.
+FEW = 10
 
 
 @dataclass(frozen=True)
@@ -103,55 +111,60 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
     sources = sources_of(config)
     class_names, notes = sources.class_names, list(sources.notes)
     cuts = {name: cut_of(config, name, s, preprocess) for name, s in sources.splits.items()}
-    check_readable(cuts.values(), skip=config.skip_unreadable)
+    made = list(cuts.values())
+    check_readable(made, skip=config.skip_unreadable)
+    for name in [n for n, cut in cuts.items() if n != "train" and not cut.decoded.kept]:
+        notes.append(f"no image of {name} can be read; it counts as absent")
+        del cuts[name]
     digest = hashlib.sha256(json.dumps(class_names).encode())
     for name, cut in cuts.items():
         labels = tuple(cut.split.labels.tolist())
         digest.update(f"{name} {cut.decoded.key} {labels}".encode())
     splits = {name: cut.split for name, cut in cuts.items()}
     train = splits["train"]
-    held_out: tuple[str, ...] = ()
+    held_names: tuple[str, ...] = ()
     _check_classes(train, class_names)
     if "val" not in splits:
-        held, kept = stratified(train.labels, round(HOLDOUT * len(train)), seed, spare_last=True)
-        if len(held) == 0 or len(kept) == 0:
+        held, kept = held_out(train.labels, HOLDOUT, seed)
+        if len(held) == 0:
             raise ValueError(
-                f"{config.data} has {len(train)} training images: too few to hold a validation "
-                "split out; add images or a val/ folder"
+                f"{config.data} has {len(train)} training images of {len(class_names)} classes: "
+                "too few to hold a validation split out and keep one of each class; add images or "
+                "a val/ folder" + "".join(f" ({note})" for note in notes[:1])
             )
         splits["val"] = Split(train.images, train.labels, held)
         train = Split(train.images, train.labels, kept)
-        held_out = tuple(cuts["train"].name(row) for row in held.tolist())
+        held_names = tuple(cuts["train"].name(row) for row in held.tolist())
     if config.limit_train is not None:
         train = limited(train, config.limit_train, len(class_names), seed)
     splits["train"] = train
     if "test" not in splits:
         notes.append("there is no test split: test figures are null")
-    skipped = tuple(reason for cut in cuts.values() for reason in cut.decoded.unreadable.values())
+    notes += few_note(train, class_names)
+    skipped = [cut.decoded.unreadable for cut in made]
+    reasons = tuple(reason for part in skipped for reason in part.values())
     left_out = Counter[str]()
-    for cut in cuts.values():
+    for cut in made:
         left_out.update(cut.source.left_out)
     if left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
-        notes.append(f"files that are no images are left out: {kinds}")
-    if skipped:
-        notes.append(
-            f"{len(skipped)} unreadable images are left out: {by_class(cuts, class_names)}"
-        )
-        left_out["unreadable"] = len(skipped)
+        notes.append(left_out_note(left_out))
+    if reasons:
+        notes.append(f"unreadable images are left out: {by_class(made, class_names)}")
+        left_out["unreadable"] = len(reasons)
     duplicates = find_duplicates(
-        (
-            name,
-            split,
-            cuts[name if name in cuts else "train"].decoded.digests,
-            cuts[name if name in cuts else "train"].name,
-        )
-        for name, split in splits.items()
+        (name, split, cuts[name if name in cuts else "train"]) for name, split in splits.items()
     )
     notes += duplicates.notes
     notes += grey_note(cuts["train"].decoded.peaks, preprocess)
-    facts = Facts(left_out, skipped, held_out, duplicates, tuple(notes))
+    facts = Facts(left_out, reasons, held_names, duplicates, tuple(notes))
     return Dataset(class_names, train, splits["val"], splits.get("test"), digest.hexdigest(), facts)
+
+
+def few_note(train: Split, class_names: tuple[str, ...]) -> list[str]:
+    """Warn of classes with few training images beside others that have more."""
+    counts = train.labels[train.rows].bincount(minlength=len(class_names)).tolist()
+    few = [f"{n} ({count})" for n, count in zip(class_names, counts, strict=True) if count < FEW]
+    return [f"few training images of {listed(few)}"] if few and max(counts) >= FEW else []
 
 
 def limited(train: Split, limit: int, classes: int, seed: int) -> Split:
@@ -197,9 +210,10 @@ def load_test(
         class_names = class_names or sources.class_names
     cut = cut_of(config, "test", source, preprocess)
     check_readable([cut], skip=config.skip_unreadable)
+    if not cut.decoded.kept:
+        raise ValueError(f"no test image of {config.data} can be read")
     if cut.decoded.unreadable:
-        names = by_class({"test": cut}, class_names)
-        notes.append(f"{len(cut.decoded.unreadable)} unreadable images are left out: {names}")
+        notes.append(f"unreadable images are left out: {by_class([cut], class_names)}")
     return class_names, cut.split, tuple(notes)
 
 

@@ -1,5 +1,6 @@
 """One split of decoded images, and how it is gathered into batches."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -45,23 +46,46 @@ class Split:
         return Split(images, self.labels[self.rows], torch.arange(len(self)))
 
 
-def stratified(
-    labels: Tensor, count: int, seed: int, *, spare_last: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Choose `count` positions, the same share of each class; return (chosen, others), sorted.
+def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose `count` positions, the same share of each class and at least one; return both parts.
 
     Args:
         labels: (N,).
-        count: how many to choose; with as many as there are classes, each has one.
+        count: how many to choose, at least as many as there are classes.
         seed: of the choice.
-        spare_last: choose a class's last image only when nothing else is left.
+
+    Returns:
+        (chosen, others), sorted.
+    """
+    share, rank, _, order = _shares(labels, seed)
+    share[rank == 0] = -1
+    return _cut(order[torch.argsort(share, stable=True)], count)
+
+
+def held_out(labels: Tensor, share_held: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Hold a share of each class out, never its last image; return (held out, kept), sorted.
+
+    Args:
+        labels: (N,).
+        share_held: of all images, rounded up.
+        seed: of the choice.
+    """
+    share, rank, sizes, order = _shares(labels, seed)
+    last = rank == sizes - 1
+    share[last] = 2
+    count = min(math.ceil(round(share_held * len(labels), 6)), int((~last).sum()))
+    return _cut(order[torch.argsort(share, stable=True)], count)
+
+
+def _shares(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shuffle positions; for each its place within its class, 0 to 1, and as a number; class sizes.
+
+    Returns:
+        (share, rank, size of the class, position).
     """
     rank, order = _ranks(labels, seed)
     sizes = labels.bincount()[labels[order]]
-    share = rank / sizes
-    if spare_last:
-        share[rank == sizes - 1] += 1
-    return _cut(order[torch.argsort(share, stable=True)], count)
+    return (rank + 0.5) / sizes, rank, sizes, order
 
 
 def even(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,12 +37,20 @@ SIDECARS = frozenset(
         "__macosx", "__pycache__", "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recycle",
         "@recently-snapshot", "@synoeastream", "@synoresource", "@tmp", "desktop.ini",
         "ehthumbs.db", "ehthumbs_vista.db", "folder.htt", "icon\r", "lost+found",
-        "network trash folder", "picasa.ini", "recycler", "system volume information",
+        "network trash folder", "picasa.ini", "system volume information",
         "temporary items", "thumbs.db", "zbthumbnail.info",
     }
 )  # fmt: skip
 
 
+# Folders of small copies inside a class folder.
+THUMBNAILS = ("thumbnails", "_thumbnails", "thumbs", "_thumbs")
+# Dot folders that are no classes; others are named when they are left out.
+DOT_FOLDERS = (
+    ".appledouble", ".dropbox.cache", ".fseventsd", ".git", ".ipynb_checkpoints", ".spotlight-v100",
+    ".temporaryitems", ".thumbnails", ".trash", ".trashes", ".@__thumb",
+)  # fmt: skip
+READERS = 8
 # Beginnings of files that are often called images, and what to call them.
 OTHERS = {
     b"ftyphei": "HEIC, which is not decoded here; convert it to JPEG or PNG",
@@ -54,12 +63,15 @@ OTHERS = {
     b"8BPS": "a Photoshop file; convert it to JPEG or PNG",
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a ZIP archive",
+    b"ftypavif": "a damaged AVIF file",
     b"ftyp": "a video or another file of its family",
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file with `git lfs pull`",
     b"<?xml": "XML or SVG",
     b"<svg": "SVG",
     b"<!doctype html": "an HTML page",
     b"<html": "an HTML page",
+    b"<!--": "an HTML page or XML",
+    b"{": "JSON text",
 }
 
 
@@ -71,20 +83,32 @@ class Found:
     """image files by their content, and damaged files that are called images, in order of names"""
     left_out: Counter[str] = field(default_factory=Counter)
     """other files: how many of each suffix"""
+    denied: list[Path] = field(default_factory=list)
+    """folders that this user may not read"""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is neither an image nor another file."""
+        return not self.images and not self.left_out and not self.denied
 
 
-def walk(folder: Path) -> Found:
+def walk(folder: Path, outer: Sequence[Path] = ()) -> Found:
     """Find the images under a folder.
 
     Links are followed, each folder is entered once. Sidecars of operating systems and tools are
     neither images nor counted.
 
-    Raises:
-        OSError: a folder cannot be read.
+    Args:
+        folder: where to look.
+        outer: folders that links must not lead back to, such as those that `folder` lies in.
     """
     found = Found()
-    for path in sorted(_files(folder, set())):
-        kind = kind_of(path)
+    entered = {identity for each in outer if (identity := identity_of(each)) is not None}
+    paths = sorted(_files(folder, entered, found.denied))
+    # Disks and networks answer several at once.
+    with ThreadPoolExecutor(READERS) as pool:
+        kinds = list(pool.map(kind_of, paths))
+    for path, kind in zip(paths, kinds, strict=True):
         if kind in ("image", "damaged"):
             found.images.append(path)
         elif kind == "other":
@@ -94,7 +118,30 @@ def walk(folder: Path) -> Found:
 
 def subfolders(folder: Path) -> list[Path]:
     """List the folders in a folder that are no sidecars, in order of their names."""
-    return sorted(p for p in folder.iterdir() if not is_sidecar(p.name) and p.is_dir())
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if not p.name.startswith(".") and p.name.lower() not in SIDECARS and p.is_dir()
+    )
+
+
+def not_entered(folder: Path) -> list[str]:
+    """Name dot folders and broken links, which may have been meant as folders of images."""
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if (p.name.startswith(".") and p.name.lower() not in DOT_FOLDERS and p.is_dir())
+        or (p.is_symlink() and not p.exists() and not p.suffix)
+    )
+
+
+def identity_of(folder: Path) -> tuple[int, int] | None:
+    """Tell one folder from another whatever path leads to it; None where it cannot be read."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def is_sidecar(name: str) -> bool:
@@ -112,11 +159,14 @@ def kind_of(path: Path) -> str:
             return "other"
         with path.open("rb") as file:
             header = file.read(len(APPLE_DOUBLE))
+    except PermissionError:
+        # It may be an image.
+        return "damaged"
     except OSError:
         return "damaged" if named else "other"
     if header == APPLE_DOUBLE:
         return "sidecar"
-    if path.suffix.lower() not in RAW and opens(path):
+    if not is_raw(path.name) and opens(path):
         return "image"
     return "damaged" if named else "other"
 
@@ -133,32 +183,49 @@ def opens(path: Path) -> bool:
         return False
 
 
+def is_raw(name: str) -> bool:
+    """Report whether a file is called as cameras call their raw files."""
+    return Path(name.strip("'\"")).suffix.lower() in RAW
+
+
 def described(content: bytes, name: str) -> str:
     """Say what a file holds that is not an image which can be decoded."""
     if not content:
         return "it is empty"
     if not content.strip(b"\0"):
         return "it holds only zeros"
-    if Path(name).suffix.lower() in RAW:
+    if is_raw(name):
         return "it is a camera raw file; convert it to JPEG or PNG"
     # Text may have blanks first; other formats have a length first.
-    start = content[:64].lstrip()
+    start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
     for mark, what in OTHERS.items():
         if content[:16].find(mark) in (0, 4) or start.lower().startswith(mark.lower()):
             return f"it is {what}"
     return f"it is damaged, or not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 
-def _files(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
-    status = folder.stat()
+def _files(folder: Path, entered: set[tuple[int, int]], denied: list[Path]) -> Iterator[Path]:
+    identity = identity_of(folder)
     # A link may lead back up, and several links to one folder would give its images twice.
-    if (status.st_dev, status.st_ino) in entered:
+    if identity is None or identity in entered:
         return
-    entered.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        kept = sorted((e for e in entries if not is_sidecar(e.name)), key=lambda e: e.name)
+    entered.add(identity)
+    try:
+        with os.scandir(folder) as entries:
+            kept = sorted((e for e in entries if not is_sidecar(e.name)), key=lambda e: e.name)
+    except PermissionError:
+        denied.append(folder)
+        return
     for entry in kept:
-        if entry.is_dir():
-            yield from _files(folder / entry.name, entered)
-        else:
+        if not _is_folder(entry):
             yield folder / entry.name
+        elif entry.name.lower() not in THUMBNAILS:
+            yield from _files(folder / entry.name, entered, denied)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    # A link that leads to itself.
+    except OSError:
+        return False

@@ -113,7 +113,7 @@ class Checkpoint(ModelHubMixin):
             "format": BASELINE_FORMAT if baseline else FORMAT,
             "config": self.config.stored(),
             "class_names": self.class_names,
-            "encoder": asdict(self.encoder),
+            "encoder": self.encoder.stored(),
             "preprocess": self.preprocess.stored(),
             "calibration": asdict(self.calibration),
             "templates": self.templates,
@@ -203,7 +203,7 @@ def checkpoint_of(
     tensors = trained_tensors(model)
     tensors["class_embeddings"] = model.class_embeddings.detach().cpu().clone()
     tensors["logit_scale"] = torch.tensor(model.logit_scale)
-    identity = EncoderIdentity(encoder.name, encoder.pretrained, encoder.sha256)
+    identity = EncoderIdentity(encoder.name, encoder.pretrained, encoder.sha256, encoder.quick_gelu)
     return Checkpoint(
         tensors, model.config, class_names, identity, model.preprocess, templates=templates
     )

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 # Begins the names of the folders that exports work in.
 WORK = ".export-"
+ABANDONED_S = 86400.0
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -66,9 +68,12 @@ def named_when_whole(output: Path) -> Iterator[Path]:
 
 def _remove_abandoned(work: Path) -> None:
     """Remove a work folder whose process has ended."""
-    # A folder without a lock is one that another process is just making.
     with contextlib.suppress(Timeout, OSError):
-        if (work / "lock").exists():
+        if not (work / "lock").exists():
+            # Older versions made no lock; and another process may be just making its own.
+            if time.time() - work.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(work, ignore_errors=True)
+        else:
             with FileLock(work / "lock", timeout=0):
                 shutil.rmtree(work, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """Load a CLIP with open_clip: its image tower, frozen, and its text tower."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,10 @@ class TextTower:
         ]
 
     def _is_cut(self, text: str) -> bool:
-        """Report whether a text without its last letter has the same tokens."""
-        tokens = self.tokenizer([text, text[:-1]])
+        """Report whether a text without its last letter or digit has the same tokens."""
+        # Tokenizers drop blanks and some signs at the end.
+        whole = re.sub(r"\W+$", "", text)
+        tokens = self.tokenizer([whole, whole[:-1]])
         return bool(torch.equal(tokens[0], tokens[1]))
 
 
@@ -100,12 +103,15 @@ class NoText:
         )
 
 
-def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTower | NoText]:
+def load_clip(
+    model: str, pretrained: str = "", *, quick_gelu: bool | None = None
+) -> tuple[FrozenEncoder, TextTower | NoText]:
     """Load a CLIP with open_clip, or an encoder without text of timm, on the CPU in fp32.
 
     Args:
         model: open_clip name, `local-dir:PATH`, `demo`, or `timm:NAME`.
         pretrained: open_clip tag or path of the weights; empty is random for a built-in name.
+        quick_gelu: activation of a built-in name (default: that of the published weights).
 
     Raises:
         ValueError: open_clip does not know the model, cannot load it, or its images are not
@@ -122,6 +128,9 @@ def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTowe
             settings = dict(settings_of_file(source, Path(pretrained)))
         # Where the weights were trained with QuickGELU, open_clip only warns of another one.
         quick = bool(settings.pop("quick_gelu", False))
+        built_in = ":" not in source and not folder.is_dir()
+        if quick_gelu is not None and built_in:
+            quick = quick_gelu
         prepared = {k: v for k, v in settings.items() if k in SETTINGS and v is not None}
         if is_transformers_clip(folder):
             clip, tokenizer = load_transformers_clip(folder)
@@ -157,6 +166,7 @@ def load_clip(model: str, pretrained: str = "") -> tuple[FrozenEncoder, TextTowe
         pretrained=pretrained,
         logit_scale=min(scale, 100.0) if bias is None else scale,
         logit_bias=None if bias is None else bias.item(),
+        quick_gelu=quick if built_in else None,
     )
     return encoder, TextTower(clip.eval(), tokenizer)
 

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,16 @@ class EncoderIdentity:
     name: str
     pretrained: str
     sha256: str
+    quick_gelu: bool | None = None
+    """the activation of an open_clip architecture; None where its name or folder decides, and in
+    older files"""
+
+    def stored(self) -> dict[str, Any]:
+        """Return what files keep."""
+        values = asdict(self)
+        if self.quick_gelu is None:
+            del values["quick_gelu"]
+        return values
 
 
 class LeanAttention(nn.Module):
@@ -94,6 +104,7 @@ class FrozenEncoder(nn.Module):
         logit_bias: added to it where the encoder was trained with a sigmoid, as SigLIP.
         sha256: of its weights, where it is known.
         classifier: of its own, which it was trained with; no part of the hash.
+        quick_gelu: see `EncoderIdentity`.
     """
 
     def __init__(
@@ -107,6 +118,7 @@ class FrozenEncoder(nn.Module):
         logit_bias: float | None = None,
         sha256: str | None = None,
         classifier: Classifier | NoClassifier = NoClassifier("it is a CLIP"),
+        quick_gelu: bool | None = None,
     ) -> None:
         super().__init__()
         self.visual = visual.eval().requires_grad_(False)
@@ -115,7 +127,7 @@ class FrozenEncoder(nn.Module):
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
         self.sha256 = sha256 or fingerprint(visual)
         self.precision: Precision = "fp32"
-        self.classifier = classifier
+        self.classifier, self.quick_gelu = classifier, quick_gelu
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Keep evaluation mode whatever the surrounding model is put into."""
@@ -159,6 +171,7 @@ class FrozenEncoder(nn.Module):
             logit_bias=self.logit_bias,
             sha256=self.sha256,
             classifier=self.classifier,
+            quick_gelu=self.quick_gelu,
         )
         twin.precision = precision or self.precision
         if precision is not None:

@@ -33,6 +33,11 @@ def resolved_name(model: str) -> str:
     Raises:
         ValueError: open_clip does not know it; the message names the nearest ones.
     """
+    known: list[str] = open_clip.list_models()
+    name = model.replace("/", "-")
+    same = next((each for each in known if each.lower() == name.lower()), None)
+    if same is not None:
+        return same
     folder = Path(model.removeprefix("local-dir:"))
     if folder.is_dir() and not (folder / OPEN_CLIP_CONFIG).exists():
         if is_transformers_clip(folder):
@@ -40,11 +45,6 @@ def resolved_name(model: str) -> str:
         raise ValueError(f"model folder {folder} {what_lacks(folder)}")
     if ":" in model:
         return model
-    known: list[str] = open_clip.list_models()
-    name = model.replace("/", "-")
-    same = next((each for each in known if each.lower() == name.lower()), None)
-    if same is not None and not folder.is_dir():
-        return same
     if folder.is_dir():
         return f"local-dir:{folder}"
     raise ValueError(f"model {model!r} is unknown to open_clip; {suggestion(model, known)}")

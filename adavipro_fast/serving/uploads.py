@@ -3,7 +3,6 @@
 import base64
 import binascii
 import json
-import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +17,14 @@ HOW = (
 )
 # More text fields than there are options, so that an unknown one is named.
 MOST_FIELDS = 32
-DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=-]+)*;base64,")
 
 
 @dataclass(frozen=True)
 class Upload:
     """A request's image files with their names, and its options as text."""
 
-    files: list[tuple[str, bytes]]
+    files: list[tuple[str, bytes | ValueError]]
+    """an error where an image cannot be read from the request"""
     options: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -60,7 +59,8 @@ async def _form(body: bytes, headers: Headers, most_files: int) -> Upload:
     parser = MultiPartParser(
         headers, stream(), max_files=most_files, max_fields=MOST_FIELDS, max_part_size=len(body)
     )
-    files, options = [], {}
+    files: list[tuple[str, bytes | ValueError]] = []
+    options = {}
     try:
         form = await parser.parse()
         for name, value in form.multi_items():
@@ -70,6 +70,8 @@ async def _form(body: bytes, headers: Headers, most_files: int) -> Upload:
                 files.append((clean(value.filename or "image"), await value.read()))
     except (MultiPartException, KeyError, ValueError) as error:
         raise ValueError(f"the form cannot be read: {error}") from None
+    if not files:
+        raise ValueError(f"the form holds no file, or is cut off; {HOW}")
     return Upload(files, _known(options))
 
 
@@ -80,23 +82,28 @@ def _json(body: bytes) -> Upload:
         raise ValueError(f"the body is not JSON: {error}; {HOW}") from None
     if not isinstance(content, dict) or not {"image", "images"} & content.keys():
         raise ValueError(f"the JSON has no images; {HOW}")
-    options = {k: str(v) for k, v in content.items() if k not in ("image", "images")}
+    options = {
+        k: v if isinstance(v, str) else json.dumps(v)
+        for k, v in content.items()
+        if k not in ("image", "images") and v is not None
+    }
     images = content.get("images", content.get("image"))
     images = images if isinstance(images, list) else [images]
     return Upload([(str(n), _decoded(each)) for n, each in enumerate(images)], _known(options))
 
 
-def _decoded(text: Any) -> bytes:
+def _decoded(text: Any) -> bytes | ValueError:
     if not isinstance(text, str):
-        raise ValueError(f"an image is {type(text).__name__}, not base64 text; {HOW}")
-    start = DATA_URL.match(text)
+        return ValueError(f"an image is {json.dumps(text)[:20]}, not base64 text; {HOW}")
+    # A data URL says what it is first.
+    _, _, body = text.partition(";base64,") if text.startswith("data:") else ("", "", text)
     try:
         # Clients break lines, or use the alphabet for addresses.
-        plain = "".join(text[start.end() if start else 0 :].split())
+        plain = "".join(body.split())
         plain = plain.replace("-", "+").replace("_", "/").rstrip("=")
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"an image is not base64: {error}; {HOW}") from None
+        return ValueError(f"an image is not base64: {error}; {HOW}")
 
 
 def _known(options: dict[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -166,12 +166,14 @@ class Application:
         return torch.from_numpy(np.stack(each))
 
     async def decode_each(
-        self, files: Sequence[tuple[str, bytes]], about: Description
+        self, files: Sequence[tuple[str, bytes | ValueError]], about: Description
     ) -> list[Any]:
         """Decode image files: for each (3, S, S) uint8, or the ValueError that says why not."""
         transform, most = about.preprocess.pixels(), self.limits.image_pixels
 
-        def decode(name: str, content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        def decode(name: str, content: bytes | ValueError) -> np.ndarray[Any, np.dtype[np.uint8]]:
+            if isinstance(content, ValueError):
+                raise content
             return transform(decode_image(content, repr(name), about.preprocess, most))
 
         loop = asyncio.get_running_loop()
@@ -514,13 +516,26 @@ def add_classify(web: FastAPI, own: Application) -> None:
                 return {"predictions": await answered(own, upload.files, options)}
 
 
+def whole_number(text: str) -> int:
+    """Read a number such as 2 or 2.0."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
 def chosen(asked: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """Take options from the address, and from a form's or JSON's fields where it has none.
 
     Raises:
         ValueError: one cannot be used.
     """
-    kinds = {"model": str, "task": str, "top": int, "reject": float}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "model": str,
+        "task": str,
+        "top": whole_number,
+        "reject": float,
+    }
     options = dict(asked)
     for name, text in fields.items():
         if options[name] is None and text:
@@ -535,7 +550,7 @@ def chosen(asked: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
 
 
 async def answered(
-    own: Application, files: Sequence[tuple[str, bytes]], options: dict[str, Any]
+    own: Application, files: Sequence[tuple[str, bytes | ValueError]], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Answer each image file, one that cannot be read by its error.
 

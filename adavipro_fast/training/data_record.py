@@ -20,10 +20,7 @@ def keep_data(dataset: Dataset, data: str, folder: Path) -> None:
         "left_out": dict(facts.left_out),
         "unreadable": facts.unreadable,
         "held_out": facts.held_out,
-        "duplicates": {
-            "between_splits": facts.duplicates.between_splits,
-            "between_classes": facts.duplicates.between_classes,
-        },
+        "duplicates": facts.duplicates.stored(),
         "notes": facts.notes,
     }
     write_whole(folder / NAME, (json.dumps(content, indent=1) + "\n").encode())

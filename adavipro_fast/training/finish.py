@@ -161,10 +161,7 @@ def _result(
         ),
         "seconds": progress.seconds,
         "images": dataset.counts,
-        "duplicates": {
-            "between_splits": dataset.facts.duplicates.between_splits,
-            "between_classes": dataset.facts.duplicates.between_classes,
-        },
+        "duplicates": dataset.facts.duplicates.stored(),
         "checkpoint": str(path),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adavipro_fast.cores import threads, use_threads
+from adavipro_fast.cores import use_threads
 from adavipro_fast.data.sets import Dataset, load_dataset
 from adavipro_fast.device import fast_precision, slow_precision
 from adavipro_fast.files.checkpoint import FILES, checkpoint_of, load_checkpoint
@@ -143,6 +143,11 @@ def resume_run(
         )
     if state.progress.result and not changed and not accepted:
         return state.progress.result
+    if "white_level" not in state.settings and "data" not in accepted:
+        raise ValueError(
+            f"{folder} was begun by an older version, which decoded images and held them out "
+            "differently; start it again, or go on with the difference by --accept-change data"
+        )
     with held(folder) if distributed.leading() else nullcontext():
         return _go_on(replace(asked, output=folder), accepted)
 
@@ -197,7 +202,7 @@ def load(config: TrainConfig) -> Loaded:
         embeddings = class_embeddings(config, text, dataset.class_names)
         check_embeddings(config, text, dataset.class_names, embeddings)
     side = frozen.preprocess.size
-    say(f"encoder {config.model} on {device}, {side} px, frozen; {threads()} threads")
+    say(f"encoder {config.model} on {device}, {side} px, frozen; {torch.get_num_threads()} threads")
     say("data: {train} train, {val} val, {test} test images".format(**dataset.counts))
     for note in dataset.facts.notes:
         say(f"warning: {note}")
