@@ -305,7 +305,7 @@ def describe(checkpoint: Checkpoint, config: OnnxConfig, graph: Graph) -> dict[s
         "class_names": checkpoint.class_names,
         "preprocess": preprocess.stored(),
         "config": checkpoint.config.stored(),
-        "encoder": asdict(checkpoint.encoder),
+        "encoder": checkpoint.encoder.stored(),
         # The prompt's, whose logits a baseline does not have.
         "calibration": asdict(calibration.without if config.baseline else calibration),
         "templates": checkpoint.templates,

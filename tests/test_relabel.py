@@ -275,7 +275,9 @@ def test_another_encoder_and_one_without_text_are_refused(
         with pytest.raises(ValueError, match="is not the one this checkpoint was trained on"):
             relabel.command(RelabelConfig(file, tmp_path / f"new{file.suffix}", FEWER))
     none = NoText("timm:x")
-    monkeypatch.setattr("adavipro_fast.artifact.torch.load_clip", lambda *_: (demo_clip[0], none))
+    monkeypatch.setattr(
+        "adavipro_fast.artifact.torch.load_clip", lambda *_, **__: (demo_clip[0], none)
+    )
     with pytest.raises(ValueError, match="'timm:x' has no text tower to embed names with"):
         relabel.command(RelabelConfig(checkpoint, tmp_path / "new.safetensors", FEWER))
     assert sorted(tmp_path.iterdir()) == [graph, source]

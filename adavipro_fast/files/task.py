@@ -57,7 +57,7 @@ class TaskFile:
             "name": self.name,
             "class_names": self.class_names,
             "config": self.config.stored(),
-            "encoder": asdict(self.encoder),
+            "encoder": self.encoder.stored(),
             "preprocess": self.preprocess.stored(),
             "calibration": asdict(self.calibration),
         }
