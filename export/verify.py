@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Artifact, NotRunnableError, OneTask
+from adavipro_fast.artifact.description import Artifact, NotRunnableError
 from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx
-from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.artifact.open import OneTask, open_artifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data import world
 from adavipro_fast.data.images import images_in, read_pixels, unresized

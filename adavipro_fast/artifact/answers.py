@@ -1,5 +1,6 @@
 """What a prediction says in words: class names, probabilities, `unknown`, the mask."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,37 @@ def answers(
         described(row, mask, about.class_names, least, shown)
         for row, mask in zip(probabilities, prediction.mask, strict=True)
     ]
+
+
+def answers_of_tasks(
+    about: Description,
+    prediction: Prediction,
+    tasks: Sequence[str] | None,
+    reject: float | None = None,
+    shown: int = SHOWN_CLASSES,
+) -> list[dict[str, Any]]:
+    """Describe each image's prediction by the task that it was classified for.
+
+    Args:
+        about: the artifact.
+        prediction: of B images.
+        tasks: B names; None of an artifact of one task.
+        reject: see `answers`.
+        shown: how many classes.
+
+    Raises:
+        ValueError: a task is not there; else as `answers`.
+    """
+    if tasks is None:
+        return answers(about, prediction, reject, shown)
+    # Finding a task goes through all of the file's.
+    known = {task: about.of_task(task) for task in dict.fromkeys(tasks)}
+    found = []
+    for row, task in enumerate(tasks):
+        part = Prediction(*(values[row : row + 1] for values in prediction))
+        part = part._replace(logits=part.logits[:, : len(known[task].class_names)])
+        found += answers(known[task], part, reject, shown)
+    return found
 
 
 def described(

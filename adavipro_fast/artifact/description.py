@@ -213,40 +213,14 @@ class Artifact(Protocol):
             task: of all images, or of each, where the file holds several.
         """
 
-
-@dataclass(frozen=True)
-class OneTask:
-    """One task of an artifact that holds several, as an artifact of its own.
-
-    Raises:
-        ValueError: no such task.
-    """
-
-    whole: Artifact
-    name: str
-
-    def __post_init__(self) -> None:
-        self.whole.about.of_task(self.name)
-
-    @property
-    def about(self) -> Description:
-        """What the task's own file would say about itself."""
-        return self.whole.about.of_task(self.name)
-
-    @property
-    def backend(self) -> str:
-        """Which runtime."""
-        return self.whole.backend
-
-    @property
-    def provider(self) -> str:
-        """Which device or execution provider."""
-        return self.whole.provider
-
-    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels as this task's."""
-        logits, mask, embedding = self.whole(pixels, task or self.name)
-        return Prediction(logits[:, : len(self.about.class_names)], mask, embedding)
+    def classify(
+        self,
+        images: Any,
+        task: Tasks | None = None,
+        reject: float | None = None,
+        top: int = 5,
+    ) -> list[Any]:
+        """Classify pictures; see `classify.Classifies`."""
 
 
 class NotRunnableError(ValueError):

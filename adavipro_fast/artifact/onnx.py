@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adavipro_fast.artifact.classify import Classifies
 from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
@@ -24,7 +25,7 @@ SEAL = SEAL_KEY.encode() + b"\x12\x40"
 
 
 @dataclass(frozen=True)
-class OnnxArtifact:
+class OnnxArtifact(Classifies):
     """An exported graph run by ONNX Runtime."""
 
     session: Any

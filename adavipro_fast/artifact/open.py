@@ -1,8 +1,12 @@
 """Open any file that can classify images."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from adavipro_fast.artifact.description import Artifact, OneTask, Runtime
+from torch import Tensor
+
+from adavipro_fast.artifact.classify import Classifies
+from adavipro_fast.artifact.description import Artifact, Description, Runtime, Tasks
 from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact, preferred
@@ -10,6 +14,42 @@ from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.hub import on_disk
 from adavipro_fast.method.config import Precision
+from adavipro_fast.method.model import Prediction
+
+
+@dataclass(frozen=True)
+class OneTask(Classifies):
+    """One task of an artifact that holds several, as an artifact of its own.
+
+    Raises:
+        ValueError: no such task.
+    """
+
+    whole: Artifact
+    name: str
+
+    def __post_init__(self) -> None:
+        self.whole.about.of_task(self.name)
+
+    @property
+    def about(self) -> Description:
+        """What the task's own file would say about itself."""
+        return self.whole.about.of_task(self.name)
+
+    @property
+    def backend(self) -> str:
+        """Which runtime."""
+        return self.whole.backend
+
+    @property
+    def provider(self) -> str:
+        """Which device or execution provider."""
+        return self.whole.provider
+
+    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels as this task's."""
+        logits, mask, embedding = self.whole(pixels, task or self.name)
+        return Prediction(logits[:, : len(self.about.class_names)], mask, embedding)
 
 
 def open_artifact(

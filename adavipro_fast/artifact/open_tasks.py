@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adavipro_fast.artifact.classify import Classifies
 from adavipro_fast.artifact.description import Description, Task, Tasks
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.files.task import TaskFile, load_task, stacked
@@ -20,7 +21,7 @@ from adavipro_fast.method.config import DTYPES
 from adavipro_fast.method.model import Prediction
 
 
-class OpenArtifact:
+class OpenArtifact(Classifies):
     """An exported graph whose tables are inputs, and the tasks that it answers for now.
 
     Args:

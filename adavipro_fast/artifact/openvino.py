@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adavipro_fast.artifact.classify import Classifies
 from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.artifact.onnx import describe_onnx
 from adavipro_fast.cores import threads
@@ -31,7 +32,7 @@ AXES = ("batch", "channels", "height", "width")
 
 
 @dataclass(frozen=True)
-class OpenVinoArtifact:
+class OpenVinoArtifact(Classifies):
     """An exported graph run by OpenVINO."""
 
     request: Any

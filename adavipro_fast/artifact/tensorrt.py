@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from adavipro_fast.artifact.classify import Classifies
 from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.checked import read
@@ -134,7 +135,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class EngineArtifact:
+class EngineArtifact(Classifies):
     """An engine on a CUDA device. Batches are padded to a few sizes, each captured once."""
 
     trt: ModuleType

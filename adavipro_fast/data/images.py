@@ -70,9 +70,7 @@ def decode_image(
             )
         scale_key(image, content)
         image.load()
-        if preprocess.decoding == FIRST_DECODING:
-            return to_rgb(image, white_level=preprocess.white_level, flatten=False)
-        return upright(image, to_rgb(image, white_level=preprocess.white_level))
+        return converted(image, preprocess)
     except UnidentifiedImageError as error:
         raise ValueError(
             f"cannot read image {name}: {described(content, name)}; replace or remove it"
@@ -80,6 +78,17 @@ def decode_image(
     # Decoders raise whatever a hostile file leads them to: struct.error, IndexError, KeyError, ...
     except Exception as error:
         raise ValueError(f"cannot read image {name}: {error}; replace or remove it") from error
+
+
+def converted(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """Turn an image that Pillow opened upright and into RGB with 8 bits, as the decoding says.
+
+    Raises:
+        ValueError: pixels whose range is not known.
+    """
+    if preprocess.decoding == FIRST_DECODING:
+        return to_rgb(image, white_level=preprocess.white_level, flatten=False)
+    return upright(image, to_rgb(image, white_level=preprocess.white_level))
 
 
 def scale_key(image: Image.Image, content: bytes) -> None:

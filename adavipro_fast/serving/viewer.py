@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from adavipro_fast.artifact.answers import answers
-from adavipro_fast.artifact.description import Artifact, Description, OneTask
+from adavipro_fast.artifact.description import Artifact, Description
+from adavipro_fast.artifact.open import OneTask
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data.images import decode_image
 from adavipro_fast.method.config import PromptConfig

@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
-from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers
+from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers_of_tasks
 from adavipro_fast.artifact.description import Description, NotRunnableError
 from adavipro_fast.cores import threads
 from adavipro_fast.data.images import decode_image
@@ -476,14 +476,7 @@ async def classified(
 ) -> list[dict[str, Any]]:
     """Classify pixels and say it in words."""
     prediction = await own.run(now, pixels, tasks)
-    if tasks is None:
-        return answers(now.about, prediction, reject, shown)
-    found = []
-    for row, described in enumerate(named_tasks(now, tasks)):
-        part = Prediction(*(values[row : row + 1] for values in prediction))
-        part = part._replace(logits=part.logits[:, : len(described.class_names)])
-        found += answers(described, part, reject, shown)
-    return found
+    return answers_of_tasks(now.about, prediction, tasks, reject, shown)
 
 
 def add_classify(web: FastAPI, own: Application) -> None:
