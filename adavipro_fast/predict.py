@@ -1,4 +1,8 @@
-"""Classify images with a trained prompt: `python -m adavipro_fast.predict ARTIFACT IMAGE...`."""
+"""Classify images with a trained prompt: `python -m adavipro_fast.predict ARTIFACT IMAGE...`.
+
+With `--output`, images are also folders, lists, tar shards and Parquet files, and a command that
+was stopped goes on when it is started again.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +14,14 @@ import tyro
 
 from adavipro_fast import cli
 from adavipro_fast.artifact.answers import answers
+from adavipro_fast.artifact.description import Artifact
 from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.bulk.rows import Output
+from adavipro_fast.bulk.run import classify_all
 from adavipro_fast.data.images import readable_pixels
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.errors import printable
+from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.config import Precision
 from adavipro_fast.training import pictures
 
@@ -27,7 +35,12 @@ class PredictConfig:
     artifact: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine"""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """image files"""
+    """image files; with --output also folders, - (a list of paths on stdin), .tar shards and
+    .parquet files with a column of encoded images"""
+    output: Path | None = None
+    """write a row for each image: F.csv, F.jsonl, F.parquet, or a folder of Parquet files"""
+    embeddings: bool = False
+    """with --output: also the unit embedding of each image"""
     picture: Path | None = None
     """save a picture: each image, and a copy that shows where the prompt is open"""
     reject: cli.Reject = None
@@ -61,6 +74,11 @@ def command(config: PredictConfig) -> dict[str, Any]:
     )
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
+    if config.output is not None:
+        return write_rows(artifact, config, config.output)
+    for path in config.images:
+        if path.is_dir() or str(path) == "-" or path.suffix in (".tar", ".parquet"):
+            raise ValueError(f"{path} holds many images; add --output F.csv, .jsonl or .parquet")
     predictions: list[dict[str, Any]] = []
     drawn = []
     for start in range(0, len(config.images), BATCH):
@@ -95,6 +113,21 @@ def command(config: PredictConfig) -> dict[str, Any]:
         pictures.save(figure, config.picture)
         print(f"picture: {str(config.picture)!r}")
     return {"predictions": predictions, "probabilities": artifact.about.calibration.link}
+
+
+def write_rows(artifact: Artifact, config: PredictConfig, output: Path) -> dict[str, Any]:
+    """Classify all images into a file or folder, or go on with one."""
+    if config.picture is not None:
+        raise ValueError("--picture is for a few images; leave it out beside --output")
+    plan = {
+        "artifact": file_sha256(config.artifact),
+        "task": config.task,
+        "sources": [str(path) for path in config.images],
+        "reject": config.reject,
+        "embeddings": config.embeddings,
+    }
+    rows = Output(output, plan, embeddings=config.embeddings)
+    return classify_all(artifact, config.images, rows, config.reject)
 
 
 def print_prediction(described: dict[str, Any]) -> dict[str, Any]:

@@ -93,8 +93,15 @@ class Classifies:
         return found
 
 
-def pixels_of(picture: Picture, preprocess: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def pixels_of(
+    picture: Picture, preprocess: Preprocess, name: str = "of bytes"
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decode a picture as the encoder wants it: (3, S, S) uint8.
+
+    Args:
+        picture: of any kind.
+        preprocess: the encoder's.
+        name: what to call bytes in a message.
 
     Raises:
         FileNotFoundError: no such file.
@@ -104,7 +111,7 @@ def pixels_of(picture: Picture, preprocess: Preprocess) -> np.ndarray[Any, np.dt
     if isinstance(picture, str | Path):
         return transform(decode_image(Path(picture).read_bytes(), str(picture), preprocess))
     if isinstance(picture, bytes):
-        return transform(decode_image(picture, "of bytes", preprocess))
+        return transform(decode_image(picture, name, preprocess))
     if isinstance(picture, Image.Image):
         return transform(converted(picture, preprocess))
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:

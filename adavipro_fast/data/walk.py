@@ -116,6 +116,17 @@ def walk(folder: Path, outer: Sequence[Path] = ()) -> Found:
     return found
 
 
+def streamed(folder: Path) -> Iterator[Path]:
+    """Yield the files under a folder that are no sidecars, one folder's names in memory at a time.
+
+    The order is that of the names and the same at every call; links are followed as by `walk`.
+    """
+    denied: list[Path] = []
+    yield from _files(folder, set(), denied)
+    if denied:
+        raise PermissionError(f"you may not read the folder {denied[0]}; change its permissions")
+
+
 def subfolders(folder: Path) -> list[Path]:
     """List the folders in a folder that are no sidecars, in order of their names."""
     return sorted(

@@ -1,0 +1,145 @@
+"""Classify a stream of pictures: threads decode the next batches while one runs."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from adavipro_fast.artifact.answers import answers
+from adavipro_fast.artifact.classify import pixels_of
+from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.bulk.rows import Output, Row
+from adavipro_fast.bulk.sources import Item, items
+from adavipro_fast.cores import threads
+
+BATCH = 32
+# Batches that are decoded ahead of the one that runs.
+AHEAD = 2
+# A part is finished after so many rows or seconds: what a killed run loses.
+PART_ROWS, PART_S = 4096, 20.0
+
+
+def classify_all(
+    artifact: Artifact, sources: Sequence[Path], output: Output, reject: float | None = None
+) -> dict[str, Any]:
+    """Classify all pictures of the sources into an output, or go on with one.
+
+    Args:
+        artifact: of one task.
+        sources: see `sources.items`.
+        output: new, or of a run that was stopped.
+        reject: share of known images that may be answered `unknown`.
+
+    Returns:
+        images, errors, seconds, images_per_s, output and resumed: rows that were there already.
+
+    Raises:
+        ValueError: the sources are not those that the output began with.
+    """
+    record, resumed, began = output.record, output.record.images, time.perf_counter()
+    if not record.done:
+        waiting = skipped(items(sources), resumed, record.last)
+        rows: list[Row] = []
+        since = began
+        try:
+            with tqdm(initial=resumed, unit="image", disable=None, leave=False) as bar:
+                for found in answered(artifact, waiting, output, reject):
+                    rows += found
+                    bar.update(len(found))
+                    now = time.perf_counter()
+                    if len(rows) >= PART_ROWS or now - since > PART_S:
+                        output.add(rows, now - since)
+                        rows, since = [], now
+        except KeyboardInterrupt:
+            output.add(rows, time.perf_counter() - since)
+            raise KeyboardInterrupt("stopped; the same command goes on") from None
+        output.add(rows, time.perf_counter() - since)
+    output.finish()
+    new, seconds = record.images - resumed, time.perf_counter() - began
+    return {
+        "images": record.images,
+        "errors": record.errors,
+        "seconds": seconds,
+        "images_per_s": new / max(seconds, 1e-9),
+        "output": str(output.path),
+        "resumed": resumed,
+    }
+
+
+def skipped(pictures: Iterator[Item], count: int, last: str) -> Iterator[Item]:
+    """Leave out the pictures that have rows already.
+
+    Raises:
+        ValueError: another picture is in the last one's place.
+    """
+    if count:
+        found = next(islice(pictures, count - 1, None), None)
+        if found is None or found.id != last:
+            raise ValueError(
+                f"picture {count} was {last!r}, now it is {found.id if found else 'none'!r}: the "
+                "sources have changed since the output was begun; name another --output"
+            )
+    return pictures
+
+
+def answered(
+    artifact: Artifact, pictures: Iterable[Item], output: Output, reject: float | None
+) -> Iterator[list[Row]]:
+    """Yield the rows of each batch of pictures, in order."""
+    preprocess = artifact.about.preprocess
+    pictures = iter(pictures)
+
+    def decode(item: Item) -> Any:
+        try:
+            return pixels_of(item.read(), preprocess, item.id)
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(threads()) as pool:
+        ahead: deque[tuple[list[Item], list[Future[Any]]]] = deque()
+        while True:
+            while len(ahead) <= AHEAD and (batch := list(islice(pictures, BATCH))):
+                ahead.append((batch, [pool.submit(decode, item) for item in batch]))
+            if not ahead:
+                return
+            batch, decoded = ahead.popleft()
+            yield rows_of(artifact, batch, [each.result() for each in decoded], output, reject)
+
+
+def rows_of(
+    artifact: Artifact,
+    batch: Sequence[Item],
+    decoded: Sequence[Any],
+    output: Output,
+    reject: float | None,
+) -> list[Row]:
+    """Classify a batch; a picture that cannot be read has an error."""
+    empty = dict.fromkeys(output.columns)
+    read = [pixels for pixels in decoded if not isinstance(pixels, str)]
+    found: Iterator[Row] = iter(())
+    if read:
+        prediction = artifact(torch.from_numpy(np.stack(read)))
+        described = answers(artifact.about, prediction, reject, shown=1)
+        embeddings = prediction.embedding.tolist()
+        found = (
+            {
+                "answer": each["answer"],
+                "probability": each["classes"][0]["probability"],
+                "rejected": each["rejected"],
+                "embedding": embedding,
+            }
+            for each, embedding in zip(described, embeddings, strict=True)
+        )
+    rows = []
+    for item, one in zip(batch, decoded, strict=True):
+        values = {"error": one} if isinstance(one, str) else next(found)
+        known = {name: value for name, value in values.items() if name in empty}
+        rows.append(empty | {"id": item.id} | known)
+    return rows
