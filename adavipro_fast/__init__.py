@@ -1,6 +1,7 @@
 """Region-based adaptive visual prompts (AdaViPro) for a frozen CLIP encoder."""
 
 from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.bulk.classifier import Classifier
 from adavipro_fast.method.clip import load_clip, load_encoder
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -10,6 +11,7 @@ from adavipro_fast.method.prompt import AdaptivePrompt
 __all__ = [
     "AdaViPro",
     "AdaptivePrompt",
+    "Classifier",
     "FrozenEncoder",
     "Prediction",
     "PromptConfig",

@@ -37,12 +37,12 @@ class PredictConfig:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """image files; with --output also folders, - (a list of paths on stdin), .tar shards and
     .parquet files with a column of encoded images"""
+    picture: Path | None = None
+    """save a picture: each image, and a copy that shows where the prompt is open"""
     output: Path | None = None
     """write a row for each image: F.csv, F.jsonl, F.parquet, or a folder of Parquet files"""
     embeddings: bool = False
     """with --output: also the unit embedding of each image"""
-    picture: Path | None = None
-    """save a picture: each image, and a copy that shows where the prompt is open"""
     reject: cli.Reject = None
     task: cli.Task = None
     model: cli.Model = None

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import pickle
 import random
 import shutil
 import subprocess
@@ -10,13 +11,14 @@ import sys
 import tarfile
 import time
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 
-from adavipro_fast import predict
+from adavipro_fast import Classifier, predict
 from adavipro_fast.bulk import run
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.calibration import Calibration
@@ -191,6 +193,23 @@ def test_sources_that_changed_meanwhile_are_noticed(checkpoint, pictures, tmp_pa
     result = classified(checkpoint, output, pictures)
     assert (result["images"], result["resumed"]) == (13, 6)
     assert len({row["id"] for row in rows_of(output)}) == 13
+
+
+def test_a_classifier_is_pickled_by_its_settings_and_takes_columns(checkpoint, pictures):
+    paths = sorted(map(str, pictures.rglob("*.*g")))
+    classifier = Classifier(checkpoint, device="cpu", embeddings=True)
+    by_path = classifier({"path": np.array(paths), "number": np.arange(len(paths))})
+    assert len(pickle.dumps(classifier)) < 1000
+    again = pickle.loads(pickle.dumps(classifier))
+    by_bytes = again({"image": [open(path, "rb").read() for path in paths]})  # noqa: PTH123, SIM115
+    assert list(by_bytes) == ["answer", "probability", "rejected", "error", "embedding"]
+    assert by_path["answer"] == by_bytes["answer"]
+    assert list(by_path["number"]) == list(range(len(paths)))
+    (bad,) = [n for n, error in enumerate(by_path["error"]) if error]
+    assert paths[bad].endswith("bad.jpg")
+    assert by_path["answer"][bad] is by_path["embedding"][bad] is None
+    with pytest.raises(KeyError, match="image .bytes. or path is needed"):
+        classifier({"picture": []})
 
 
 @pytest.mark.slow

@@ -8,15 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from adavipro_fast.artifact.answers import answers
-from adavipro_fast.artifact.classify import pixels_of
 from adavipro_fast.artifact.description import Artifact
 from adavipro_fast.bulk.rows import Output, Row
 from adavipro_fast.bulk.sources import Item, items
+from adavipro_fast.bulk.values import Decoded, decoded, values_of
 from adavipro_fast.cores import threads
 
 BATCH = 32
@@ -96,11 +93,12 @@ def answered(
     preprocess = artifact.about.preprocess
     pictures = iter(pictures)
 
-    def decode(item: Item) -> Any:
+    def decode(item: Item) -> Decoded:
         try:
-            return pixels_of(item.read(), preprocess, item.id)
+            content = item.read()
         except (OSError, ValueError) as error:
             return str(error)
+        return decoded(content, preprocess, item.id)
 
     with ThreadPoolExecutor(threads()) as pool:
         ahead: deque[tuple[list[Item], list[Future[Any]]]] = deque()
@@ -109,37 +107,21 @@ def answered(
                 ahead.append((batch, [pool.submit(decode, item) for item in batch]))
             if not ahead:
                 return
-            batch, decoded = ahead.popleft()
-            yield rows_of(artifact, batch, [each.result() for each in decoded], output, reject)
+            batch, work = ahead.popleft()
+            yield rows_of(artifact, batch, [each.result() for each in work], output, reject)
 
 
 def rows_of(
     artifact: Artifact,
     batch: Sequence[Item],
-    decoded: Sequence[Any],
+    pictures: Sequence[Decoded],
     output: Output,
     reject: float | None,
 ) -> list[Row]:
     """Classify a batch; a picture that cannot be read has an error."""
     empty = dict.fromkeys(output.columns)
-    read = [pixels for pixels in decoded if not isinstance(pixels, str)]
-    found: Iterator[Row] = iter(())
-    if read:
-        prediction = artifact(torch.from_numpy(np.stack(read)))
-        described = answers(artifact.about, prediction, reject, shown=1)
-        embeddings = prediction.embedding.tolist()
-        found = (
-            {
-                "answer": each["answer"],
-                "probability": each["classes"][0]["probability"],
-                "rejected": each["rejected"],
-                "embedding": embedding,
-            }
-            for each, embedding in zip(described, embeddings, strict=True)
-        )
-    rows = []
-    for item, one in zip(batch, decoded, strict=True):
-        values = {"error": one} if isinstance(one, str) else next(found)
-        known = {name: value for name, value in values.items() if name in empty}
-        rows.append(empty | {"id": item.id} | known)
-    return rows
+    found = values_of(artifact, pictures, reject)
+    return [
+        empty | {"id": item.id} | {name: v for name, v in values.items() if name in empty}
+        for item, values in zip(batch, found, strict=True)
+    ]
