@@ -1,12 +1,9 @@
 """Try a file in the browser: `python -m adavipro_fast.app ARTIFACT`.
 
-A page of this machine alone: drop a picture on it and see classes, mask and prompted picture.
+The server's page, on this machine alone: drop a picture and see classes, mask and prompted picture.
 """
 
-import asyncio
-import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +13,16 @@ import tyro
 from adavipro_fast import cli
 from adavipro_fast.artifact.description import Artifact
 from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.data.images import LARGEST_IMAGE
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.errors import printable
+from adavipro_fast.files.hub import on_disk
 from adavipro_fast.method.config import Precision
-from adavipro_fast.serving.address import is_loopback, leave_signals_to_uvicorn, listen, url
+from adavipro_fast.serving.address import is_loopback, listen
+from adavipro_fast.serving.served import Served
+from adavipro_fast.serving.server import Server, check_installed, server
 
-INSTALL = "the page needs its extra: pip install 'adavipro_fast[app]'"
+LARGEST_FILE = 64_000_000
 LONGEST_STOP_S = 1
 
 
@@ -64,50 +65,47 @@ def command(config: AppConfig) -> dict[str, Any]:
         ImportError: the extra is not installed.
         ValueError: a file cannot be shown, or the address is not of this machine alone.
     """
+    page = prepared(config)
+    address = page.address
+    print(f"{printable(str(config.artifact))} at {address}; Ctrl-C ends it", file=sys.stderr)
+    page.run_until_signal()
+    return {"address": address, "pictures": page.metrics.pictures}
+
+
+def prepared(config: AppConfig) -> Server:
+    """Listen, and open the files; errors are `command`'s."""
     if not is_loopback(config.host):
         raise ValueError(
             f"{config.host} can be reached by others; the page is for this machine, `python -m "
             "adavipro_fast.serve` answers others"
         )
-    with tempfile.TemporaryDirectory(prefix="adavipro-") as folder:
-        # Gradio reads these when it is imported, and keeps what is dropped in the folder.
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        return run(config)
-
-
-def run(config: AppConfig) -> dict[str, Any]:
-    """Open the files, and answer until a signal comes; errors are `command`'s."""
-    try:
-        import uvicorn
-
-        from adavipro_fast.serving.page import Page
-    except ImportError as error:
-        raise ImportError(f"{INSTALL} ({error})") from error
-    from adavipro_fast.serving.viewer import Viewer
+    check_installed()
+    from adavipro_fast.serving.application import Limits
+    from adavipro_fast.serving.view import Page, warm
 
     listening = listen(config.host, config.port)
-    artifact, beside = opened(config)
-    name = printable(str(config.artifact))
+    served, beside = opened(config)
     page = Page(
-        Viewer(artifact, beside, config.reject),
-        title=name,
-        beside=printable(config.beside.name) if config.beside else "Without the prompt",
+        printable(str(config.artifact)),
+        config.reject,
+        beside,
+        printable(config.beside.name) if config.beside else "Without the prompt",
     )
-    settings = uvicorn.Config(
-        page.application(config.host),
-        log_config=None,
-        # An open page is a request that never ends; it is no error that the end cuts it off.
-        log_level="critical",
-        timeout_graceful_shutdown=LONGEST_STOP_S,
+    warm(served.now, page)
+    # Names of other hosts are refused, as of rebound ones.
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    local = ["localhost", "127.0.0.1", "[::1]", host]
+    return server(
+        listening,
+        [served],
+        longest_stop_s=LONGEST_STOP_S,
+        limits=Limits(body_bytes=LARGEST_FILE, image_pixels=LARGEST_IMAGE),
+        page=page,
+        hosts=local,
     )
-    address = url(listening)
-    print(f"{name} at {address}; Ctrl-C ends it", file=sys.stderr)
-    leave_signals_to_uvicorn()
-    asyncio.run(uvicorn.Server(settings).serve(sockets=[listening]))
-    return {"address": address, "pictures": page.shown}
 
 
-def opened(config: AppConfig) -> tuple[Artifact, Artifact | None]:
+def opened(config: AppConfig) -> tuple[Served, Artifact | None]:
     """Open the file, and the one beside it.
 
     Raises:
@@ -118,18 +116,18 @@ def opened(config: AppConfig) -> tuple[Artifact, Artifact | None]:
         "model": config.model,
         "pretrained": config.pretrained,
         "precision": config.precision,
-        "device": config.device,
         "runtime": config.runtime,
     }
-    artifact = open_artifact(config.artifact, task=config.task, **options)
-    if artifact.about.open_for is not None:
-        artifact.about.check_one_task(config.artifact)
+    path = on_disk(config.artifact)
+    served = Served(path.stem, path, (config.device,), task=config.task, **options)
+    if served.now.about.open_for is not None:
+        served.now.about.check_one_task(config.artifact)
     if config.beside is None:
-        return artifact, None
-    beside = open_artifact(config.beside, **options)
+        return served, None
+    beside = open_artifact(config.beside, device=config.device, **options)
     if beside.about.tasks or beside.about.open_for is not None:
         raise ValueError(f"{config.beside} is of several tasks; --beside takes a file of one")
-    return artifact, beside
+    return served, beside
 
 
 if __name__ == "__main__":

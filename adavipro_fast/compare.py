@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adavipro_fast import cli
+from adavipro_fast import cli, pictures
 from adavipro_fast.cores import use_threads
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED, HeadKind, Method, PromptConfig
 from adavipro_fast.method.timm_encoder import PREFIX
-from adavipro_fast.training import pictures
 from adavipro_fast.training.config import TrainConfig, recipe
 from adavipro_fast.training.run_folder import held, make_folder
 from adavipro_fast.training.search import Candidate, Search

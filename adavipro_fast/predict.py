@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import tyro
 
-from adavipro_fast import cli
+from adavipro_fast import cli, pictures
 from adavipro_fast.artifact.answers import answers
 from adavipro_fast.artifact.description import Artifact
 from adavipro_fast.artifact.open import open_artifact
@@ -23,7 +23,6 @@ from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.errors import printable
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.config import Precision
-from adavipro_fast.training import pictures
 
 BATCH = 64
 

@@ -2,12 +2,11 @@
 
     curl -F image=@photo.jpg http://127.0.0.1:8000/classify
 
-Also KServe v2 (`tritonclient` works), an OpenAPI page at /docs and metrics at /metrics.
+A browser shows a page to drop pictures on. Also KServe v2 (`tritonclient` works), an OpenAPI page
+at /docs and metrics at /metrics.
 """
 
-import asyncio
 import re
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,18 +20,9 @@ from adavipro_fast.cores import threads
 from adavipro_fast.errors import printable
 from adavipro_fast.files.hub import on_disk, run_name
 from adavipro_fast.method.config import Precision
-from adavipro_fast.serving.address import (
-    MOST_CONNECTIONS,
-    is_loopback,
-    leave_signals_to_uvicorn,
-    listen,
-    url,
-)
-from adavipro_fast.serving.batcher import Batcher
+from adavipro_fast.serving.address import is_loopback, listen
 from adavipro_fast.serving.served import CLASSIFY, Served
-
-INSTALL = "serving needs its extra: pip install 'adavipro_fast[serve]'"
-LONGEST_STOP_S = 60
+from adavipro_fast.serving.server import Server, check_installed, server
 
 
 @dataclass(frozen=True)
@@ -104,76 +94,39 @@ def command(config: ServeConfig) -> dict[str, Any]:
         ImportError: the extra is not installed.
         ValueError: a file cannot be served, or the address needs a token.
     """
-    server = prepared(config)
-    names, address = [each.name for each in server.served], server.address
+    ready = prepared(config)
+    names, address = [each.name for each in ready.served], ready.address
     say(f"serving {', '.join(names)} at {address}; {address}/docs; {threads()} threads")
-    leave_signals_to_uvicorn()
-    server.run()
-    return {"address": address, "requests": server.metrics.answered, "models": names}
+    ready.run_until_signal()
+    return {"address": address, "requests": ready.metrics.answered, "models": names}
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A server that listens; `run` answers."""
-
-    uvicorn: Any
-    listening: socket.socket
-    served: list[Served]
-    batcher: Batcher
-    metrics: Any
-
-    @property
-    def address(self) -> str:
-        """Where it listens."""
-        return url(self.listening)
-
-    def run(self) -> None:
-        """Answer until uvicorn is told to stop."""
-        asyncio.run(self.uvicorn.serve(sockets=[self.listening]))
-
-
-def prepared(config: ServeConfig) -> Prepared:
+def prepared(config: ServeConfig) -> Server:
     """Listen, and open the files; errors are `command`'s."""
-    try:
-        import uvicorn
+    check_installed()
+    from adavipro_fast.serving.application import Limits
 
-        from adavipro_fast.serving import web
-        from adavipro_fast.serving.connections import ImpatientProtocol
-    except ImportError as error:
-        raise ImportError(f"{INSTALL} ({error})") from error
     token = read_token(config.token_file)
     if token is None and not is_loopback(config.host):
         raise ValueError(f"{config.host} can be reached by others; give --token-file")
     listening = listen(config.host, config.port)
     devices = config.device or ("auto",)
-    served = opened(config, devices)
-    metrics = web.Metrics()
-    batcher = Batcher(
+    return server(
+        listening,
+        opened(config, devices),
         devices=len(devices),
-        largest=config.batch,
-        delay=config.delay_ms / 1e3,
+        batch=config.batch,
+        delay_ms=config.delay_ms,
         room=config.queue,
-        on_batch=metrics.batches.observe,
+        limits=Limits(
+            int(1e6 * config.body_mb),
+            int(1e6 * config.image_megapixels),
+            config.images,
+            config.seconds,
+        ),
+        token=token,
+        origins=config.allow_origin,
     )
-    limits = web.Limits(
-        int(1e6 * config.body_mb), int(1e6 * config.image_megapixels), config.images, config.seconds
-    )
-    application = web.create(
-        served, batcher, limits=limits, token=token, metrics=metrics, origins=config.allow_origin
-    )
-    settings = uvicorn.Config(
-        application,
-        http=ImpatientProtocol,
-        ws="none",
-        log_config=None,
-        # What clients send wrong is told to them, not to the terminal.
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=LONGEST_STOP_S,
-    )
-    return Prepared(uvicorn.Server(settings), listening, served, batcher, metrics)
 
 
 def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:

@@ -25,9 +25,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from adavipro_fast import cli
+from adavipro_fast import cli, pictures
 from adavipro_fast.files.whole import write_whole
-from adavipro_fast.training import pictures
 from lib.cells import PUBLISHED, Lines, Sweep, cells_of, opened, run_cells, shuffle_masks
 from lib.machine import ROOT
 

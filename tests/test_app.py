@@ -1,14 +1,15 @@
 """The page: answers equal to `predict`'s, errors in one line, and what a browser shows of it."""
 
+import base64
 import json
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
-import gradio
 import pytest
 import torch
 from PIL import Image
@@ -24,8 +25,6 @@ from adavipro_fast.export.verify import Unprompted
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.predict import PredictConfig
-from adavipro_fast.serving.page import Page
-from adavipro_fast.serving.viewer import Viewer
 
 NAMES = {"shapes": ("disc", "ring", "star"), "signs": ("yes", "no")}
 CHROMIUM = shutil.which("chromium") or shutil.which("/usr/bin/chromium")
@@ -57,24 +56,36 @@ def files(demo_clip, tmp_path_factory):
     return {**paths, "both": both, "bare": root / "zero_shot.safetensors"}
 
 
-@pytest.fixture(autouse=True)
-def uploads(tmp_path_factory, monkeypatch):
-    """Uploads lie apart from the pictures of the test, as they do under the command."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-
-
 @pytest.fixture(scope="module")
 def image(folder) -> Path:
     return min((folder / "test").rglob("*.jpg"))
 
 
-def viewed(path, image, *, beside=None, task=None, reject=None):
-    viewer = Viewer(
-        open_artifact(path, device="cpu"),
-        beside and open_artifact(beside, device="cpu"),
-        reject,
-    )
-    return viewer.view(image.read_bytes(), image.name, task)
+@pytest.fixture
+def page_of():
+    """Return a client of the page of a file, as `app` makes it."""
+    made = []
+
+    def make(path, **settings):
+        server = app.prepared(AppConfig(path, port=0, device="cpu", **settings))
+        client = TestClient(server.uvicorn.config.app, base_url=server.address)
+        made.append((server, client))
+        return client.__enter__()
+
+    yield make
+    for server, client in made:
+        client.__exit__(None, None, None)
+        server.listening.close()
+
+
+def viewed(client, image, **chosen):
+    return client.post("/view", params=chosen, content=image.read_bytes())
+
+
+def size_of(address):
+    header, content = address.split(",")
+    assert header == "data:image/png;base64"
+    return Image.open(BytesIO(base64.b64decode(content))).size
 
 
 def predicted(path, image, **settings):
@@ -82,23 +93,43 @@ def predicted(path, image, **settings):
     return predict.command(config)["predictions"][0]
 
 
+SHARED = ("answer", "rejected", "classes", "mask")
+
+
 @pytest.mark.parametrize("reject", [None, 0.999])
-def test_the_page_answers_as_predict_does(files, image, reject):
-    view = viewed(files["shapes"], image, reject=reject)
-    assert {"path": str(image)} | view.answer == predicted(files["shapes"], image, reject=reject)
-    assert view.answer["answer"] == ("unknown" if reject else view.answer["classes"][0]["name"])
-    assert view.mask.size == view.prompted.size
-    assert view.latency_ms > 0
+def test_the_page_answers_as_predict_does(files, page_of, image, reject):
+    client = page_of(files["shapes"], reject=reject)
+    chosen = {} if reject is None else {"reject": reject}
+    seen = viewed(client, image, **chosen).json()
+    expected = predicted(files["shapes"], image, reject=reject)
+    assert {name: seen[name] for name in SHARED} == {name: expected[name] for name in SHARED}
+    assert seen["answer"] == ("unknown" if reject else seen["classes"][0]["name"])
+    assert size_of(seen["prompted"]) == (224, 224)
+    assert min(size_of(seen["picture"])) > 400
+    assert seen["milliseconds"] > 0
+    told = client.get("/page.json").json()
+    assert told["reject"] == reject
+    (model,) = told["models"]
+    assert model["beside"] == "Without the prompt, not calibrated"
+    assert model["calibrated"]
 
 
-def test_each_task_of_a_file_is_answered_and_an_exported_file_has_no_prompted_picture(files, image):
+def test_each_task_of_a_file_is_answered_and_an_exported_file_has_no_prompted_picture(
+    files, page_of, image
+):
+    client = page_of(files["both"], beside=files["bare"])
+    (model,) = client.get("/page.json").json()["models"]
+    assert model["tasks"] == list(NAMES)
+    assert not model["prompted_picture"]
     for task, names in NAMES.items():
-        view = viewed(files["both"], image, task=task, beside=files["bare"])
-        assert {"path": str(image)} | view.answer == predicted(files["both"], image, task=task)
-        assert {row["name"] for row in view.answer["classes"]} == set(names)
-        assert view.prompted is None
-        assert view.beside["classes"] == predicted(files["bare"], image)["classes"]
-    assert viewed(files["both"], image, task="signs").beside is None
+        seen = viewed(client, image, task=task).json()
+        expected = predicted(files["both"], image, task=task)
+        assert {name: seen[name] for name in SHARED} == {name: expected[name] for name in SHARED}
+        assert {row["name"] for row in seen["classes"]} == set(names)
+        assert seen["prompted"] is None
+        assert seen["beside"]["classes"] == predicted(files["bare"], image)["classes"]
+    assert viewed(page_of(files["both"]), image, task="signs").json()["beside"] is None
+    assert viewed(client, image).status_code == 400
 
 
 def test_without_the_prompt_it_is_the_closed_mask_s_prediction(files, image):
@@ -138,50 +169,26 @@ def test_the_prompted_picture_differs_where_the_mask_is_open_and_nowhere_else(fi
     assert differs[opened].float().mean() > 0.9
 
 
-def page_of(path):
-    return Page(Viewer(open_artifact(path, device="cpu")), title="t", beside="Without the prompt")
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_file_that_is_no_picture_is_one_line(files, tmp_path):
-    page = page_of(files["shapes"])
-    bad = tmp_path / "<b>.jpg"
+def test_a_file_that_is_no_picture_is_one_line(files, page_of, tmp_path):
+    client, bad, huge = page_of(files["shapes"]), tmp_path / "<b>.jpg", tmp_path / "huge.png"
     bad.write_text("no picture")
-    with pytest.raises(gradio.Error) as told:
-        page.drop(str(bad), None)
-    assert told.value.message.startswith("cannot read image &lt;b&gt;.jpg: it is damaged")
-    assert not told.value.print_exception
+    told = viewed(client, bad, name=bad.name)
+    assert told.status_code == 400
+    assert told.json()["error"].startswith("cannot read image '<b>.jpg': it is damaged")
     # Its size is in the header; nothing of it is decoded.
-    Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
-    with pytest.raises(gradio.Error, match="12000x12000 is more than"):
-        page.drop(str(tmp_path / "huge.png"), None)
-    assert page.shown == 0
+    Image.new("1", (12_000, 12_000)).save(huge)
+    assert "12000x12000 is more than" in viewed(client, huge).json()["error"]
 
 
-def test_paths_of_this_machine_are_not_read_and_other_hosts_are_refused(files, image):
-    page = page_of(files["shapes"])
-    client = TestClient(page.application("127.0.0.1"), base_url="http://127.0.0.1:7860")
-    named = {"path": str(image), "meta": {"_type": "gradio.FileData"}}
-    refused = client.post("/gradio_api/run/drop", json={"data": [named, None]})
-    assert refused.status_code == 500
-    assert page.shown == 0
-    assert client.get(f"/gradio_api/file={image}").status_code == 403
-    with image.open("rb") as content:
-        (uploaded,) = client.post("/gradio_api/upload", files={"files": content}).json()
-    taken = client.post("/gradio_api/run/drop", json={"data": [{**named, "path": uploaded}, None]})
-    assert taken.status_code == 200
-    assert page.shown == 1
-    assert client.get("/", headers={"Host": "rebound.example"}).status_code == 400
-
-
-def test_a_picture_is_kept_for_other_tasks(files, image):
-    page = page_of(files["both"])
-    assert page.show(None, "signs") == [None] * 5
-    kept, *first = page.drop(str(image), "shapes")
-    second = page.show(kept, "signs")
-    assert (set(first[0]), set(second[0])) == tuple(set(names) for names in NAMES.values())
-    assert "ms (onnxruntime, CPU" in second[-1]
-    assert page.shown == 1
+def test_names_of_other_hosts_are_refused_and_the_page_asks_nobody_else(files, page_of):
+    client = page_of(files["shapes"])
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert "http" not in page.text
+    for path in ("/", "/page.json"):
+        assert client.get(path, headers={"Host": "rebound.example"}).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -201,14 +208,13 @@ def test_what_cannot_be_shown_is_refused(files, flags, message):
         app.command(AppConfig(files["shapes"], port=0, device="cpu", **flags))
 
 
-def test_without_gradio_the_extra_is_named(files, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "adavipro_fast.serving.page")
+def test_without_a_web_server_the_extra_is_named(files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: app.command(AppConfig(files["shapes"], port=0, device="cpu")))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: the page needs its extra: pip install 'adavipro_fast[app]'")
+    assert line.startswith("error: serving needs its extra: pip install 'adavipro_fast[serve]'")
 
 
 @pytest.fixture
@@ -230,9 +236,8 @@ def address(files):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0
-    assert err == ""
-    assert json.loads(out.splitlines()[-1]) == {"address": address, "pictures": 1}
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out.splitlines()[-1]) == {"address": address, "pictures": 3}
 
 
 @pytest.mark.browser
@@ -241,29 +246,32 @@ def test_a_browser_shows_classes_masks_errors_and_tasks(address, files, image, t
     from playwright.sync_api import expect, sync_playwright
 
     (tmp_path / "notes.txt").write_text("no picture")
-    asked = []
+    asked, complaints = [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page()
         page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(address)
-        answer = page.get_by_test_id("label-output-value")
-        drop = page.get_by_test_id("file-upload")
+        answer, drop = page.get_by_test_id("answer"), page.get_by_label("Picture")
+        expect(page.get_by_label("Task")).to_be_visible()
         drop.set_input_files(image)
-        best = predicted(files["both"], image, task="shapes")["classes"][0]["name"]
-        expect(answer.first).to_have_text(best)
-        expect(answer).to_have_count(2)
+        best = predicted(files["both"], image, task="shapes")["answer"]
+        expect(answer).to_have_text(best)
+        expect(page.get_by_test_id("beside")).to_be_visible()
+        expect(page.get_by_role("listitem")).to_have_count(6)
         expect(page.get_by_alt_text("Where the prompt is added")).to_be_visible()
-        expect(page.get_by_text("An exported file gives no prompted image")).to_be_visible()
-        expect(page.get_by_text("The prompted picture")).not_to_be_visible()
+        expect(page.get_by_text("An exported file gives no prompted picture")).to_be_visible()
+        expect(page.get_by_alt_text("The prompted picture")).not_to_be_visible()
         # The place is empty again, for the next one.
         drop.set_input_files(tmp_path / "notes.txt")
-        expect(page.get_by_test_id("toast-body")).to_contain_text("cannot read image notes.txt")
-        expect(drop).to_be_attached()
-        page.get_by_label("Task").click()
-        page.get_by_role("option", name="signs").click()
-        best = predicted(files["both"], image, task="signs")["classes"][0]["name"]
-        expect(answer.first).to_have_text(best)
+        expect(page.get_by_role("alert")).to_contain_text("cannot read image 'notes.txt'")
+        expect(answer).not_to_be_visible()
+        drop.set_input_files(image)
+        expect(answer).to_have_text(best)
+        page.get_by_label("Task").select_option("signs")
+        expect(answer).to_have_text(predicted(files["both"], image, task="signs")["answer"])
+        assert not complaints
         # The page is left open: it must not keep the command from ending.
         browser.close()
     assert all(url.startswith((address, "data:", "blob:")) for url in asked)

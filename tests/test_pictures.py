@@ -5,8 +5,8 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection
 
+from adavipro_fast import pictures
 from adavipro_fast.method.config import PromptConfig
-from adavipro_fast.training import pictures
 
 SIDE = 224
 

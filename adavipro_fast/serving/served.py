@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from adavipro_fast.artifact.description import Artifact, Description
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
+from adavipro_fast.artifact.torch import TorchArtifact
 
 Stamp = tuple[int, int] | None
 # Behind a file's name: the model that takes image files.
@@ -29,6 +31,13 @@ class Generation:
     def about(self) -> Description:
         """What the file says about itself."""
         return self.artifacts[0].about
+
+    @cached_property
+    def unprompted(self) -> TorchArtifact | None:
+        """A checkpoint's encoder and head alone; none of other files, and without a prompt."""
+        first = self.artifacts[0]
+        prompted = isinstance(first, TorchArtifact) and not first.about.baseline
+        return first.unprompted() if prompted and isinstance(first, TorchArtifact) else None
 
 
 class Served:

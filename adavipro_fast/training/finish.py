@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adavipro_fast import pictures
 from adavipro_fast.data.metrics import mask_figures
 from adavipro_fast.data.sets import load_dataset, load_test
 from adavipro_fast.data.split import Split
@@ -22,7 +23,6 @@ from adavipro_fast.method.config import PROMPTED, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder, fingerprint
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.training import group as distributed
-from adavipro_fast.training import pictures
 from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import TrainConfig
 from adavipro_fast.training.log import say

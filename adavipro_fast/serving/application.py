@@ -1,0 +1,211 @@
+"""What the routes share: the files, limits, counters; from a request's images to a prediction."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import HTTPException, Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from torch import Tensor
+
+from adavipro_fast.artifact.answers import answers_of_tasks
+from adavipro_fast.artifact.description import Description, NotRunnableError
+from adavipro_fast.cores import threads
+from adavipro_fast.data.images import decode_image
+from adavipro_fast.method.model import Prediction
+from adavipro_fast.serving.batcher import Batcher, Job, StoppingError
+from adavipro_fast.serving.served import CLASSIFY, Generation, Served
+
+VERSION = installed("adavipro_fast")
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for."""
+
+    body_bytes: int = 16_000_000
+    image_pixels: int = 50_000_000
+    """before it is resized"""
+    images: int = 64
+    """in a request"""
+    seconds: float = 30.0
+    """for its body to arrive"""
+
+
+class Metrics:
+    """Counters for Prometheus, of one server."""
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.pictures = 0
+        """shown by the page"""
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "adavipro_requests", "requests", ("route", "code"), registry=self.registry
+        )
+        self.seconds = Histogram(
+            "adavipro_request_seconds", "time to answer", ("route",), registry=self.registry
+        )
+        self.batches = Histogram(
+            "adavipro_batch_images", "images in a batch", buckets=BATCHES, registry=self.registry
+        )
+        self.threads = Gauge(
+            "adavipro_threads", "threads of runtimes and decoders", registry=self.registry
+        )
+        self.threads.set(threads())
+        self.held = Gauge("adavipro_images_held", "images that wait or run", registry=self.registry)
+
+
+class Application:
+    """What the routes share.
+
+    Args:
+        served: files by their names, the first one first.
+        batcher: runs them.
+        limits: of a request.
+        metrics: are counted.
+    """
+
+    def __init__(
+        self, served: Sequence[Served], batcher: Batcher, limits: Limits, metrics: Metrics
+    ) -> None:
+        self.served = {each.name: each for each in served}
+        self.batcher, self.limits, self.metrics = batcher, limits, metrics
+        metrics.held.set_function(lambda: batcher.held)
+        # Decoding leaves Python's lock alone.
+        self.decoders = ThreadPoolExecutor(threads())
+
+    def named(self, name: str, version: str | None = None) -> tuple[Generation, bool]:
+        """Find a model: its file as it is now, and whether it takes image files.
+
+        Raises:
+            HTTPException: there is none.
+        """
+        files = name not in self.served and name.endswith(CLASSIFY)
+        served = self.served.get(name.removesuffix(CLASSIFY) if files else name)
+        if served is None or version not in (None, str(served.now.version)):
+            raise HTTPException(404, f"no model {name!r} of version {version or 'any'} is served")
+        return served.now, files
+
+    async def read(self, request: Request) -> bytes:
+        """Read a request's body.
+
+        Raises:
+            HTTPException: too large, or too slow.
+        """
+        most, parts, size = self.limits.body_bytes, [], 0
+        if "content-encoding" in request.headers:
+            raise HTTPException(415, "bodies are taken as they are, not compressed")
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise HTTPException(413, f"a request may have {most} bytes")
+                    parts.append(part)
+        except TimeoutError:
+            raise HTTPException(408, f"the body took over {self.limits.seconds:g} s") from None
+        return b"".join(parts)
+
+    async def decoded(self, files: Sequence[tuple[str, bytes]], about: Description) -> Tensor:
+        """Decode image files: (B, 3, S, S) uint8.
+
+        Raises:
+            HTTPException: one is not an image that can be read.
+        """
+        each = await self.decode_each(files, about)
+        for error in each:
+            if isinstance(error, ValueError):
+                raise HTTPException(400, str(error)) from None
+        return torch.from_numpy(np.stack(each))
+
+    async def decode_each(
+        self, files: Sequence[tuple[str, bytes | ValueError]], about: Description
+    ) -> list[Any]:
+        """Decode image files: for each (3, S, S) uint8, or the ValueError that says why not."""
+        transform, most = about.preprocess.pixels(), self.limits.image_pixels
+
+        def decode(name: str, content: bytes | ValueError) -> np.ndarray[Any, np.dtype[np.uint8]]:
+            if isinstance(content, ValueError):
+                raise content
+            return transform(decode_image(content, repr(name), about.preprocess, most))
+
+        loop = asyncio.get_running_loop()
+        work = [loop.run_in_executor(self.decoders, decode, *file) for file in files]
+        found = await asyncio.gather(*work, return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, ValueError):
+                raise error
+        return found
+
+    async def run(
+        self, generation: Generation, pixels: Tensor, tasks: Sequence[str] | None
+    ) -> Prediction:
+        """Classify pixels, in a batch with those of other requests.
+
+        Raises:
+            HTTPException: no task is named, or one that is not there.
+        """
+        try:
+            before = tasks_of(generation.about, tasks)
+            generation.about.numbers(tasks, len(pixels))
+            answer = self.batcher.submit(Job(generation.artifacts, pixels, tasks))
+            prediction = await asyncio.wrap_future(answer)
+            if before != tasks_of(generation.about, tasks):
+                raise StoppingError("a task was replaced meanwhile; ask again")
+            return prediction
+        except NotRunnableError as error:
+            raise HTTPException(500, str(error)) from None
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        except StoppingError as error:
+            raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
+
+    def check_images(self, count: int) -> None:
+        """Raise HTTPException unless a request may have so many images."""
+        if not 1 <= count <= self.limits.images:
+            raise HTTPException(
+                400 if count == 0 else 413,
+                f"a request has 1 to {self.limits.images} images, not {count}",
+            )
+
+
+def tasks_of(about: Description, tasks: Sequence[str] | None) -> dict[str, Description]:
+    """Describe each task that a request names, once: finding one goes through all of the file's.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    return {task: about.of_task(task) for task in dict.fromkeys(tasks or ())}
+
+
+def named_tasks(now: Generation, tasks: Sequence[str] | None) -> list[Description]:
+    """Describe the task of each image.
+
+    Raises:
+        HTTPException: one is not there.
+    """
+    try:
+        known = tasks_of(now.about, tasks)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+    return [known[task] for task in tasks or ()]
+
+
+async def classified(
+    own: Application,
+    now: Generation,
+    pixels: Tensor,
+    tasks: Sequence[str] | None,
+    reject: float | None,
+    shown: int,
+) -> list[dict[str, Any]]:
+    """Classify pixels and say it in words."""
+    prediction = await own.run(now, pixels, tasks)
+    return answers_of_tasks(now.about, prediction, tasks, reject, shown)
