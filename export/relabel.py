@@ -79,8 +79,7 @@ def command(config: RelabelConfig) -> dict[str, Any]:
         raise ValueError(f"output {output} does not end in {file.suffix}, as {file} does")
     old = head_of(file) if file.suffix == ".onnx" else load_checkpoint(file)
     if old.config.head != "text":
-        kind = "learned" if old.config.head == "linear" else "mapped"
-        raise ValueError(f"{file} has a {kind} head, no names to embed; train it on the classes")
+        raise ValueError(f"{file} has a learned head, no names to embed; train it on the classes")
     encoder, text = clip_of(old, config.model, config.pretrained)
     old.check_encoder(encoder)
     new = relabelled(old, text, config)

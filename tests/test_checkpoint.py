@@ -2,11 +2,15 @@ import json
 import os
 from dataclasses import replace
 
+import onnx
 import pytest
 import torch
 from safetensors import safe_open
 
-from adavipro_fast import AdaViPro, PromptConfig
+from adavipro_fast import AdaViPro, PromptConfig, open_artifact
+from adavipro_fast.artifact.onnx import metadata_of
+from adavipro_fast.export import to_onnx
+from adavipro_fast.export.graph import save_sealed
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.files.whole import read_safetensors, safetensors_bytes, write_whole
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -145,3 +149,35 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_whole(path, b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize("method", ["adavipro", "zero_shot"])
+def test_a_mapped_head_of_older_versions_answers_as_it_did(encoder, tmp_path, method):
+    torch.manual_seed(0)
+    width = encoder.projection.shape[0]
+    config = PromptConfig(embed_dim=4, head="linear", head_input="features")
+    model = AdaViPro(encoder, torch.randn(3, width), config, class_bias=torch.randn(3)).eval()
+    path, graph = tmp_path / "checkpoint.safetensors", tmp_path / "mapped.onnx"
+    checkpoint = checkpoint_of(model, ("a", "b", "c"))
+    checkpoint.save(path)
+    to_onnx.command(to_onnx.OnnxConfig(path, graph, input="uint8"))
+    older = {"head": "mapped", "head_input": "features", "method": method}
+    tensors, metadata = read_safetensors(path)
+    metadata["config"] |= older
+    if method == "zero_shot":
+        tensors = {k: v for k, v in tensors.items() if k.startswith(("class", "logit"))}
+    path.write_bytes(safetensors_bytes(tensors, metadata))
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model(pixels)
+        if method == "zero_shot":
+            expected = model.classify(model.prompt.normalised(pixels), torch.zeros(2, 7, 7))
+    got = open_artifact(path, device="cpu")(pixels)
+    assert torch.allclose(got.logits, expected.logits, atol=1e-3)
+    if method == "adavipro":
+        values = onnx.load(graph)
+        written = metadata_of(values) | {"config": metadata["config"]}
+        save_sealed(values, graph, written)
+        again = open_artifact(graph, device="cpu")(pixels)
+        assert torch.allclose(again.logits, expected.logits, atol=1e-3)
+        assert open_artifact(graph, device="cpu").about.config.head == "linear"

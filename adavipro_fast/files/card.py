@@ -38,7 +38,6 @@ METHODS: dict[Method, str] = {
 HEADS: dict[HeadKind, str] = {
     "text": "the nearest name, by the text encoder",
     "linear": "a linear layer, trained too",
-    "mapped": "the encoder's own classifier, one of its classes in the place of each class here",
 }
 OWN = "of the author's own"
 WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
@@ -212,8 +211,7 @@ def how_good(config: PromptConfig, run: Run | None, pictures: Sequence[str]) -> 
     val, test = f"{counted.get('val', '')}validation", f"{counted.get('test', '')}test"
     rows = [("This model", val, "val_top1"), ("This model", test, "test_top1")]
     if config.method != "zero_shot":
-        by = "its own classes" if config.head == "mapped" else "the names of the classes"
-        rows.append((f"The encoder alone, by {by}", test, "zero_shot_top1"))
+        rows.append(("The encoder alone, by the names of the classes", test, "zero_shot_top1"))
     table = ["| | images | top-1, % |", "|---|---|---|"]
     for what, split, key in rows:
         if run.figures.get(key) is not None:

@@ -10,11 +10,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 def read(kind: type[Any], values: Any) -> Any:
     """Build a dataclass from what `json.loads` gave; names that it does not know are left out.
 
+    A class whose older files say something otherwise has `upgraded`, which is called first.
+
     Raises:
         ValueError: a value is missing, of the wrong type, or none of the choices.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__} is {str(values)[:80]!r}; an object is needed")
+    values = getattr(kind, "upgraded", dict)(values)
     hints = get_type_hints(kind)
     arguments = {}
     for field in fields(kind):

@@ -41,7 +41,7 @@ class Checkpoint(ModelHubMixin):
     """What was trained, without its encoder.
 
     Tensors: `prompt` (3, S, S) and the generator's weights; `class_embeddings` (K, E);
-    `class_bias` (K,) of a linear or mapped head; `logit_scale` (); a fine-tuned tower's under
+    `class_bias` (K,) of a linear head; `logit_scale` (); a fine-tuned tower's under
     `visual.`.
     """
 

@@ -1,5 +1,6 @@
 """What a prompt is made of: the settings that travel in the checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ DTYPES = {
     "int8": torch.float32,
     "fp8": torch.float32,
 }
-HeadKind = Literal["text", "linear", "mapped"]
+HeadKind = Literal["text", "linear"]
 HeadInput = Literal["embedding", "features"]
 Input = Literal["float32", "uint8", "any"]
 LARGEST_SIDE = 4096
@@ -54,8 +55,7 @@ class PromptConfig:
     generator_init: Literal["random", "avoid-edges"] = "random"
     """first values of the mask generator: torch's default, or open where edges are weak"""
     head: HeadKind = "text"
-    """what scores the classes: embeddings of their names, a learned linear layer, or classes of the
-    encoder's own classifier, each in the place of one (timm:NAME)"""
+    """what scores the classes: embeddings of their names, or a learned linear layer"""
     head_input: HeadInput | None = None
     """what a linear head reads: unit embeddings, or the features before the projection (default:
     what validation says)"""
@@ -70,16 +70,18 @@ class PromptConfig:
             raise ValueError(f"{self.method} has no prompt to leave a --margin for")
         if self.method == "zero_shot" and self.head == "linear":
             raise ValueError("zero_shot learns no head; use --method linear_probe for one alone")
-        if self.head == "mapped" and self.method in ("linear_probe", "full_finetune"):
-            raise ValueError(
-                f"{self.method} learns a head of its own; --head mapped goes with adavipro, vp or "
-                "zero_shot"
-            )
-        if self.head == "mapped" and self.head_input == "embedding":
-            raise ValueError("a mapped head reads features; leave --head-input out")
         text = self.head == "text" and self.method != "linear_probe"
         if text and self.head_input == "features":
             raise ValueError("a text head reads embeddings; use --head linear with --head-input")
+
+    @staticmethod
+    def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn a mapped head of older versions, rows that read features, into a linear one."""
+        if values.get("head") != "mapped":
+            return dict(values)
+        method = values.get("method")
+        method = "linear_probe" if method == "zero_shot" else method
+        return {**values, "method": method, "head": "linear", "head_input": "features"}
 
     def stored(self) -> dict[str, Any]:
         """Return what files keep; they keep the margin with the preprocessing."""

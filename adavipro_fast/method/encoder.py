@@ -65,31 +65,6 @@ class LeanAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).reshape(batch, tokens, channels)), None
 
 
-class Classifier(nn.Module):
-    """The linear layer that reads an encoder's features: weight (C, F) and bias (C,), frozen."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        weight = layer.weight.detach().float().clone()
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias.clone())
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Score features (B, F): logits (B, C), fp32."""
-        return F.linear(features, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class NoClassifier:
-    """In a classifier's place, of an encoder that has none."""
-
-    reason: str
-
-
 class FrozenEncoder(nn.Module):
     """A CLIP image tower that never learns, and that is never changed in place.
 
@@ -103,7 +78,6 @@ class FrozenEncoder(nn.Module):
         logit_scale: factor of the cosine, at most 100 as in CLIP.
         logit_bias: added to it where the encoder was trained with a sigmoid, as SigLIP.
         sha256: of its weights, where it is known.
-        classifier: of its own, which it was trained with; no part of the hash.
         quick_gelu: see `EncoderIdentity`.
     """
 
@@ -117,7 +91,6 @@ class FrozenEncoder(nn.Module):
         logit_scale: float,
         logit_bias: float | None = None,
         sha256: str | None = None,
-        classifier: Classifier | NoClassifier = NoClassifier("it is a CLIP"),
         quick_gelu: bool | None = None,
     ) -> None:
         super().__init__()
@@ -127,7 +100,7 @@ class FrozenEncoder(nn.Module):
         self.logit_scale, self.logit_bias = logit_scale, logit_bias
         self.sha256 = sha256 or fingerprint(visual)
         self.precision: Precision = "fp32"
-        self.classifier, self.quick_gelu = classifier, quick_gelu
+        self.quick_gelu = quick_gelu
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Keep evaluation mode whatever the surrounding model is put into."""
@@ -170,7 +143,6 @@ class FrozenEncoder(nn.Module):
             logit_scale=self.logit_scale,
             logit_bias=self.logit_bias,
             sha256=self.sha256,
-            classifier=self.classifier,
             quick_gelu=self.quick_gelu,
         )
         twin.precision = precision or self.precision

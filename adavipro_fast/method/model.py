@@ -29,7 +29,7 @@ class AdaViPro(nn.Module):
         encoder: frozen CLIP image tower, from `load_encoder`.
         class_embeddings: (K, E), unit rows; (K, F) where the head reads the features.
         config: what the prompt is made of.
-        class_bias: (K,), of a linear or mapped head (default: the encoder's bias, or none).
+        class_bias: (K,), of a linear head (default: the encoder's bias, or none).
         logit_scale: factor of the cosine (default: the encoder's).
         kernel: see `AdaptivePrompt`.
     """
@@ -57,7 +57,7 @@ class AdaViPro(nn.Module):
             std=encoder.preprocess.std,
             kernel=kernel,
         )
-        # Copies: the caller's rows neither learn nor are mapped anew.
+        # Copies: the caller's rows do not learn.
         rows = class_embeddings.detach().float().clone()
         bias = None if class_bias is None else class_bias.detach().float().clone()
         if self.config.head == "linear":

@@ -4,24 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data.config import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import nn
 
-from adavipro_fast.method.encoder import Classifier, FrozenEncoder, NoClassifier
+from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.preprocess import Preprocess
 
 PREFIX = "timm:"
 # Of cosines, as CLIP's at most; a linear head carries any scale itself.
 LOGIT_SCALE = 100.0
-# Largest difference of logits, to the largest logit: rounding of another order of sums.
-SAME_LOGITS = 1e-4
 RESIZE_MODES = {"center": "shortest", "squash": "squash"}
 
 
 def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
-    """Load a timm model's features and its classifier, on the CPU in fp32.
+    """Load a timm model's features, without its classifier, on the CPU in fp32.
 
     Args:
         model: `timm:NAME`.
@@ -42,14 +39,14 @@ def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
     tagged = f"{name}.{tag}" if tag else name
     try:
         options = {} if file is None else _options(file, tagged)
-        visual: nn.Module = timm.create_model(
-            tagged, pretrained=bool(tag or file), **options
-        ).eval()
+        visual: Any = timm.create_model(tagged, pretrained=bool(tag or file), **options).eval()
     except Exception as error:  # What timm, its hub and torch raise has no common base.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}"
         ) from error
+    if not isinstance(getattr(visual, "get_classifier", nn.Identity)(), nn.Identity):
+        visual.reset_classifier(0)
     settings = resolve_model_data_config(visual)
     _, height, width = settings["input_size"]
     if height != width:
@@ -66,14 +63,8 @@ def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
         resize_mode=RESIZE_MODES[settings["crop_mode"]],
         crop=settings["crop_pct"],
     )
-    classifier = take_classifier(visual, height)
     return FrozenEncoder(
-        visual,
-        preprocess,
-        name=model,
-        pretrained=pretrained,
-        logit_scale=LOGIT_SCALE,
-        classifier=classifier,
+        visual, preprocess, name=model, pretrained=pretrained, logit_scale=LOGIT_SCALE
     )
 
 
@@ -89,28 +80,3 @@ def _options(file: Path, name: str) -> dict[str, Any]:
     # Of other numbers of classes than its own timm would leave the classifier out.
     overlay["num_classes"] = len(rows)
     return {"num_classes": len(rows), "pretrained_cfg_overlay": overlay}
-
-
-@torch.no_grad()
-def take_classifier(visual: Any, side: int) -> Classifier | NoClassifier:
-    """Leave a timm model its features alone, and return the linear layer that read them.
-
-    Tried once on random pixels: of the features the layer must make the logits of the whole model.
-
-    Args:
-        visual: in evaluation mode, changed in place.
-        side: of its images.
-    """
-    layer = visual.get_classifier() if hasattr(visual, "get_classifier") else nn.Identity()
-    if isinstance(layer, nn.Identity):
-        return NoClassifier("its weights come without one")
-    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    logits = visual(image)
-    visual.reset_classifier(0)
-    features = visual(image)
-    if not isinstance(layer, nn.Linear):
-        return NoClassifier("timm's for it is not one linear layer")
-    fits = features.shape == (1, layer.in_features) and logits.shape == (1, layer.out_features)
-    if not fits or (layer(features) - logits).abs().max() > SAME_LOGITS * logits.abs().max():
-        return NoClassifier("timm's for it reads something else than the features")
-    return Classifier(layer)

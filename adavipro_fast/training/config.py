@@ -42,8 +42,6 @@ class OptimiserConfig:
     """weight decay of a linear head"""
     lr_encoder: float = 1e-5
     """peak learning rate of full_finetune (AdamW)"""
-    mapping: Literal["frequency", "iterative"] = "iterative"
-    """when the classes of a mapped head are found: once, before training, or at every epoch"""
     clip_prompt: float = 0.0
     """longest gradient of the template, as a Euclidean norm; 0 leaves gradients as they are"""
     tau: float = 5.0
@@ -110,7 +108,7 @@ class TrainConfig:
     recipe: Literal["paper", "best"] = "best"
     """sets the defaults of the flags below; explicit flags win"""
     model: str = "demo"
-    """open_clip model name, local-dir:PATH, demo, or timm:NAME with --head linear or mapped"""
+    """open_clip model name, local-dir:PATH, demo, or timm:NAME with --head linear"""
     pretrained: str = ""
     """tag of open_clip's or timm's weights, or their path"""
     template: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adavipro_fast import pictures
 from adavipro_fast.data.metrics import mask_figures
-from adavipro_fast.data.sets import load_dataset, load_test
+from adavipro_fast.data.sets import load_test
 from adavipro_fast.data.split import Split
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
@@ -26,7 +26,6 @@ from adavipro_fast.training import group as distributed
 from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import TrainConfig
 from adavipro_fast.training.log import say
-from adavipro_fast.training.mapping import map_classes, unprompted
 from adavipro_fast.training.state import UNTRAINED
 from adavipro_fast.training.trainer import Trainer
 
@@ -83,25 +82,15 @@ def told_to_stop(trainer: Trainer) -> Iterator[None]:
 def _zero_shot(
     trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor | None, config: TrainConfig
 ) -> float | None:
-    """Test the encoder on whole images, whatever margin the prompt has; None without a test split.
+    """Test the encoder on whole images, whatever margin the prompt has.
 
-    With a mapped head, the classes are found for the encoder alone too.
+    None without a test split, and of an encoder without text.
     """
-    region, test = config.prompt.region_size, trainer.dataset.test
-    if test is None:
+    test = trainer.dataset.test
+    if test is None or embeddings is None:
         return None
-    if config.prompt.head == "mapped":
-        model = unprompted(frozen, len(trainer.dataset.class_names), region).to(trainer.device)
-        train = trainer.dataset.train
-        if config.prompt.margin:
-            seed = config.optimiser.seed
-            train = load_dataset(config.data, model.preprocess, seed=seed).train
-        map_classes(model, train, trainer.group)
-    elif embeddings is not None:
-        settings = PromptConfig(method="zero_shot", region_size=region)
-        model = AdaViPro(frozen, embeddings, settings).to(trainer.device)
-    else:
-        return None
+    settings = PromptConfig(method="zero_shot", region_size=config.prompt.region_size)
+    model = AdaViPro(frozen, embeddings, settings).to(trainer.device)
     if config.prompt.margin:
         _, test, _ = load_test(config.data, model.preprocess)
     return trainer.evaluate(model, test).top1

@@ -34,7 +34,6 @@ from adavipro_fast.training.config import TrainConfig, difference, read_stored, 
 from adavipro_fast.training.data_record import keep_data
 from adavipro_fast.training.finish import finish
 from adavipro_fast.training.log import say
-from adavipro_fast.training.mapping import classifier_of, map_classes, unmapped_rows
 from adavipro_fast.training.probe import Head, fit_head
 from adavipro_fast.training.run_folder import held, make_folder
 from adavipro_fast.training.state import read_state
@@ -185,13 +184,12 @@ def load(config: TrainConfig) -> Loaded:
     """
     _, device = distributed.join(config.device)
     check_templates(config.template)
-    _check_head(config)
+    if config.head_from is not None and config.prompt.head != "linear":
+        raise ValueError("--head-from is where a linear head starts; add --head linear")
     frozen, text = load_clip(config.model, config.pretrained)
     if config.white_level != WHITE:
         preprocess = replace(frozen.preprocess, white_level=config.white_level)
         frozen = frozen.with_(preprocess=preprocess)
-    if config.prompt.head == "mapped":
-        classifier_of(frozen)
     torch.manual_seed(config.optimiser.seed)
     # Wrong sizes are told before images are decoded.
     bare = AdaViPro(frozen, torch.zeros(1, 1), config.prompt, kernel=config.kernel)
@@ -215,8 +213,6 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
     config = with_precision(config, group, device)
     frozen, dataset, embeddings = loaded.frozen, loaded.dataset, loaded.embeddings
     model = _model(config, frozen, dataset, embeddings, device)
-    if model.config.head == "mapped":
-        map_classes(model, dataset.train, group)
     assert config.output is not None
     if group.leads:
         keep_data(dataset, config.data.data, config.output)
@@ -255,9 +251,6 @@ def _model(
     """Build what the method trains."""
     prompt, encoder = config.prompt, frozen.to(device)
     rows, bias = embeddings, None
-    if prompt.head == "mapped":
-        rows, bias = unmapped_rows(encoder, len(dataset.class_names))
-        prompt = replace(prompt, head_input="features")
     if prompt.head == "linear" or prompt.method == "linear_probe":
         head = _head(config, encoder, dataset, embeddings, device)
         prompt = replace(prompt, head="linear", head_input=head.head_input)
@@ -272,17 +265,6 @@ def _model(
     sample = torch.linspace(0, len(dataset.train) - 1, min(CALIBRATION_IMAGES, len(dataset.train)))
     model.prompt.initialise(dataset.train.batch(sample.long(), device)[0])
     return model
-
-
-def _check_head(config: TrainConfig) -> None:
-    """Raise ValueError where settings of one head are given with another."""
-    head = config.prompt.head
-    if config.head_from is not None and head != "linear":
-        raise ValueError("--head-from is where a linear head starts; add --head linear")
-    if config.class_embeddings is not None and head == "mapped":
-        raise ValueError("--class-embeddings are no part of a mapped head; leave them out")
-    if config.optimiser.mapping != "iterative" and head != "mapped":
-        raise ValueError(f"--mapping {config.optimiser.mapping} is of --head mapped; add that")
 
 
 def _head(

@@ -29,8 +29,7 @@ from adavipro_fast.training import state
 from adavipro_fast.training.batches import gathered, shuffled
 from adavipro_fast.training.config import OptimiserConfig, lr_factor
 from adavipro_fast.training.group import Group
-from adavipro_fast.training.log import Log, logged, say
-from adavipro_fast.training.mapping import map_classes
+from adavipro_fast.training.log import Log, logged
 from adavipro_fast.training.parts import parts_of
 from adavipro_fast.training.state import UNTRAINED, Progress, State
 
@@ -106,20 +105,7 @@ class Trainer:
             full_fp32(),
         ):
             while self.progress.epoch < min(self.epochs, until or self.epochs):
-                self._map_anew()
                 self._epoch(log)
-
-    def _map_anew(self) -> None:
-        """Find the classes of a mapped head for the prompt of now, where an epoch begins.
-
-        Before the first one they were found for the untrained prompt.
-        """
-        progress, began = self.progress, time.perf_counter()
-        iterative = self.model.config.head == "mapped" and self.config.mapping == "iterative"
-        if iterative and progress.epoch > 0 and progress.step == 0:
-            if changed := map_classes(self.model, self.dataset.train, self.group):
-                say(f"mapping: {changed} classes have another source class")
-            self._count_seconds(began)
 
     def _epoch(self, log: Log) -> None:
         progress, size = self.progress, self.config.batch_size
