@@ -102,10 +102,11 @@ def test_a_sigmoids_file_is_relabelled_with_its_bias_and_its_link(siglip, tmp_pa
     checkpoint = tmp_path / "checkpoint.safetensors"
     fitted = Calibration(2.0, link="sigmoid")
     replace(checkpoint_of(model, NAMES, ("{}",)), calibration=fitted).save(checkpoint)
-    file, output = checkpoint.with_suffix(ending), tmp_path / f"new{ending}"
+    output = tmp_path / "new.safetensors"
+    assert relabel.command(RelabelConfig(checkpoint, output, names, model=name))["verified"]
     if ending == ".onnx":
-        to_onnx.command(OnnxConfig(checkpoint, file, model=name))
-    assert relabel.command(RelabelConfig(file, output, names, model=name))["verified"]
+        source, output = output, output.with_suffix(ending)
+        assert to_onnx.command(OnnxConfig(source, output, model=name))["verified"]
     new = open_artifact(output, device="cpu")
     assert new.about.calibration == Calibration(link="sigmoid")
     side = model.preprocess.size

@@ -1,22 +1,18 @@
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 
 from adavipro_fast import evaluate
-from adavipro_fast.artifact.onnx import describe_onnx, metadata_of
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import class_rows, relabel, to_onnx, verify
-from adavipro_fast.export import graph as onnx_graph
+from adavipro_fast.export import relabel, verify
 from adavipro_fast.export.relabel import RelabelConfig
-from adavipro_fast.export.to_onnx import OnnxConfig
-from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
+from adavipro_fast.files.checkpoint import Checkpoint, checkpoint_of, load_checkpoint
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.clip import DEFAULT_TEMPLATE, NoText
 from adavipro_fast.method.config import PromptConfig
@@ -45,20 +41,6 @@ def store(demo_clip, path, *, templates=TEMPLATES, stored=TEMPLATES, **config):
 @pytest.fixture(scope="module")
 def checkpoint(demo_clip, tmp_path_factory):
     return store(demo_clip, tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors")
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint):
-    path = checkpoint.with_name("exported.onnx")
-    to_onnx.command(OnnxConfig(checkpoint, path))
-    return path
-
-
-def described(exported, path, **metadata):
-    """The same graph, which says something else about itself."""
-    model = onnx.load(exported)
-    onnx_graph.save_sealed(model, path, metadata_of(model) | metadata)
-    return path
 
 
 @pytest.fixture
@@ -105,81 +87,6 @@ def test_a_checkpoint_classifies_as_one_that_was_made_with_the_new_names(
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1
     assert f"trained for other classes than these {len(names)}; measure it" in warnings[0]
-
-
-@pytest.mark.parametrize("names", [FEWER, MORE], ids=["fewer", "more"])
-def test_a_graph_classifies_as_one_exported_with_the_new_names(
-    names, exported, checkpoint, demo_clip, pixels, tmp_path
-):
-    before, path = exported.read_bytes(), tmp_path / "new" / "new.onnx"
-    result = relabel.command(RelabelConfig(exported, path, names))
-    check(demo_clip, checkpoint, path, names, pixels)
-    assert result["verified"]
-    assert result["max_abs_error"] < 1e-4
-    assert result["templates"] == TEMPLATES
-    assert exported.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
-    # The relabelled checkpoint is the relabelled graph's.
-    twin = tmp_path / "twin.safetensors"
-    relabel.command(RelabelConfig(checkpoint, twin, names))
-    assert verify.command(verify.VerifyConfig(twin, path, device="cpu"))["top1_agreement"] == 100
-
-
-FORMS = [
-    ({"graph": "pixel", "input": "uint8"}, 1e-4),
-    ({"precision": "fp16"}, 0.5),
-    ({"graph": "pixel", "precision": "fp16", "input": "uint8"}, 0.5),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("options", "tolerance"), FORMS, ids=str)
-def test_graphs_of_other_forms_classify_by_the_new_names(
-    options, tolerance, checkpoint, demo_clip, pixels, tmp_path
-):
-    source, path = tmp_path / "old.onnx", tmp_path / "new.onnx"
-    to_onnx.command(OnnxConfig(checkpoint, source, **options))
-    assert relabel.command(RelabelConfig(source, path, MORE))["max_abs_error"] < 1e-4
-    check(demo_clip, checkpoint, path, MORE, pixels, tolerance)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run bf16")
-def test_a_graph_in_bf16_is_relabelled_unverified_where_none_runs_it(checkpoint, tmp_path):
-    source, path = tmp_path / "old.onnx", tmp_path / "new.onnx"
-    to_onnx.command(OnnxConfig(checkpoint, source, precision="bf16"))
-    result = relabel.command(RelabelConfig(source, path, MORE))
-    assert (result["verified"], result["max_abs_error"]) == (False, None)
-    assert describe_onnx(path).class_names == MORE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"input": "any"}, {"baseline": True}], ids=str)
-def test_graphs_that_resize_and_baselines_are_relabelled_in_place(
-    options, checkpoint, demo_clip, tmp_path, capsys
-):
-    path = tmp_path / "model.onnx"
-    to_onnx.command(OnnxConfig(checkpoint, path, **options))
-    for names in (MORE, FEWER):
-        assert relabel.command(RelabelConfig(path, path, names))["verified"]
-    assert open_artifact(path, device="cpu").about.class_names == FEWER
-    # A baseline has no prompt that was trained for others.
-    assert ("was trained for other classes" in capsys.readouterr().err) == ("input" in options)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.slow
-def test_weights_beside_a_graph_are_copied(checkpoint, demo_clip, pixels, tmp_path, monkeypatch):
-    source, path = tmp_path / "old.onnx", tmp_path / "new.onnx"
-    with monkeypatch.context() as patch:
-        patch.setattr(onnx_graph, "ONE_FILE_BYTES", 1000)
-        to_onnx.command(OnnxConfig(checkpoint, source))
-    result = relabel.command(RelabelConfig(source, path, MORE))
-    data = tmp_path / "new.onnx.data"
-    assert data.read_bytes() == (tmp_path / "old.onnx.data").read_bytes()
-    assert result["bytes"] == path.stat().st_size + data.stat().st_size
-    (tmp_path / "old.onnx.data").unlink()
-    check(demo_clip, checkpoint, path, MORE, pixels)
 
 
 def test_training_keeps_its_templates_and_zero_shot_takes_new_names_without_a_warning(
@@ -238,60 +145,57 @@ def test_names_that_cannot_be_told_apart_are_refused(names, message, checkpoint,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_whose_rows_are_not_embedded_names_are_refused(
-    checkpoint, exported, demo_clip, tmp_path
-):
+def test_files_whose_rows_are_not_embedded_names_are_refused(checkpoint, demo_clip, tmp_path):
     def refused(file, message, output=None, **options):
         path = output or tmp_path / f"new{file.suffix}"
         with pytest.raises(ValueError, match=message):
             relabel.command(RelabelConfig(file, path, FEWER, **options))
         assert not path.exists()
 
-    refused(tmp_path / "f.engine", "relabel its .onnx and build it again")
+    for name in ("f.engine", "f.onnx"):
+        refused(tmp_path / name, f"{name} has its classes built in; relabel its checkpoint, exp")
     refused(checkpoint, "new.onnx does not end in .safetensors", tmp_path / "new.onnx")
     refused(checkpoint, "template 'a photo' has no {}", template=("a photo",))
     linear = store(demo_clip, tmp_path / "l.safetensors", head="linear", head_input="embedding")
     refused(linear, "has a learned head, no names to embed")
-    config = load_checkpoint(linear).config.stored()
-    refused(described(exported, tmp_path / "l.onnx", config=config), "has a learned head")
-    task = {"name": "a", "class_names": OLD, "config": load_checkpoint(checkpoint).config.stored()}
-    open_for = {"encoder_sha256": "0", "edge": None, "edge_padding": "zero"}
-    for metadata in ({"tasks": [task]}, {"open_for": open_for}):
-        path = described(exported, tmp_path / "tasks.onnx", **metadata)
-        refused(path, "holds tasks; relabel a task's checkpoint and export that")
-    damaged = tmp_path / "damaged.onnx"
-    damaged.write_bytes(exported.read_bytes()[:-1] + b"!")
-    refused(damaged, "is damaged")
+
+
+def test_a_checkpoint_that_classifies_otherwise_gets_no_name(checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "new.safetensors"
+    path.write_bytes(b"what lay there")
+    model = Checkpoint.model
+
+    def other(kept, encoder):
+        made = model(kept, encoder)
+        if kept.class_names == FEWER:
+            classify = made.classify
+            made.classify = lambda *given: flipped(classify(*given))
+        return made
+
+    def flipped(prediction):
+        return prediction._replace(logits=prediction.logits.flip(1))
+
+    monkeypatch.setattr(Checkpoint, "model", other)
+    with pytest.raises(VerificationError, match="was not written: logits are off by"):
+        relabel.command(RelabelConfig(checkpoint, path, FEWER))
+    assert path.read_bytes() == b"what lay there"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_another_encoder_and_one_without_text_are_refused(
-    checkpoint, exported, demo_clip, tmp_path, monkeypatch
+    checkpoint, demo_clip, tmp_path, monkeypatch
 ):
     kept, source = load_checkpoint(checkpoint), tmp_path / "other.safetensors"
     replace(kept, encoder=replace(kept.encoder, sha256="0" * 64)).save(source)
-    identity = asdict(kept.encoder) | {"sha256": "0" * 64}
-    graph = described(exported, tmp_path / "other.onnx", encoder=identity)
-    for file in (source, graph):
-        with pytest.raises(ValueError, match="is not the one this checkpoint was trained on"):
-            relabel.command(RelabelConfig(file, tmp_path / f"new{file.suffix}", FEWER))
+    with pytest.raises(ValueError, match="is not the one this checkpoint was trained on"):
+        relabel.command(RelabelConfig(source, tmp_path / "new.safetensors", FEWER))
     none = NoText("timm:x")
     monkeypatch.setattr(
         "adavipro_fast.artifact.torch.load_clip", lambda *_, **__: (demo_clip[0], none)
     )
     with pytest.raises(ValueError, match="'timm:x' has no text tower to embed names with"):
         relabel.command(RelabelConfig(checkpoint, tmp_path / "new.safetensors", FEWER))
-    assert sorted(tmp_path.iterdir()) == [graph, source]
-
-
-def test_a_graph_that_classifies_otherwise_gets_no_name(exported, tmp_path, monkeypatch):
-    path = tmp_path / "new.onnx"
-    path.write_bytes(b"what lay there")
-    scaled = class_rows.scaled_rows
-    monkeypatch.setattr(class_rows, "scaled_rows", lambda c: scaled(c).flip(0))
-    with pytest.raises(VerificationError, match="was not written: logits are off by"):
-        relabel.command(RelabelConfig(exported, path, FEWER))
-    assert path.read_bytes() == b"what lay there"
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_the_command_takes_names_with_spaces_and_ends_with_json(
