@@ -17,7 +17,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from adavipro_fast import cli
 from adavipro_fast.data.sets import NAMED
 from adavipro_fast.files import hub
-from adavipro_fast.files.card import PICTURES, Run, source_of
+from adavipro_fast.files.card import PICTURES, Run, model_card, source_of
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.training.config import read_stored
 from adavipro_fast.training.state import read_state
@@ -70,8 +70,12 @@ def command(config: PushConfig) -> dict[str, Any]:
         shutil.copyfile(config.checkpoint, folder / hub.CHECKPOINT)
         for picture in pictures:
             shutil.copyfile(config.checkpoint.with_name(picture), folder / picture)
-        card = checkpoint.generate_model_card(
-            repository=config.repository, run=run, license=config.license, pictures=pictures
+        card = model_card(
+            checkpoint,
+            repository=config.repository,
+            run=run,
+            license=config.license,
+            pictures=pictures,
         )
         card.save(folder / "README.md")
         files = sorted(path.name for path in folder.iterdir())

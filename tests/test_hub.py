@@ -1,9 +1,7 @@
 """The Hub's address, card and errors, against a Hub on the loopback; nothing leaves the machine."""
 
-import copy
 import json
 import os
-import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +16,7 @@ from adavipro_fast import AdaViPro, PromptConfig, cli, open_artifact, predict, p
 from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.files import hub as addresses
 from adavipro_fast.files.card import Run, model_card, source_of
-from adavipro_fast.files.checkpoint import Checkpoint, checkpoint_of, load_checkpoint
+from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.files.whole import read_safetensors
 from adavipro_fast.method.encoder import EncoderIdentity
 from adavipro_fast.serve import named
@@ -62,9 +60,11 @@ def checkpoint(model):
 
 @pytest.fixture
 def published(hub, checkpoint, tmp_path):
-    checkpoint.save_pretrained(tmp_path / "sent")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "sent").iterdir()}
-    hub.repositories["owner/name"] = files
+    checkpoint.save(tmp_path / "checkpoint.safetensors")
+    hub.repositories["owner/name"] = {
+        "README.md": str(model_card(checkpoint)).encode(),
+        "checkpoint.safetensors": (tmp_path / "checkpoint.safetensors").read_bytes(),
+    }
     return hub
 
 
@@ -139,48 +139,12 @@ def test_a_token_is_used_and_stands_in_no_file_and_no_line(
     assert not [n for n, c in hub.repositories["owner/name"].items() if TOKEN.encode() in c]
 
 
-def test_a_checkpoint_comes_back_as_it_was_pushed(hub, checkpoint, model, encoder, tmp_path):
-    assert checkpoint.push_to_hub("owner/name").startswith(hub.endpoint)
-    assert set(hub.repositories["owner/name"]) == {"README.md", "checkpoint.safetensors"}
-    checkpoint.save(tmp_path / "here.safetensors")
-    sent = hub.repositories["owner/name"]["checkpoint.safetensors"]
-    assert sent == (tmp_path / "here.safetensors").read_bytes()
-    again = Checkpoint.from_pretrained("owner/name")
-    assert again.class_names == checkpoint.class_names
-    x = pixels()
-    assert torch.equal(again.model(encoder)(x).logits, model(x).logits)
-
-
-def test_a_folder_is_saved_and_loaded_without_the_hub(checkpoint, tmp_path):
-    checkpoint.save_pretrained(tmp_path / "saved")
-    assert {p.name for p in (tmp_path / "saved").iterdir()} == {
-        "README.md",
-        "checkpoint.safetensors",
-    }
-    again = Checkpoint.from_pretrained(tmp_path / "saved")
-    assert again.config == checkpoint.config
-    assert all(torch.equal(again.tensors[k], v) for k, v in checkpoint.tensors.items())
-
-
-def test_the_mixin_leaves_a_checkpoint_what_it_was(checkpoint):
-    for other in (
-        copy.deepcopy(checkpoint),
-        pickle.loads(pickle.dumps(checkpoint)),
-        replace(checkpoint),
-    ):
-        assert other.class_names == checkpoint.class_names
-        assert other.tensors.keys() == checkpoint.tensors.keys()
-    with pytest.raises(AttributeError):
-        checkpoint.class_names = ()
-
-
 def test_what_was_fetched_once_opens_offline(published, monkeypatch):
     online = open_artifact("hub:owner/name", device="cpu")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     count, x = len(published.requests), pixels()
     offline = open_artifact("hub:owner/name", device="cpu")
     assert torch.equal(offline(x).logits, online(x).logits)
-    assert Checkpoint.from_pretrained("owner/name").class_names == ("a", "b_c", "d")
     assert len(published.requests) == count
 
 
@@ -227,9 +191,13 @@ def test_a_file_that_is_not_ours_is_refused(published, change, line):
         open_artifact("hub:owner/name", device="cpu")
 
 
-def test_another_encoder_is_refused_by_its_hash(hub, checkpoint):
-    strange = replace(checkpoint, encoder=EncoderIdentity("demo", "", "0" * 64))
-    strange.push_to_hub("owner/name")
+def test_another_encoder_is_refused_by_its_hash(hub, checkpoint, tmp_path):
+    strange, path = (
+        replace(checkpoint, encoder=EncoderIdentity("demo", "", "0" * 64)),
+        tmp_path / "f",
+    )
+    strange.save(path)
+    hub.repositories["owner/name"] = {"checkpoint.safetensors": path.read_bytes()}
     with pytest.raises(ValueError, match="is not the one this checkpoint was trained on"):
         open_artifact("hub:owner/name", device="cpu")
 
@@ -245,18 +213,18 @@ def test_who_may_not_write_is_told_so(hub, trained, token, status, capsys, monke
     assert not hub.repositories
 
 
-def test_without_a_network_the_way_out_is_named(hub, checkpoint, monkeypatch):
+def test_without_a_network_the_way_out_is_named(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.close()
     with pytest.raises(FileNotFoundError, match="not in the cache, and the Hub cannot be reached"):
         open_artifact("hub:owner/name")
     with pytest.raises(ConnectionError, match="owner/name: the Hub cannot be reached; check netwo"):
-        checkpoint.push_to_hub("owner/name")
+        addresses.send(tmp_path, "owner/name")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="not in the cache, and HF_HUB_OFFLINE is set"):
         open_artifact("hub:owner/name")
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set; unset it to ask for owner/n"):
-        checkpoint.push_to_hub("owner/name")
+        addresses.send(tmp_path, "owner/name")
 
 
 def test_private_means_private(hub, trained, capsys, monkeypatch):
@@ -277,11 +245,11 @@ def test_a_card_that_the_hub_does_not_take_is_told_with_its_reason(
     assert not hub.repositories["owner/name"]
 
 
-def test_a_hub_in_trouble_is_told_by_its_answer(hub, checkpoint):
+def test_a_hub_in_trouble_is_told_by_its_answer(hub, tmp_path):
     hub.repositories["owner/name"] = {}
     hub.trouble = 418
     with pytest.raises(ConnectionError, match="the Hub answers 418 for owner/name: in trouble"):
-        checkpoint.push_to_hub("owner/name")
+        addresses.send(tmp_path, "owner/name")
 
 
 @pytest.mark.parametrize("name", ["name", "hub:owner/name", "a/b/c", "a/b@c", ""])
@@ -405,7 +373,7 @@ def test_the_card_names_the_encoder_and_no_path(checkpoint, name, tag, what, rep
     source = source_of(identity)
     assert what in source.what
     assert (source.repository, source.licence) == (repository, licence)
-    card = replace(checkpoint, encoder=identity).generate_model_card()
+    card = model_card(replace(checkpoint, encoder=identity))
     assert card.data.base_model == repository
     assert "secret" not in str(card)
     assert ("see the encoder" in card.text) == (name != "demo")
@@ -413,7 +381,7 @@ def test_the_card_names_the_encoder_and_no_path(checkpoint, name, tag, what, rep
 
 def test_names_of_classes_cannot_write_the_card(checkpoint):
     names = ("`</code><script>", "a\n# b", "[x](y)")
-    text = replace(checkpoint, class_names=names).generate_model_card().text
+    text = model_card(replace(checkpoint, class_names=names)).text
     assert r"`'</code><script>`, `a\n# b`, `[x](y)`" in text
 
 
@@ -422,7 +390,7 @@ def test_every_method_has_a_card(checkpoint, method):
     config = PromptConfig(method, head="linear" if method == "linear_probe" else "text")
     figures = {"val_top1": 50.0, "test_top1": 40.0, "zero_shot_top1": 40.0, "mask_density": 1.0}
     run = Run("cifar10", {}, 3, figures)
-    card = model_card(config, ("a", "b"), checkpoint.encoder, checkpoint.preprocess, run=run)
+    card = model_card(replace(checkpoint, config=config, class_names=("a", "b")), run=run)
     assert card.data.datasets == "cifar10"
     assert card.data.tags[-1] == method
     assert "| This model | test | 40.0 |" in card.text
@@ -433,9 +401,7 @@ def test_every_method_has_a_card(checkpoint, method):
 def test_a_card_without_a_test_split_has_validations_figure(checkpoint):
     figures = {"val_top1": 50.0, "test_top1": None, "zero_shot_top1": None, "mask_density": 1.0}
     run = Run("cifar10", {"train": 9, "val": 3, "test": 0, "left_out": 1}, 3, figures)
-    card = model_card(
-        checkpoint.config, ("a", "b"), checkpoint.encoder, checkpoint.preprocess, run=run
-    )
+    card = model_card(checkpoint, run=run)
     (result,) = card.data.eval_results
     assert (result.dataset_split, result.metric_value) == ("validation", 0.5)
     assert "| This model | 3 validation | 50.0 |" in card.text

@@ -14,12 +14,13 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from adavipro_fast.errors import printable
-from adavipro_fast.files.hub import CHECKPOINT, LIBRARY, SCHEME
-from adavipro_fast.method.config import PROMPTED, HeadKind, Method, PromptConfig
+from adavipro_fast.files.checkpoint import Checkpoint
+from adavipro_fast.files.hub import LIBRARY, SCHEME
+from adavipro_fast.method.config import PROMPTED, HeadKind, Method
 from adavipro_fast.method.encoder import EncoderIdentity
-from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.method.timm_encoder import PREFIX
 
+TEMPLATE = Path(__file__).with_name("card.md")
 SHOWN_CLASSES = 200
 PICTURES = {
     "masks.png": "From the top: images, their edges, the mask (where the prompt is added), and "
@@ -70,12 +71,8 @@ class Source:
 
 
 def model_card(
-    config: PromptConfig,
-    class_names: Sequence[str],
-    encoder: EncoderIdentity,
-    preprocess: Preprocess,
+    checkpoint: Checkpoint,
     *,
-    calibrated: bool = False,
     repository: str = "owner/name",
     run: Run | None = None,
     license: str | None = None,
@@ -84,17 +81,13 @@ def model_card(
     """Write a checkpoint's model card.
 
     Args:
-        config: of the prompt.
-        class_names: in label order.
-        encoder: that it belongs to.
-        preprocess: of its images.
-        calibrated: whether `--reject` works.
+        checkpoint: what is published.
         repository: where the card will lie, owner/name.
         run: that made it, where its files are known.
         license: that the author gives the trained weights, such as apache-2.0.
         pictures: names among `PICTURES` that lie beside it.
     """
-    source = source_of(encoder)
+    config, source = checkpoint.config, source_of(checkpoint.encoder)
     known = None if run is None or run.data in (None, "demo") else run.data
     data = ModelCardData(
         library_name=LIBRARY,
@@ -104,16 +97,53 @@ def model_card(
         base_model=source.repository,
         datasets=known,
     )
+    name = repository.split("/")[-1]
     if run is not None:
-        data.model_name, data.eval_results = repository.split("/")[-1], [result_of(run)]
-    sections = (
-        what_it_is(config, class_names, preprocess, source, repository),
-        how_good(config, run, pictures),
-        usage(repository, source),
-        licences(config, encoder, source, license),
-        limits(config, preprocess, run, calibrated),
+        data.model_name, data.eval_results = name, [result_of(run)]
+    card: ModelCard = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(),
+        name=name,
+        address=SCHEME + repository,
+        library=LIBRARY,
+        code=code,
+        config=config,
+        class_names=checkpoint.class_names,
+        shown=SHOWN_CLASSES,
+        encoder=checkpoint.encoder,
+        preprocess=checkpoint.preprocess,
+        calibrated=bool(checkpoint.calibration.confidences),
+        prompted=config.method in PROMPTED,
+        adapted=METHODS[config.method].format(size=config.prompt_size, region=config.region_size),
+        head=HEADS["linear" if config.method == "linear_probe" else config.head],
+        source=source,
+        run=run,
+        figures=[] if run is None else figures_of(run, config.method),
+        counted=counted(run),
+        license=license,
+        pictures=[(file, PICTURES[file]) for file in pictures],
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    return card
+
+
+def counted(run: Run | None) -> dict[str, str]:
+    """Write how many images each split has, a space behind it; nothing where it is not known."""
+    images = {} if run is None else run.images
+    return {name: f"{images[name]} " if name in images else "" for name in ("train", "val", "test")}
+
+
+def figures_of(run: Run, method: Method) -> list[tuple[str, str, float]]:
+    """List what the run measured: of what, on which images, top-1 in percent."""
+    images = counted(run)
+    rows = [
+        ("This model", f"{images['val']}validation", "val_top1"),
+        ("This model", f"{images['test']}test", "test_top1"),
+    ]
+    if method != "zero_shot":
+        alone = "The encoder alone, by the names of the classes"
+        rows.append((alone, f"{images['test']}test", "zero_shot_top1"))
+    found = ((what, split, run.figures.get(key)) for what, split, key in rows)
+    return [(what, split, figure) for what, split, figure in found if figure is not None]
 
 
 def source_of(encoder: EncoderIdentity) -> Source:
@@ -169,140 +199,3 @@ def result_of(run: Run) -> EvalResult:
         metric_name=f"top-1 accuracy, seed {run.seed}",
         metric_value=round(figure / 100, 4),
     )
-
-
-def what_it_is(
-    config: PromptConfig,
-    class_names: Sequence[str],
-    preprocess: Preprocess,
-    source: Source,
-    repository: str,
-) -> str:
-    """Say what it is, and list the classes."""
-    adapted = METHODS[config.method].format(size=config.prompt_size, region=config.region_size)
-    head = HEADS["linear" if config.method == "linear_probe" else config.head]
-    side, margin = preprocess.size, ""
-    if preprocess.margin:
-        margin = f", shrunk by {preprocess.margin} on each side, which the prompt has for itself"
-    listed = ", ".join(code(name) for name in class_names[:SHOWN_CLASSES])
-    if len(class_names) > SHOWN_CLASSES:
-        listed += f" and {len(class_names) - SHOWN_CLASSES} more, which the file lists"
-    return f"""# {repository.split("/")[-1]}
-
-An image classifier: it tells which of {len(class_names)} classes an image shows.
-
-- **Encoder**, which turns an image into numbers: {source.what}.
-- **Adapted by**: {adapted}.
-- **From these numbers to a class**: {head}.
-- **Images**: RGB, {side} x {side} pixels{margin}; the library resizes them.
-
-## Classes
-
-In the order of the model's outputs: {listed}."""
-
-
-def how_good(config: PromptConfig, run: Run | None, pictures: Sequence[str]) -> str:
-    """Tell what the run measured, with its split and seed."""
-    shown = [f"{PICTURES[name]}:\n\n![{PICTURES[name]}]({name})" for name in pictures]
-    if run is None:
-        said = "No figures came with this file: measure it on your own images before you use it."
-        return "\n\n".join(["## How good it is", said, *shown])
-    counted = {name: f"{count} " for name, count in run.images.items()}
-    val, test = f"{counted.get('val', '')}validation", f"{counted.get('test', '')}test"
-    rows = [("This model", val, "val_top1"), ("This model", test, "test_top1")]
-    if config.method != "zero_shot":
-        rows.append(("The encoder alone, by the names of the classes", test, "zero_shot_top1"))
-    table = ["| | images | top-1, % |", "|---|---|---|"]
-    for what, split, key in rows:
-        if run.figures.get(key) is not None:
-            table.append(f"| {what} | {split} | {run.figures[key]:.1f} |")
-    data = code(run.data) if run.data else f"images {OWN}"
-    said = (
-        f"From one run on {data} ({counted.get('train', '')}training images), with seed "
-        f"{run.seed}; another seed gives other figures. What was kept was chosen on the validation "
-        "images, nothing on the test images."
-    )
-    split = "validation" if run.figures.get("test_top1") is None else "test"
-    if config.method == "adavipro":
-        said += (
-            f" The prompt is added in {100 * run.figures['mask_density']:.0f} % of the regions "
-            f"that its frame touches, in the mean over the {split} images."
-        )
-    return "\n\n".join(["## How good it is", "\n".join(table), said, *shown])
-
-
-def usage(repository: str, source: Source) -> str:
-    """Show how to classify a photo, in Python and on the command line."""
-    address = SCHEME + repository
-    options = "".join(f', {name}="{value}"' for name, value in source.flags)
-    flags = "".join(f" --{name} {value}" for name, value in source.flags)
-    return f"""## Use
-
-With the Python package `{LIBRARY}`:
-
-```python
-from pathlib import Path
-
-from {LIBRARY} import open_artifact
-from {LIBRARY}.data.images import read_pixels
-
-artifact = open_artifact("{address}"{options})
-logits, mask, embedding = artifact(read_pixels((Path("photo.jpg"),), artifact.about.preprocess))
-probabilities = artifact.about.calibration.probabilities(logits)[0]
-print(artifact.about.class_names[probabilities.argmax()], probabilities.max())
-```
-
-or on the command line:
-
-    python -m {LIBRARY}.predict {address} photo.jpg{flags}"""
-
-
-def licences(
-    config: PromptConfig, encoder: EncoderIdentity, source: Source, license: str | None
-) -> str:
-    """Say where the encoder is, and whose licences apply."""
-    named = f", on the Hub as `{source.repository}`" if source.repository else ""
-    way = "the library gets it"
-    if source.flags:
-        flags = " and ".join(code(f"--{name} {value}") for name, value in source.flags)
-        way = f"get it from its author, and say where it lies with {flags}"
-    terms = "It has a licence of its own, which holds for this model too: see the encoder"
-    if source.licence is not None:
-        terms += f" (timm records {source.licence})"
-    if encoder.name == "demo":
-        terms = "It is under the licence of that package"
-    absent = "It is not in this repository"
-    if config.method == "full_finetune":
-        absent = "As it was before this training it is not in this repository"
-    own = f"it is under {license}" if license else "its author named no licence for it"
-    return f"""## Encoder and licences
-
-The encoder is {source.what}{named}. {absent}: {way}. {terms}.
-
-Another encoder is refused by its hash, `{encoder.sha256}`.
-
-This model's own part is `{CHECKPOINT}`; {own}."""
-
-
-def limits(config: PromptConfig, preprocess: Preprocess, run: Run | None, calibrated: bool) -> str:
-    """Name what it cannot do."""
-    unknown = ""
-    if calibrated:
-        unknown = (
-            " `--reject 0.05` answers `unknown` where it is less sure than on all but 5 % of its "
-            "validation images."
-        )
-    lines = [
-        "It knows the classes above and no others: whatever an image shows, one of them is the "
-        f"answer.{unknown}",
-        "It was trained for these classes and for images like those of its training: measure it "
-        "on yours before you use it.",
-        "What the encoder and the training images get wrong about people and things, it gets "
-        "wrong too.",
-    ]
-    if config.method in PROMPTED:
-        side = preprocess.size
-        lines.append(f"The prompt fits this encoder and images of {side} x {side} pixels alone.")
-    if run is not None and run.data is None:
-        lines.append("The images of its training are not published with it.")
-    return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])

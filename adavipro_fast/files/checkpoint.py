@@ -6,15 +6,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 
-from adavipro_fast.files.card import model_card
 from adavipro_fast.files.checked import read
-from adavipro_fast.files.hub import CHECKPOINT, fetch, told
+from adavipro_fast.files.hub import CHECKPOINT
 from adavipro_fast.files.whole import (
     check_tensors,
     read_safetensors,
@@ -37,7 +35,7 @@ PROBE = {"head.weight": "class_embeddings", "head.bias": "class_bias"}
 
 
 @dataclass(frozen=True)
-class Checkpoint(ModelHubMixin):
+class Checkpoint:
     """What was trained, without its encoder.
 
     Tensors: `prompt` (3, S, S) and the generator's weights; `class_embeddings` (K, E);
@@ -53,53 +51,6 @@ class Checkpoint(ModelHubMixin):
     calibration: Calibration = UNCALIBRATED
     templates: tuple[str, ...] = ()
     """texts that class names were embedded in; none of other rows, and in files of before"""
-
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Leave out the mixin's, which would keep the settings again for a config.json."""
-        return object.__new__(cls)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, **options: Any
-    ) -> "Checkpoint":
-        """Load a checkpoint from the Hub, or from a folder that `save_pretrained` wrote.
-
-        The mixin's own would ask for a config.json first, and fail offline without one.
-
-        Args:
-            pretrained_model_name_or_path: owner/name, or the folder.
-            options: of `hub.fetch`.
-
-        Raises:
-            OSError: it is not there or cannot be fetched, with the reason.
-            ValueError: not one of ours, or damaged.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            return load_checkpoint(folder / CHECKPOINT)
-        return load_checkpoint(fetch(str(pretrained_model_name_or_path), **options))
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Send file and model card to the Hub, and return the commit's address.
-
-        Args:
-            repo_id: owner/name; made where it is not there.
-            options: of `ModelHubMixin.push_to_hub`; `model_card_kwargs` are `model_card`'s.
-
-        Raises:
-            OSError: it cannot be sent, with the reason.
-        """
-        known = {"repository": repo_id} | (options.pop("model_card_kwargs", None) or {})
-        with told(repo_id):
-            return super().push_to_hub(repo_id, model_card_kwargs=known, **options)
-
-    def generate_model_card(self, **known: Any) -> ModelCard:
-        """Write the model card; arguments are `model_card`'s."""
-        known = {"calibrated": bool(self.calibration.confidences)} | known
-        return model_card(self.config, self.class_names, self.encoder, self.preprocess, **known)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self.save(save_directory / CHECKPOINT)
 
     @property
     def file_name(self) -> str:
