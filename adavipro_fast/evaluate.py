@@ -9,17 +9,20 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from adavipro_fast import cli
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast import cli, pictures
+from adavipro_fast.artifact.description import Artifact, Description
 from adavipro_fast.artifact.open import open_artifact
+from adavipro_fast.data.cut import Cut
 from adavipro_fast.data.metrics import (
     Evaluation,
     evaluate,
     expected_calibration_error,
+    macro_of,
     mask_figures,
     negative_log_likelihood,
 )
-from adavipro_fast.data.sets import DataConfig, load_test
+from adavipro_fast.data.mistakes import confusion, mistakes, write_confusion, write_errors
+from adavipro_fast.data.sets import DataConfig, cut_of_test
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.method.calibration import Calibration
@@ -28,6 +31,8 @@ from adavipro_fast.method.prompt import frame_regions
 from adavipro_fast.training.data_record import trained_on
 
 SHOWN_CLASSES = 3
+PICTURES = (".png", ".svg", ".pdf")
+DRAWN = 24
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,23 @@ class EvaluateConfig:
     """images at once"""
     reject: cli.Reject = None
     task: cli.Task = None
+    errors: Path | None = None
+    """write the wrong answers, F.csv: path, label, answer, confidence, the least certain first"""
+    confusion: Path | None = None
+    """write how often each class (down) is answered as each (across), F.csv, or draw it, F.png"""
+    worst: Path | None = None
+    """draw the wrong answers that are most certain, F.png"""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; 1 or more is needed")
+        for path, endings in (
+            (self.errors, (".csv",)),
+            (self.confusion, (".csv", *PICTURES)),
+            (self.worst, PICTURES),
+        ):
+            if path is not None and path.suffix not in endings:
+                raise ValueError(f"{path} does not end in {' or '.join(endings)}")
 
 
 def main() -> None:
@@ -73,7 +91,8 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
     about = artifact.about
-    class_names, test, notes = load_test(config.data, about.preprocess, about.class_names)
+    class_names, cut, notes = cut_of_test(config.data, about.preprocess, about.class_names)
+    test = cut.split
     for note in notes:
         cli.warn(note)
     if trained_on(config.artifact, Path(config.data.data)):
@@ -85,10 +104,13 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     inside = frame_regions(artifact.about.preprocess.size, artifact.about.config)
     figures = mask_figures(evaluation.masks, inside)
+    per_class = evaluation.per_class(class_names)
+    write_mistakes(config, about, cut, evaluation)
     return {
         "top1": evaluation.top1,
+        "macro": macro_of(per_class),
         "n": len(test),
-        "per_class": evaluation.per_class(class_names),
+        "per_class": per_class,
         "backend": artifact.backend,
         "provider": artifact.provider,
         "images_per_s": len(test) / seconds,
@@ -97,6 +119,34 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         "mask_adaptivity": figures.adaptivity,
         "mask_placement": figures.placement,
     }
+
+
+def write_mistakes(
+    config: EvaluateConfig, about: Description, cut: Cut, evaluation: Evaluation
+) -> None:
+    """Write and draw where the model is wrong, as far as it was asked for."""
+    names = about.class_names
+    if config.confusion is not None:
+        counts = confusion(evaluation, len(names))
+        if config.confusion.suffix == ".csv":
+            write_confusion(config.confusion, counts, names)
+        else:
+            pictures.save(pictures.confusion(counts, names), config.confusion)
+    probabilities = about.calibration.probabilities(evaluation.logits)
+    found = mistakes(evaluation, probabilities, names, cut.name)
+    if config.errors is not None:
+        write_errors(config.errors, found)
+    if config.worst is not None and not found:
+        cli.warn(f"no answer is wrong, so {config.worst} is not drawn")
+    elif config.worst is not None:
+        drawn = found[: -DRAWN - 1 : -1]
+        rows = torch.tensor([each.row for each in drawn])
+        images, _ = cut.split.batch(rows, torch.device("cpu"))
+        titles = [f"{each.label}: {each.answer} {100 * each.confidence:.0f} %" for each in drawn]
+        prompt = None if about.baseline else about.config
+        pictures.save(
+            pictures.overlay(images, evaluation.masks[rows], titles, prompt), config.worst
+        )
 
 
 def probability_figures(
@@ -121,7 +171,8 @@ def summary(result: dict[str, Any]) -> str:
     shares = [(name, top1) for name, top1 in result["per_class"].items() if top1 is not None]
     worst = sorted(shares, key=lambda entry: entry[1])[:SHOWN_CLASSES]
     return (
-        f"top-1 {result['top1']:.1f} % of {result['n']} test images, by {result['backend']} "
+        f"top-1 {result['top1']:.1f} % of {result['n']} test images (mean of the classes "
+        f"{result['macro']:.1f} %), by {result['backend']} "
         f"({result['provider']}), {result['images_per_s']:.0f} images/s\n"
         f"worst classes: {', '.join(f'{name} {top1:.0f} %' for name, top1 in worst)}"
     )

@@ -31,6 +31,8 @@ GRID_PANEL = 1.5
 PANELS_IN_ROW = 8
 STRIPES = 28
 FONT = FontProperties(size=8)
+# Beyond this many classes numbers would be too small.
+MOST_NUMBERED = 40
 # Beyond this many epochs the markers would hide the line.
 MOST_MARKED = 20
 
@@ -277,6 +279,28 @@ def curves(rows: Sequence[dict[str, float]], zero_shot_top1: float | None) -> Fi
             borderaxespad=0.1,
             columnspacing=1,
         )
+    return figure
+
+
+def confusion(counts: Tensor, class_names: Sequence[str]) -> Figure:
+    """Draw a confusion matrix (K, K), classes down and answers across, shares as colours."""
+    side = min(3 + 0.3 * len(counts), 30)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    if len(counts) <= MOST_NUMBERED:
+        for (down, across), count in np.ndenumerate(counts.numpy()):
+            light = "white" if shares[down, across] > 0.5 else "black"
+            if count:
+                axis.text(across, down, count, color=light, ha="center", va="center", fontsize=7)
+    places = range(len(counts))
+    shown = [name if name.isprintable() else ascii(name)[1:-1] for name in class_names]
+    options: dict[str, Any] = {"fontsize": 7, "parse_math": False}
+    axis.set_xticks(places, shown, rotation=90, **options)
+    axis.set_yticks(places, shown, **options)
+    axis.set_xlabel("answer")
+    axis.set_ylabel("class")
     return figure
 
 

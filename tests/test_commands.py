@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import shutil
@@ -6,10 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from runpy import run_module
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adavipro_fast import cli, evaluate, predict, train
@@ -196,6 +199,46 @@ def test_evaluate_gives_training_s_test_figure(trained, folder, cache):
     assert figures["mask_density"] == result["mask_density"]
     assert (figures["n"], figures["backend"], figures["provider"]) == (12, "torch", "cpu")
     assert set(figures["per_class"]) == {"circle", "crescent", "cross"}
+
+
+def test_evaluate_writes_where_the_model_is_wrong(trained, folder, cache, tmp_path, capsys):
+    output, _ = trained
+    files = {
+        "errors": tmp_path / "errors.csv",
+        "confusion": tmp_path / "confusion.csv",
+        "worst": tmp_path / "worst.png",
+    }
+    # One class has more images than the others: the mean of the classes is another figure.
+    data = tmp_path / "unbalanced"
+    shutil.copytree(folder, data)
+    for path in sorted((data / "test" / "cross").iterdir())[1:]:
+        path.unlink()
+    settings = DataConfig(str(data), cache_dir=cache)
+    checkpoint = output / "checkpoint.safetensors"
+    figures = evaluate.command(EvaluateConfig(checkpoint, settings, device="cpu", **files))
+    shares = figures["per_class"].values()
+    assert figures["macro"] == pytest.approx(sum(shares) / 3)
+    with files["errors"].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == round(figures["n"] * (1 - figures["top1"] / 100))
+    confidences = [float(row["confidence"]) for row in rows]
+    assert confidences == sorted(confidences)
+    for row in rows:
+        assert Path(row["path"]).parent.name == row["label"] != row["answer"]
+    with files["confusion"].open(newline="") as file:
+        head, *counted = csv.reader(file)
+    assert head == ["class", *figures["per_class"]]
+    for number, (name, *counts) in enumerate(counted):
+        total = sum(map(int, counts))
+        assert 100 * int(counts[number]) / total == pytest.approx(figures["per_class"][name])
+        wrong = sum(row["label"] == name for row in rows)
+        assert total - int(counts[number]) == wrong
+    assert Image.open(files["worst"]).width > 100
+    drawn = replace(EvaluateConfig(checkpoint, settings), confusion=tmp_path / "c.png")
+    evaluate.command(drawn)
+    assert Image.open(tmp_path / "c.png").width > 100
+    with pytest.raises(ValueError, match="errors.txt does not end in .csv"):
+        EvaluateConfig(checkpoint, settings, errors=tmp_path / "errors.txt")
 
 
 def test_predict_names_classes_and_draws_the_mask(trained, folder, tmp_path):

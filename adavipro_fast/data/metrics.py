@@ -1,7 +1,7 @@
 """Accuracy of a classifier and what its masks look like."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,6 +83,15 @@ class Evaluation:
             right = (self.predicted[self.labels == label] == label).double()
             shares[name] = 100 * right.mean().item() if len(right) else None
         return shares
+
+
+def macro_of(per_class: Mapping[str, float | None]) -> float:
+    """Return the mean over classes of the share of right predictions, percent.
+
+    A class without images does not count.
+    """
+    known = [share for share in per_class.values() if share is not None]
+    return sum(known) / len(known)
 
 
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:

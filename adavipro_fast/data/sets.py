@@ -184,7 +184,15 @@ def limited(train: Split, limit: int, classes: int, seed: int) -> Split:
 def load_test(
     config: DataConfig, preprocess: Preprocess, class_names: tuple[str, ...] | None = None
 ) -> tuple[tuple[str, ...], Split, tuple[str, ...]]:
-    """Read the test split alone.
+    """Read the test split alone: class names, images, notes; else as `cut_of_test`."""
+    class_names, cut, notes = cut_of_test(config, preprocess, class_names)
+    return class_names, cut.split, notes
+
+
+def cut_of_test(
+    config: DataConfig, preprocess: Preprocess, class_names: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], Cut, tuple[str, ...]]:
+    """Read the test split alone, with the names of its files.
 
     Args:
         config: which data set.
@@ -214,7 +222,7 @@ def load_test(
         raise ValueError(f"no test image of {config.data} can be read")
     if cut.decoded.unreadable:
         notes.append(f"unreadable images are left out: {by_class([cut], class_names)}")
-    return class_names, cut.split, tuple(notes)
+    return class_names, cut, tuple(notes)
 
 
 def relabelled(source: Source, own: tuple[str, ...], names: tuple[str, ...]) -> Source:
