@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from adavipro_fast import AdaViPro, PromptConfig, open_artifact
@@ -89,3 +90,14 @@ def test_what_cannot_be_resized_in_the_graph_is_refused(exported, checkpoint, tm
     engine = TensorRtConfig(exported[0], tmp_path / "f.engine", compute_capability=("8.6",))
     with pytest.raises(ValueError, match="planned for its largest image"):
         to_tensorrt.command(engine)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [(301, 200), (90, 35)])
+def test_images_are_prepared_as_open_clip_prepares_them(mode, size):
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    image = Image.fromarray(noise)
+    settings = {"size": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    theirs = image_transform_v2(PreprocessCfg(**settings, resize_mode=mode), is_train=False)
+    ours = Preprocess(**settings, resize_mode=mode).pixels()(image)
+    np.testing.assert_array_equal(ours, ((theirs(image) + 1) * 127.5).round().to(torch.uint8))

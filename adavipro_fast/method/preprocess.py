@@ -105,7 +105,10 @@ class Preprocess:
         side = self.shorter
         if self.resize_mode == "squash":
             return side, side
-        by = min(width, height) if self.resize_mode == "shortest" else max(width, height)
+        if self.resize_mode == "longest":
+            ratio = max(width / side, height / side)
+            return round(width / ratio), round(height / ratio)
+        by = min(width, height)
         return side * width // by, side * height // by
 
     def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
@@ -114,16 +117,21 @@ class Preprocess:
         names = ("size", "mean", "std", "interpolation", "resize_mode")
         config = open_clip.transform.PreprocessCfg(**{n: getattr(inner, n) for n in names})
         whole = open_clip.transform.image_transform_v2(config, is_train=False)
-        # The last two steps are ToTensor and Normalize, which run later and on the device.
-        resize, last = whole.transforms[:-2], [type(t).__name__ for t in whole.transforms[-2:]]
+        # The first step resizes, which is done here; the last two are ToTensor and Normalize,
+        # which run later and on the device.
+        fit, last = whole.transforms[1:-2], [type(t).__name__ for t in whole.transforms[-2:]]
         assert last[0].endswith("ToTensor"), last
         assert last[1] == "Normalize", last
-        if self.crop != 1:
-            resize[0] = type(resize[0])(self.shorter, resize[0].interpolation)
+        bilinear = self.interpolation == "bilinear"
+        kernel = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
         colour = tuple(self.colour.tolist())
 
         def apply(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-            for step in resize:
+            width, height = self.resized(image.width, image.height)
+            # In two steps, since Pillow 13 goes down the columns first where that is less work,
+            # rounds to bytes in between and gives other pixels than Pillow 12 and our graphs.
+            image = image.resize((width, image.height), kernel).resize((width, height), kernel)
+            for step in fit:
                 image = step(image)
             image = ImageOps.expand(image, self.margin, colour)
             return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
