@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.images import LARGEST_IMAGE
 from adavipro_fast.device import slow_precision, torch_device

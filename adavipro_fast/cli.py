@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import torch
 import tyro
 
-from adavipro_fast.artifact import description
+from adavipro_fast.artifact import artifact
 from adavipro_fast.cores import use_threads
 from adavipro_fast.errors import EncoderWarning, VerificationError, printable
 from adavipro_fast.files import hub
@@ -39,7 +39,7 @@ Pretrained = Annotated[
     tyro.conf.arg(help="open_clip tag or path of its weights (default: as in training)"),
 ]
 Runtime = Annotated[
-    description.Runtime,
+    artifact.Runtime,
     tyro.conf.arg(
         help="of an .onnx file; auto takes OpenVINO on a CPU where the extra `openvino` is "
         "installed, but for int8, fp8 and tasks as data, else ONNX Runtime"

@@ -10,7 +10,7 @@ import tyro
 from tqdm import tqdm
 
 from adavipro_fast import cli, pictures
-from adavipro_fast.artifact.description import Artifact, Description
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.cut import Cut
 from adavipro_fast.data.metrics import (
@@ -25,6 +25,7 @@ from adavipro_fast.data.mistakes import confusion, mistakes, write_confusion, wr
 from adavipro_fast.data.sets import DataConfig, cut_of_test
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import slow_precision, torch_device
+from adavipro_fast.files.about import Description
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.config import Precision
 from adavipro_fast.method.prompt import frame_regions

@@ -14,7 +14,7 @@ import tyro
 
 from adavipro_fast import cli, pictures
 from adavipro_fast.artifact.answers import answers
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import classify_all

@@ -7,9 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Description
-from adavipro_fast.artifact.onnx import describe_onnx
-from adavipro_fast.artifact.tensorrt import read_sidecar
+from adavipro_fast.files.sealed import describe
 
 
 @dataclass(frozen=True)
@@ -23,11 +21,7 @@ class TasksConfig:
 def command(config: TasksConfig) -> dict[str, Any]:
     """Return what each task is made of."""
     path = config.artifact
-    about = (
-        Description.of(read_sidecar(path), path)
-        if path.suffix == ".engine"
-        else describe_onnx(path)
-    )
+    about = describe(path)
     tasks = [
         {
             "name": task.name,

@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Artifact, Runtime
+from adavipro_fast.artifact.artifact import Artifact, Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.images import unresized
@@ -28,14 +28,14 @@ from adavipro_fast.data.split import Split
 from adavipro_fast.device import torch_device
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.evaluate import evaluate_artifact
-from adavipro_fast.export import to_onnx
-from adavipro_fast.export.to_onnx import Graph
+from adavipro_fast.export import onnx_export
+from adavipro_fast.export.graph import GraphKind
 from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input, Precision
 from lib.machine import no_openvino
 from lib.table import Json, Plot, publish, scatter
 from lib.timing import compared, percentiles, until_steady
 
-ONNX: tuple[tuple[Graph | None, ExportPrecision, Input], ...] = (
+ONNX: tuple[tuple[GraphKind | None, ExportPrecision, Input], ...] = (
     (None, "fp32", "float32"),
     (None, "fp32", "uint8"),
     (None, "fp32", "any"),
@@ -132,7 +132,7 @@ def file_rows(config: AccuracyConfig, device: torch.device, folder: Path) -> Ite
 
 def export(
     config: AccuracyConfig,
-    graph: Graph | None,
+    graph: GraphKind | None,
     precision: ExportPrecision,
     kind: Input,
     path: Path,
@@ -142,8 +142,8 @@ def export(
     Raises:
         VerificationError: it computes something else, or loses too much.
     """
-    result = to_onnx.command(
-        to_onnx.OnnxConfig(
+    result = onnx_export.export(
+        onnx_export.OnnxConfig(
             config.checkpoint,
             path,
             graph=graph,

@@ -12,7 +12,7 @@ from typing import Any
 import latency
 
 from adavipro_fast import cli, evaluate, train
-from adavipro_fast.export import to_onnx, to_tensorrt
+from adavipro_fast.export import onnx_export, to_onnx, to_tensorrt
 from adavipro_fast.training.config import recipe
 from adavipro_fast.training.start import start_run
 
@@ -42,7 +42,7 @@ def export_onnx(checkpoint: Path) -> dict[str, Any]:
     """Export the checkpoint as ONNX and evaluate the file."""
     say("\n2/4 export to ONNX, and evaluate the file")
     path = checkpoint.with_name("demo.onnx")
-    exported = to_onnx.command(to_onnx.OnnxConfig(checkpoint, path, input="uint8"))
+    exported = onnx_export.export(onnx_export.OnnxConfig(checkpoint, path, input="uint8"))
     say(to_onnx.summary(exported))
     evaluated = evaluate.command(evaluate.EvaluateConfig(path))
     say(evaluate.summary(evaluated))

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from adavipro_fast import AdaViPro, PromptConfig, cli
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import to_onnx, to_tensorrt
+from adavipro_fast.export import onnx_export, to_tensorrt
+from adavipro_fast.export.graph import GraphKind
 from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.files.whole import write_whole
@@ -29,7 +30,7 @@ from lib.families import ENCODERS, Encoder
 from lib.machine import machine
 from lib.table import Json
 
-Form = tuple[to_onnx.Graph | None, Precision]
+Form = tuple[GraphKind | None, Precision]
 
 NAMES = ("cat", "dog", "bird")
 LARGEST_REGION = 32
@@ -87,7 +88,7 @@ def tried(encoder: Encoder, engines: bool) -> dict[str, Any]:
         for graph, precision in forms[1 if row["not_folded"] else 0 :]:
             form = f"{graph or 'own'}_{precision}"
             path = folder / f"{form}.onnx"
-            config = to_onnx.OnnxConfig(
+            config = onnx_export.OnnxConfig(
                 checkpoint, path, graph=graph, precision=precision, input="uint8",
                 model=model, pretrained=pretrained,
             )  # fmt: skip
@@ -129,10 +130,10 @@ def stepped(frozen: FrozenEncoder, text: TextTower | NoText) -> AdaViPro:
     return model.eval()
 
 
-def exported(form: str, config: to_onnx.OnnxConfig) -> dict[str, Any]:
+def exported(form: str, config: onnx_export.OnnxConfig) -> dict[str, Any]:
     """Export, and return how far the file is from PyTorch, or the refusal."""
     try:
-        result = to_onnx.command(config)
+        result = onnx_export.export(config)
     except (ValueError, VerificationError) as error:
         return {f"{form}_refused": str(error).split("\n")[0]}
     return {

@@ -30,11 +30,11 @@ import tyro
 from PIL import Image
 
 from adavipro_fast import cli, open_artifact
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.data.images import decode_image
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import graph, to_onnx
-from adavipro_fast.export.fold import deployed
+from adavipro_fast.export.graph import Form
+from adavipro_fast.export.onnx_export import Source, write_graph
 from adavipro_fast.files.checkpoint import checkpoint_of
 from lib.subject import CLASS_NAMES, Subject
 from lib.table import Json, publish
@@ -123,12 +123,9 @@ def errors(rows: list[dict[str, Any]]) -> int:
 
 def exported(subject: Subject, folder: Path) -> Path:
     """Export the subject, bytes as input."""
-    checkpoint, path = checkpoint_of(subject.model, CLASS_NAMES), folder / "served.onnx"
-    stored = folder / checkpoint.file_name
-    checkpoint.save(stored)
-    about = to_onnx.describe(checkpoint, to_onnx.OnnxConfig(stored, path, input="uint8"), "folded")
-    module, side = deployed(subject.model, uint8=True), subject.model.preprocess.size
-    graph.write(module, path, side=side, opset=to_onnx.OPSETS["fp32"], metadata=about)
+    path = folder / "served.onnx"
+    source = Source(checkpoint_of(subject.model, CLASS_NAMES), subject.model)
+    write_graph(path, [source], Form(input="uint8"))
     return path
 
 

@@ -11,10 +11,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import matplotlib as mpl
 import torch
@@ -22,13 +22,13 @@ import tyro
 from matplotlib.figure import Figure
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, open_artifact
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import graph, to_onnx, verify
-from adavipro_fast.export.fold import Plain, deployed
-from adavipro_fast.export.open_tasks import OpenTasks, folded_task
-from adavipro_fast.export.tasks import Tasks
+from adavipro_fast.export import comparison
+from adavipro_fast.export.graph import Form
+from adavipro_fast.export.onnx_export import Source, write_graph
+from adavipro_fast.export.open_tasks import folded_task
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.model import Prediction
 from lib.subject import Subject
@@ -183,7 +183,7 @@ def separate_row(subject: Subject, files: list[Artifact], size: int) -> tuple[di
 def task_model(subject: Subject, config: TasksConfig, number: int) -> AdaViPro:
     """Make a task with a prompt and classes of its own."""
     torch.manual_seed(number)
-    width = subject.model.class_embeddings.shape[1]
+    width = subject.model.head.rows.shape[1]
     prompt = PromptConfig(
         prompt_size=config.prompt_size,
         region_size=subject.model.config.region_size,
@@ -209,25 +209,16 @@ def write(subject: Subject, models: list[AdaViPro], path: Path, *, alone: bool =
         path: named after what it holds.
         alone: one task without a name.
     """
-    module: Plain
-    stored = [checkpoint_of(model, NAMES) for model in models]
-    first = path.with_suffix(".safetensors")
-    stored[0].save(first)
-    config = to_onnx.OnnxConfig(first, path, input="uint8")
-    about = to_onnx.describe(stored[0], config, "folded")
+    kind: Literal["alone", "baked", "open"] = "baked"
     if alone or path.stem == "single":
-        module = deployed(models[0], uint8=True)
+        kind = "alone"
     elif path.stem == "open":
-        module = OpenTasks(models[0], dtype=torch.float32, uint8=True)
-        about["open_for"] = asdict(to_onnx.open_for(stored))
-    else:
-        module = Tasks(models, folded=True, dtype=torch.float32, uint8=True)
-        about["tasks"] = [
-            to_onnx.describe_task(str(number), checkpoint, first)
-            for number, checkpoint in enumerate(stored)
-        ]
-    side = subject.model.preprocess.size
-    graph.write(module, path, side=side, opset=to_onnx.OPSETS["fp32"], metadata=about)
+        kind = "open"
+    sources = [
+        Source(checkpoint_of(model, NAMES), model, str(number))
+        for number, model in enumerate(models)
+    ]
+    write_graph(path, sources, Form(input="uint8", tasks=kind))
 
 
 def check(name: str, got: Prediction, own: Prediction) -> None:
@@ -238,7 +229,7 @@ def check(name: str, got: Prediction, own: Prediction) -> None:
     """
     error = (got.embedding - own.embedding).abs().max().item()
     same = torch.equal(got.mask, own.mask)
-    if not error <= verify.LARGEST_ERROR_FP32 or not same:
+    if not error <= comparison.LARGEST_ERROR_FP32 or not same:
         raise VerificationError(f"{name}: embeddings differ by {error:.1e}, masks equal: {same}")
 
 

@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import NotRunnableError, Runtime
+from adavipro_fast.artifact.artifact import NotRunnableError, Runtime
 from adavipro_fast.method.config import Precision
 from lib.loader import loader_rows
 from lib.subject import Row, Subject, export, obstacle

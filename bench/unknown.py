@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from adavipro_fast import cli, open_artifact
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.data.sets import DataConfig, load_test
 from adavipro_fast.data.split import Split
 from adavipro_fast.evaluate import evaluate_artifact

@@ -10,14 +10,13 @@ import onnx
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.description import Description
-from adavipro_fast.artifact.onnx import describe_onnx, metadata_of
 from adavipro_fast.data.folder import split_folders
 from adavipro_fast.data.images import images_in, read_pixels
 from adavipro_fast.data.sets import DataConfig, load_dataset
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export.graph import save_sealed
 from adavipro_fast.export.quantise import ELEMENTS, Array, Feeds, Kind, Quantiser, runner, search
+from adavipro_fast.files.about import Description
+from adavipro_fast.files.sealed import describe_onnx, metadata_of, save_sealed
 from adavipro_fast.method.config import ExportPrecision
 from adavipro_fast.method.preprocess import Preprocess
 

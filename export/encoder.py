@@ -14,6 +14,8 @@ from open_clip.transformer import (
 from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
+from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.head import HeadRows
 from adavipro_fast.method.model import AdaViPro
 
 
@@ -125,41 +127,48 @@ class Trunk(nn.Module):
         return pooled
 
 
-class Head(nn.Module):
+class Projection(nn.Module):
+    """From features (B, F) to the embedding (B, E), in fp32."""
+
+    weight: Tensor | None
+
+    def __init__(self, encoder: FrozenEncoder) -> None:
+        super().__init__()
+        weight = encoder.projection
+        self.register_buffer("weight", None if weight is None else weight.detach().float())
+
+    def widths(self, rows: HeadRows) -> tuple[int, int]:
+        """Count the numbers of an embedding and of the features that a head's rows go with."""
+        if self.weight is None:
+            return rows.rows.shape[1], rows.rows.shape[1]
+        return self.weight.shape[1], self.weight.shape[0]
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding (B, E), unit rows, and the features (B, F), both fp32."""
+        features = features.float()
+        embedding = features if self.weight is None else features @ self.weight
+        return embedding / embedding.norm(dim=-1, keepdim=True), features
+
+
+class Scores(nn.Module):
     """From features (B, F) to logits (B, K) and embedding (B, E), in fp32.
 
     What is left of the embedding's accuracy is not rounded away at its last step.
     """
 
     classes: Tensor
-    projection: Tensor | None
     bias: Tensor | None
 
     def __init__(self, model: AdaViPro) -> None:
         super().__init__()
-        self.on_features = model.config.head_input == "features"
-        scale = 1.0 if self.on_features else model.logit_scale
-        rows = model.class_embeddings.detach() * scale
-        self.register_buffer("classes", rows.t().contiguous())
-        for name, value in (("projection", model.encoder.projection), ("bias", model.class_bias)):
-            self.register_buffer(name, None if value is None else value.detach().float())
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Numbers of an embedding, and of the features."""
-        if self.projection is None:
-            return self.classes.shape[0], self.classes.shape[0]
-        return self.projection.shape[1], self.projection.shape[0]
-
-    def embed(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embedding (B, E), unit rows, and the features (B, F), both fp32."""
-        features = features.float()
-        embedding = features if self.projection is None else features @ self.projection
-        return embedding / embedding.norm(dim=-1, keepdim=True), features
+        self.project, head = Projection(model.encoder), model.head.folded
+        self.on_features = head.reads == "features"
+        self.register_buffer("classes", head.rows.t().contiguous())
+        self.register_buffer("bias", head.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Score the classes."""
-        embedding, features = self.embed(features)
+        embedding, features = self.project(features)
         logits = (features if self.on_features else embedding) @ self.classes
         return logits if self.bias is None else logits + self.bias, embedding
 
@@ -171,7 +180,7 @@ class Whole(nn.Module):
         super().__init__()
         self.visual, self.dtype = visual.to(dtype), dtype
         if isinstance(visual, VisionTransformer):
-            # `Head` has it.
+            # `Projection` has it.
             visual.proj = None
         replaced: list[tuple[type[nn.Module], Callable[[Any], nn.Module]]] = [
             (AttentionalPooler, Pooler),

@@ -1,6 +1,4 @@
-"""The deployed graph: argmax mask path, prompt and frozen encoder as one module without a choice.
-
-Two forms of a prompt give the same outputs:
+"""One task's prompt in the deployed graph: who decides, and two forms with the same outputs.
 
     folded   the patch embedding E is linear and patches do not overlap, so
              E(x + dilate(m) ⊙ P) = E(x) + Σ_r m_r T_r with a constant table T_r = E(P on region r)
@@ -10,21 +8,10 @@ With uint8 input the normalisation x = a·u + c is folded too: into the patch em
 the collapsed generator. The mask path stays in fp32 whatever the encoder's precision.
 """
 
-import copy
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adavipro_fast.export.encoder import Head, Trunk, Whole, is_plain
-from adavipro_fast.export.patches import (
-    PatchEmbedding,
-    foldable,
-    folding_obstacle,
-    patch_convolution,
-    take_tokens,
-)
 from adavipro_fast.method.functional import (
     LAPLACIAN,
     SOBEL_X,
@@ -200,139 +187,17 @@ class Affine(nn.Module):
         return images * self.values[0] + self.values[1]
 
 
-class Plain(nn.Module):
-    """The encoder and its head: image (B, 3, S, S) to logits (B, K) and embedding (B, E).
+class PixelPrompt(nn.Module):
+    """The prompt on the pixels.
 
     Args:
-        model: trained; its modules are taken over.
-        folded: the tower in the form that a prompt is folded into; else as it is.
-        dtype: of the encoder's matrix products.
-        uint8: images are RGB pixels 0-255; else normalised floats.
-        in_graph: normalise bytes by a node of their own, also where the tower is folded.
+        template: (3, S, S), P.
     """
 
-    inputs: tuple[str, ...] = ("image",)
-    outputs: tuple[str, ...] = ("logits", "embedding")
-
-    def __init__(
-        self,
-        model: AdaViPro,
-        *,
-        folded: bool,
-        dtype: torch.dtype,
-        uint8: bool,
-        in_graph: bool = False,
-    ) -> None:
+    def __init__(self, template: Tensor) -> None:
         super().__init__()
-        visual, prompt = model.encoder.visual, model.prompt
-        self.uint8 = uint8
-        self.scale = 1 / (255 * prompt.std) if uint8 else torch.ones(3)
-        self.shift = -prompt.mean / prompt.std if uint8 else torch.zeros(3)
-        in_graph = in_graph or not folded
-        affine = (torch.ones(3), torch.zeros(3)) if in_graph else (self.scale, self.shift)
-        self.normalise = Affine(self.scale, self.shift) if uint8 and in_graph else nn.Identity()
-        self.head = Head(model)
-        self.patches: nn.Module = nn.Identity()
-        convolution = patch_convolution(visual)
-        if convolution is not None and not folding_obstacle(visual):
-            self.patches = PatchEmbedding(convolution, *affine, dtype)
-            if not is_plain(visual):
-                take_tokens(visual)
-        self.trunk = Trunk(visual, dtype) if is_plain(visual) else Whole(visual, dtype)
-
-    def example(self, side: int) -> tuple[Tensor, ...]:
-        """Return inputs of two images."""
-        return (torch.zeros(2, 3, side, side, dtype=torch.uint8 if self.uint8 else torch.float32),)
-
-    def dynamic(self, batch: Any) -> dict[str, dict[int, Any]]:
-        """Return which axes of the inputs are open."""
-        return {name: {0: batch} for name in self.inputs}
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Classify."""
-        return self.classify(self.patches(self.normalise(image.float())))
-
-    def classify(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Go on from patch tokens, or from pixels where the tower is taken whole."""
-        logits, embedding = self.head(self.trunk(tokens))
-        return logits, embedding
-
-
-class Pixel(Plain):
-    """The prompt on the pixels; outputs are `Plain`'s and the mask (B, G, G)."""
-
-    outputs = ("logits", "mask", "embedding")
-
-    def __init__(self, model: AdaViPro, *, folded: bool, dtype: torch.dtype, uint8: bool) -> None:
-        # Before the tower is taken over.
-        convolution = patch_convolution(model.encoder.visual)
-        super().__init__(model, folded=folded, dtype=dtype, uint8=uint8)
-        prompt = model.prompt
-        assert prompt.template is not None
-        self.decide: nn.Module = Always(prompt.grid)
-        if prompt.generator is not None:
-            self.decide = MaskHead(prompt, self.scale, self.shift)
-        self.grid, self.dtype = prompt.grid, dtype
-        self.prompt_by(prompt.template().detach(), convolution)
-
-    def prompt_by(self, template: Tensor, convolution: nn.Conv2d | None) -> None:
-        """Keep the template (3, S, S)."""
         self.template = nn.Parameter(template)
 
-    def prompted(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Return the tokens of prompted pixels."""
-        normalised = self.normalise(pixels)
-        tokens: Tensor = self.patches(
-            apply_prompt(normalised, self.template, mask.to(normalised.dtype))
-        )
-        return tokens
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Classify."""
-        pixels = image.float()
-        mask = self.decide(pixels)
-        logits, embedding = self.classify(self.prompted(pixels, mask))
-        return logits, mask.int(), embedding
-
-
-class Folded(Pixel):
-    """The prompt as a table of token rows."""
-
-    def prompt_by(self, template: Tensor, convolution: nn.Conv2d | None) -> None:
-        """Keep what the template (3, S, S) adds to the tokens."""
-        assert convolution is not None
-        self.table = TokenTable(convolution, template, self.grid, self.dtype)
-
-    def prompted(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Return the tokens of pixels with the open regions' rows added."""
-        tokens: Tensor = self.table(self.patches(pixels), mask)
-        return tokens
-
-
-def deployed(
-    model: AdaViPro,
-    *,
-    folded: bool = True,
-    dtype: torch.dtype = torch.float32,
-    uint8: bool = False,
-    baseline: bool = False,
-) -> Plain:
-    """Build what is exported.
-
-    Args:
-        model: trained; stays as it is.
-        folded: the prompt as a token table; else on the pixels.
-        dtype: of the encoder's matrix products.
-        uint8: images are RGB pixels 0-255; else normalised floats.
-        baseline: leave the prompt out.
-
-    Raises:
-        ValueError: the encoder cannot be folded.
-    """
-    if folded:
-        foldable(model.encoder.visual)
-    kind: type[Plain] = Folded if folded else Pixel
-    if baseline or model.prompt.template is None:
-        kind = Plain
-    own = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    return kind(own, folded=folded, dtype=dtype, uint8=uint8)
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Prompt normalised images (B, 3, S, S), given the mask (B, G, G)."""
+        return apply_prompt(images, self.template, mask.to(images.dtype))

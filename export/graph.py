@@ -1,185 +1,262 @@
-"""Write a module as one ONNX file, and check what was written."""
+"""What is exported: a frozen encoder and its prompts as one module without a choice to make.
 
-import ast
-import json
-import logging
-import warnings
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+    image → resize → decide → normalise → patches + prompt → trunk → head → logits, mask, embedding
 
-import onnx
+One task, several whose tables are constants, and several whose tables are inputs differ in the
+parts that decide, prompt and score; everything else is the encoder.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
 import torch
-from onnx import TensorProto
+from torch import Tensor, nn
 
-from adavipro_fast.artifact.onnx import SEAL_KEY, UNSEALED, seal
-from adavipro_fast.errors import VerificationError
-from adavipro_fast.export.fold import Plain
-from adavipro_fast.export.resize import AnySize
-from adavipro_fast.files.whole import file_sha256
-from adavipro_fast.method.config import ExportPrecision
+from adavipro_fast.export.encoder import Scores, Trunk, Whole, is_plain
+from adavipro_fast.export.fold import (
+    Affine,
+    Always,
+    MaskHead,
+    PixelPrompt,
+    TokenTable,
+    template_of,
+)
+from adavipro_fast.export.open_tasks import AsData, TableMasks, TableScores, TableTokens
+from adavipro_fast.export.patches import (
+    PatchEmbedding,
+    foldable,
+    folding_obstacle,
+    patch_convolution,
+    take_tokens,
+)
+from adavipro_fast.export.resize import EXAMPLE, LARGEST_SIDE, Resize, any_size_obstacle
+from adavipro_fast.export.tasks import (
+    Numbered,
+    TaskMasks,
+    TaskPixels,
+    TaskTokens,
+    task_scores,
+    tasks_obstacle,
+)
+from adavipro_fast.method.config import DTYPES, ExportPrecision, Input
+from adavipro_fast.method.model import AdaViPro
 
-ELEMENTS = {
-    "fp32": TensorProto.FLOAT,
-    "fp16": TensorProto.FLOAT16,
-    "bf16": TensorProto.BFLOAT16,
-    # Between their quantised tensors stands fp32.
-    "int8": TensorProto.FLOAT,
-    "fp8": TensorProto.FLOAT,
-}
-PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-# Resize, mask path and head, by the names of modules and tables.
-WIDE = ("decide", "head", "edge", "kernels", "resize")
-# protobuf ends at 2 GiB; weights of larger encoders go into a second file.
-ONE_FILE_BYTES = 1_900_000_000
-
-
-def write(
-    module: Plain | AnySize, path: Path, *, side: int, opset: int, metadata: dict[str, Any]
-) -> int:
-    """Export a module as ONNX, stripped of the exporter's notes; return its number of nodes."""
-    weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-    apart = weights > ONE_FILE_BYTES
-    batch = torch.export.Dim("batch", min=1, max=65536)
-    # Without gradients attention is one node.
-    with torch.no_grad(), quiet(), exporter_errors():
-        program = torch.onnx.export(
-            module,
-            module.example(side),
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(module.inputs),
-            output_names=list(module.outputs),
-            dynamic_shapes=module.dynamic(batch),
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path, external_data=apart)
-    model = onnx.load(path, load_external_data=False)
-    clean(model)
-    widen_softmax(model)
-    if apart:
-        data = path.with_name(path.name + ".data")
-        metadata = metadata | {"data_sha256": file_sha256(data)}
-    # Older runtimes load the file, too.
-    least = onnx.helper.find_min_ir_version_for(list(model.opset_import))
-    model.ir_version = min(model.ir_version, least)
-    save_sealed(model, path, metadata)
-    return len(model.graph.node)
+GraphKind = Literal["folded", "pixel"]
 
 
-def save_sealed(model: onnx.ModelProto, path: Path, metadata: dict[str, Any]) -> None:
-    """Write a graph, what it says about itself and its own sha256, and check the file."""
-    properties = {key: json.dumps(value) for key, value in metadata.items()}
-    onnx.helper.set_model_props(model, properties | {SEAL_KEY: UNSEALED})
-    path.write_bytes(seal(model.SerializeToString()))
-    # Weights in a file of their own are more than the checker takes.
-    onnx.checker.check_model(path, full_check="data_sha256" not in metadata)
+@dataclass(frozen=True)
+class Form:
+    """Which of its forms a graph has."""
+
+    graph: GraphKind = "folded"
+    """prompt folded into the tokens, or on the pixels"""
+    precision: ExportPrecision = "fp32"
+    """of the encoder's matrix products"""
+    input: Input = "float32"
+    """normalised floats, RGB bytes 0-255, or bytes of any height and width"""
+    baseline: bool = False
+    """the encoder without a prompt"""
+    tasks: Literal["alone", "baked", "open"] = "alone"
+    """one without a name; several as constants; any number as inputs"""
+
+    @property
+    def folded(self) -> bool:
+        """Whether the prompt is folded into the tokens."""
+        return self.graph == "folded"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the encoder's matrix products; int8 and fp8 are quantised later."""
+        return DTYPES[self.precision]
 
 
-@contextmanager
-def exporter_errors() -> Iterator[None]:
-    """Tell what torch.onnx cannot export in one line.
+def usual_form(model: AdaViPro) -> GraphKind:
+    """Fold the prompt where the encoder allows it."""
+    return "pixel" if folding_obstacle(model.encoder.visual) else "folded"
+
+
+class OneTask(nn.Module):
+    """The only task has no number and no tables among the inputs."""
+
+    inputs: tuple[str, ...] = ()
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Return no inputs."""
+        return ()
+
+    def dynamic(self, batch: Any) -> tuple[dict[int, Any], ...]:
+        """Return no axes."""
+        return ()
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Choose nothing."""
+        return ()
+
+
+Inputs = OneTask | Numbered | AsData
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What differs between one task, several as constants, and several as inputs."""
+
+    tasks: Inputs
+    """from the inputs behind the image to what the others are called with"""
+    head: nn.Module
+    decide: nn.Module | None = None
+    """none without a prompt"""
+    prompt: nn.Module | None = None
+
+
+class Graph(nn.Module):
+    """The encoder and its parts; `inputs` and `outputs` name what it takes and gives.
+
+    Args:
+        model: trained; its image tower is taken over.
+        parts: of its tasks.
+        form: folded or not, precision, input.
+    """
+
+    tasks: Inputs
+    outputs: tuple[str, ...] = ("logits", "mask", "embedding")
+
+    def __init__(self, model: AdaViPro, parts: Parts, form: Form) -> None:
+        super().__init__()
+        visual = model.encoder.visual
+        self.folded, self.side = form.folded, model.preprocess.size
+        self.uint8 = form.input != "float32"
+        self.inputs = ("image", *parts.tasks.inputs)
+        if parts.decide is None:
+            self.outputs = ("logits", "embedding")
+        # Tables that are inputs are of normalised images, whatever the graph takes.
+        self.normalised_first = form.tasks == "open"
+        in_graph = self.normalised_first or not form.folded
+        scale, shift = affine_of(model, form)
+        folded_in = (torch.ones(3), torch.zeros(3)) if in_graph else (scale, shift)
+        self.resize: nn.Module | None = None
+        if form.input == "any":
+            margin = 0 if form.baseline else model.preprocess.margin
+            self.resize = Resize(replace(model.preprocess, margin=margin))
+        self.normalise = Affine(scale, shift) if self.uint8 and in_graph else nn.Identity()
+        self.decide, self.prompt, self.head = parts.decide, parts.prompt, parts.head
+        self.tasks = parts.tasks
+        self.patches: nn.Module = nn.Identity()
+        convolution = patch_convolution(visual)
+        if convolution is not None and not folding_obstacle(visual):
+            self.patches = PatchEmbedding(convolution, *folded_in, form.dtype)
+            if not is_plain(visual):
+                take_tokens(visual)
+        kind = Trunk if is_plain(visual) else Whole
+        self.trunk: nn.Module = kind(visual, form.dtype)
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Return inputs of two images."""
+        sides = EXAMPLE if self.resize is not None else (self.side, self.side)
+        dtype = torch.uint8 if self.uint8 else torch.float32
+        return (torch.zeros(2, 3, *sides, dtype=dtype), *self.tasks.example())
+
+    def dynamic(self, batch: Any) -> tuple[Any, ...]:
+        """Return which axes of the example vary."""
+        image = {0: batch}
+        if self.resize is not None:
+            names = enumerate(("height", "width"), 2)
+            image |= {at: torch.export.Dim(name, min=1, max=LARGEST_SIDE) for at, name in names}
+        rest = self.tasks.dynamic(batch)
+        return (image, rest) if rest else (image,)
+
+    def forward(self, image: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Classify: image (B, 3, S, S) to logits (B, K), mask (B, G, G) and embedding (B, E)."""
+        pixels = image.float() if self.resize is None else self.resize(image)
+        chosen = self.tasks(*rest)
+        if self.decide is None or self.prompt is None:
+            return self.classify(self.patches(self.normalise(pixels)), chosen)
+        if self.normalised_first:
+            pixels = self.normalise(pixels)
+        mask = self.decide(pixels, *chosen)
+        images = pixels if self.normalised_first else self.normalise(pixels)
+        if self.folded:
+            tokens = self.prompt(self.patches(images), mask, *chosen)
+        else:
+            tokens = self.patches(self.prompt(images, mask, *chosen))
+        logits, embedding = self.classify(tokens, chosen)
+        return logits, mask.int(), embedding
+
+    def classify(self, tokens: Tensor, chosen: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Go on from patch tokens, or from pixels where the tower is taken whole."""
+        logits, embedding = self.head(self.trunk(tokens), *chosen)
+        return logits, embedding
+
+
+def affine_of(model: AdaViPro, form: Form) -> tuple[Tensor, Tensor]:
+    """Return a and c of x = a·u + c, from a graph's pixels u to normalised ones; (3,) each."""
+    prompt = model.prompt
+    if form.input == "float32":
+        return torch.ones(3), torch.zeros(3)
+    return 1 / (255 * prompt.std), -prompt.mean / prompt.std
+
+
+def deployed(models: Sequence[AdaViPro], form: Form) -> Graph:
+    """Build what is exported.
+
+    Args:
+        models: one a task, trained; they stay as they are.
+        form: of the graph.
 
     Raises:
-        ValueError: it gave up.
+        ValueError: the encoder cannot be folded or does not take images of any size, or the models
+            cannot share a graph.
     """
-    try:
-        yield
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"torch.onnx cannot export this encoder: {type(reason).__name__}: {reason}"
-        ) from error
+    first = models[0]
+    if form.folded:
+        foldable(first.encoder.visual)
+    if form.tasks != "alone" and (obstacle := tasks_obstacle(models)):
+        raise ValueError(f"the checkpoints cannot share one graph: {obstacle}; export each alone")
+    if form.tasks == "open" and not form.folded:
+        raise ValueError("--tasks open has its prompts as tokens; use --graph folded")
+    if form.input == "any" and (obstacle := any_size_obstacle(first.preprocess)):
+        raise ValueError(f"--input any is not offered here: {obstacle}; use --input uint8")
+    own = copy.deepcopy(first).cpu().eval().requires_grad_(False)
+    # Tables are of the tower's own weights, before `Graph` casts them.
+    parts = PARTS[form.tasks]([own, *models[1:]], form)
+    return Graph(own, parts, form)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about its own passes out of the output."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _alone(models: Sequence[AdaViPro], form: Form) -> Parts:
+    model = models[0]
+    prompt, head = model.prompt, Scores(model)
+    if form.baseline or prompt.template is None:
+        return Parts(OneTask(), head)
+    decide: nn.Module = Always(prompt.grid)
+    if prompt.generator is not None:
+        decide = MaskHead(prompt, *affine_of(model, form))
+    template = template_of(model)
+    if not form.folded:
+        return Parts(OneTask(), head, decide, PixelPrompt(template))
+    convolution = foldable(model.encoder.visual)
+    table = TokenTable(convolution, template, prompt.grid, form.dtype)
+    return Parts(OneTask(), head, decide, table)
 
 
-def clean(model: onnx.ModelProto) -> None:
-    """Drop stack traces and notes, which hold paths of this machine; softmax in fp32.
-
-    Nodes are named after the module that they come from.
-    """
-    graph = model.graph
-    graph.name, model.producer_name = "adavipro_fast", "adavipro_fast"
-    del model.metadata_props[:], graph.metadata_props[:]
-    for node in graph.node:
-        notes = {note.key: note.value for note in node.metadata_props}
-        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
-        node.name = "/".join([*scopes[-2:-1], node.name]).lstrip("/")
-    for item in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
-        item.doc_string = ""
-        del item.metadata_props[:]
-    for node in graph.node:
-        if node.op_type == "Attention":
-            node.attribute.append(
-                onnx.helper.make_attribute("softmax_precision", TensorProto.FLOAT)
-            )
+def _baked(models: Sequence[AdaViPro], form: Form) -> Parts:
+    return Parts(
+        Numbered(len(models)),
+        task_scores(models),
+        TaskMasks(models, *affine_of(models[0], form)),
+        TaskTokens(models, form.dtype) if form.folded else TaskPixels(models),
+    )
 
 
-def widen_softmax(model: onnx.ModelProto) -> None:
-    """Compute each softmax in fp32 between two casts, where a tower has it in half precision."""
-    graph = model.graph
-    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
-    nodes = []
-    for node in graph.node:
-        kind = kinds.get(node.input[0]) if node.op_type == "Softmax" else None
-        if kind not in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
-            nodes.append(node)
-            continue
-        source, target = node.input[0], node.output[0]
-        node.input[0], node.output[0] = target + "_wide_in", target + "_wide_out"
-        casts = ((source, node.input[0], TensorProto.FLOAT), (node.output[0], target, kind))
-        before, after = (
-            onnx.helper.make_node("Cast", [a], [b], name=f"{node.name}/{b}", to=to)
-            for a, b, to in casts
-        )
-        nodes += [before, node, after]
-    del graph.node[:]
-    graph.node.extend(nodes)
+def _as_data(models: Sequence[AdaViPro], form: Form) -> Parts:
+    # Its edges are the graph's.
+    model = next((m for m in models if m.prompt.generator is not None), models[0])
+    return Parts(
+        AsData(model, form.dtype),
+        TableScores(model),
+        TableMasks(model),
+        TableTokens(model, form.dtype),
+    )
 
 
-def check_dtypes(path: Path, precision: ExportPrecision) -> None:
-    """Check that matrix products are in `precision`, and that what must be safe is in fp32.
-
-    Raises:
-        VerificationError: they are not.
-    """
-    model = onnx.load(path, load_external_data=False)
-    model = onnx.shape_inference.infer_shapes(model)
-    graph = model.graph
-    kinds = {
-        v.name: v.type.tensor_type.elem_type
-        for v in [*graph.value_info, *graph.input, *graph.output]
-    }
-    kinds |= {t.name: t.data_type for t in graph.initializer}
-    safe = {"LayerNormalization", "Softmax", "ReduceL2"}
-    products: Counter[int] = Counter()
-    for node in graph.node:
-        kind = kinds.get(node.input[0])
-        product = node.op_type in PRODUCTS
-        named = [*node.input, *([node.name] if product else [])]
-        wide = node.op_type in safe or any(
-            name.removeprefix("module.").startswith(WIDE) for name in named
-        )
-        if wide and kind not in (TensorProto.FLOAT, TensorProto.INT64):
-            raise VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
-        if product and not wide:
-            products[kind or 0] += 1
-    if set(products) != {ELEMENTS[precision]}:
-        names = {TensorProto.DataType.Name(k): n for k, n in products.items()}
-        raise VerificationError(f"matrix products are {names}; {precision} was asked for")
+PARTS = {"alone": _alone, "baked": _baked, "open": _as_data}

@@ -1,14 +1,13 @@
 """Tasks as inputs: one graph for any number of prompts, and a prompt folded into tables for it."""
 
-import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adavipro_fast.export.encoder import Head
-from adavipro_fast.export.fold import MaskHead, Plain, TokenTable, constant_delta, template_of
+from adavipro_fast.export.encoder import Projection
+from adavipro_fast.export.fold import MaskHead, TokenTable, constant_delta, template_of
 from adavipro_fast.export.patches import foldable, folding_obstacle
 from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.files.task import TABLES, TaskFile
@@ -34,18 +33,17 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
     if prompt.generator is not None:
         kernel, constant = (part.detach() for part in prompt.generator.collapsed())
     table = TokenTable(foldable(visual), template_of(model), prompt.grid, torch.float32)
-    head = Head(model)
-    own, count = head.classes.t(), len(model.class_embeddings)
-    widths = head.widths
-    zeros = [torch.zeros(count, width) for width in widths]
-    zeros[int(head.on_features)] = own
+    head = model.head.folded
+    count, widths = len(head.rows), Projection(model.encoder).widths(head)
+    classes = [torch.zeros(count, width) for width in widths]
+    classes[int(head.reads == "features")] = head.rows
     return TaskFile(
         name,
         {
             "kernels": kernel.clone(),
             "constants": constant.expand(prompt.grid**2).clone(),
             "rows": torch.stack([rows.detach() for rows in table.rows]),
-            "classes": torch.cat(zeros, 1),
+            "classes": torch.cat(classes, 1),
             "biases": torch.zeros(count) if head.bias is None else head.bias.clone(),
         },
         checkpoint.class_names,
@@ -56,82 +54,121 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
     )
 
 
-class OpenTasks(Plain):
-    """Image (B, 3, S, S), task (B,), numbers (T,) and tables to logits, mask and embedding.
+class Tables(NamedTuple):
+    """What a call gives beside its images: the task of each, and the tables of all tasks."""
+
+    task: Tensor
+    """(B,) int64, numbers of `numbers`"""
+    numbers: Tensor
+    """(T,) int64, 0 to T - 1"""
+    kernels: Tensor
+    constants: Tensor
+    rows: Tensor
+    classes: Tensor
+    biases: Tensor
+
+
+class AsData(nn.Module):
+    """Tasks whose tables are inputs.
 
     Args:
-        model: any of the tasks: its encoder, its edges.
-        dtype: of the encoder's matrix products.
-        uint8: images are RGB pixels 0-255; else normalised floats.
+        model: any of the tasks: its encoder, its regions.
+        dtype: of the token rows.
     """
 
-    inputs = ("image", "task", "numbers", *TABLES)
-    outputs = ("logits", "mask", "embedding")
-    index: Tensor
+    inputs = ("task", "numbers", *TABLES)
 
-    def __init__(self, model: AdaViPro, *, dtype: torch.dtype, uint8: bool) -> None:
-        own = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-        grid = model.prompt.grid
-        blank = torch.zeros(3, model.preprocess.size, model.preprocess.size)
-        table = TokenTable(foldable(model.encoder.visual), blank, grid, dtype)
-        # Tables are of normalised images, whatever the input.
-        super().__init__(own, folded=True, dtype=dtype, uint8=uint8, in_graph=True)
-        self.grid, self.dtype = grid, dtype
-        self.rows = (len(table.rows), *table.rows[0].shape)
-        self.register_buffer("index", table.index)
+    def __init__(self, model: AdaViPro, dtype: torch.dtype) -> None:
+        super().__init__()
+        grid, kernel = model.prompt.grid, model.config.region_size + 2
+        widths = Projection(model.encoder).widths(model.head.folded)
+        rows = blank_table(model, dtype).rows
+        self.shapes = [(3, kernel, kernel), (grid**2,), (len(rows), *rows[0].shape)]
+        self.shapes += [(5, sum(widths)), (5,)]
+        self.dtypes = [torch.float32, torch.float32, dtype, torch.float32, torch.float32]
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Return inputs of two images, three tasks and five classes."""
+        pairs = zip(self.shapes, self.dtypes, strict=True)
+        tables = (torch.zeros(3, *shape, dtype=dtype) for shape, dtype in pairs)
+        return (torch.zeros(2, dtype=torch.int64), torch.arange(3), *tables)
+
+    def dynamic(self, batch: Any) -> tuple[dict[int, Any], ...]:
+        """Return which axes vary: images, tasks, and classes of the largest one."""
+        tasks, classes = (torch.export.Dim(name, min=1, max=65536) for name in ("tasks", "classes"))
+        return ({0: batch}, *[{0: tasks}] * 4, *[{0: tasks, 1: classes}] * 2)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tables]:
+        """Name the inputs."""
+        return (Tables(*inputs),)
+
+
+class TableMasks(nn.Module):
+    """Normalised images (B, 3, S, S) to masks (B, G, G) bool, by the kernels of the tables.
+
+    Args:
+        model: any of the tasks: its edges.
+    """
+
+    def __init__(self, model: AdaViPro) -> None:
+        super().__init__()
+        self.grid = model.prompt.grid
         self.edge: nn.Module | None = None
         if model.prompt.generator is not None:
             self.edge = MaskHead(model.prompt, torch.ones(3), torch.zeros(3))
-        self.kernel = model.config.region_size + 2
 
-    def example(self, side: int) -> tuple[Tensor, ...]:
-        """Return inputs of two images, three tasks and five classes."""
-        kernel, widths = self.kernel, self.head.widths
-        return (
-            *super().example(side),
-            torch.zeros(2, dtype=torch.int64),
-            torch.arange(3),
-            torch.zeros(3, 3, kernel, kernel),
-            torch.zeros(3, self.grid**2),
-            torch.zeros(3, *self.rows, dtype=self.dtype),
-            torch.zeros(3, 5, sum(widths)),
-            torch.zeros(3, 5),
-        )
-
-    def dynamic(self, batch: Any) -> dict[str, dict[int, Any]]:
-        """Return which axes are open: images, tasks, and classes of the largest one."""
-        tasks, classes = (torch.export.Dim(name, min=1, max=65536) for name in ("tasks", "classes"))
-        axes: dict[str, dict[int, Any]] = {name: {0: tasks} for name in self.inputs}
-        axes |= {"image": {0: batch}, "task": {0: batch}}
-        return axes | {name: {0: tasks, 1: classes} for name in ("classes", "biases")}
-
-    def forward(  # type: ignore[override]
-        self,
-        image: Tensor,
-        task: Tensor,
-        numbers: Tensor,
-        kernels: Tensor,
-        constants: Tensor,
-        rows: Tensor,
-        classes: Tensor,
-        biases: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Classify."""
-        pixels = self.normalise(image.float())
-        chosen = (task[:, None] == numbers).float()
-        delta = (chosen[..., None] * constants).sum(1)
+    def forward(self, images: Tensor, tables: Tables) -> Tensor:
+        """Decide."""
+        chosen = (tables.task[:, None] == tables.numbers).float()
+        delta = (chosen[..., None] * tables.constants).sum(1)
         if self.edge is not None:
             assert isinstance(self.edge, MaskHead)
-            region = kernels.shape[-1] - 2
-            every = F.conv2d(self.edge.edges(pixels), kernels, stride=region, padding=1)
+            region, edges = tables.kernels.shape[-1] - 2, self.edge.edges(images)
+            every = F.conv2d(edges, tables.kernels, stride=region, padding=1)
             delta = delta + (every.flatten(2) * chosen[..., None]).sum(1)
-        mask = delta.unflatten(1, (self.grid, self.grid)) > 0
-        tokens, flat = self.patches(pixels), mask.flatten(1).to(self.dtype)
-        own = rows.index_select(0, task)
-        for part in range(self.rows[0]):
-            tokens = tokens + flat.index_select(1, self.index[part])[..., None] * own[:, part]
-        embedding, features = self.head.embed(self.trunk(tokens))
+        decided: Tensor = delta.unflatten(1, (self.grid, self.grid)) > 0
+        return decided
+
+
+class TableTokens(nn.Module):
+    """Adds the open regions' rows, of the tables, to patch tokens.
+
+    Args:
+        model: any of the tasks: its encoder, its regions.
+        dtype: of the token rows.
+    """
+
+    index: Tensor
+
+    def __init__(self, model: AdaViPro, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("index", blank_table(model, dtype).index)
+
+    def forward(self, tokens: Tensor, mask: Tensor, tables: Tables) -> Tensor:
+        """Prompt tokens (B, N, W), given the mask (B, G, G)."""
+        flat, own = mask.flatten(1).to(tokens.dtype), tables.rows.index_select(0, tables.task)
+        for part, regions in enumerate(self.index):
+            tokens = tokens + flat.index_select(1, regions)[..., None] * own[:, part]
+        return tokens
+
+
+class TableScores(nn.Module):
+    """From features (B, F) to logits (B, K of the largest task), by the tables, and embedding."""
+
+    def __init__(self, model: AdaViPro) -> None:
+        super().__init__()
+        self.project = Projection(model.encoder)
+
+    def forward(self, features: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        """Score each image's own classes."""
+        embedding, features = self.project(features)
         both = torch.cat([embedding, features], 1)
         # Not a product of matrices: those are the encoder's, in its precision.
-        scores = (classes.index_select(0, task) * both[:, None]).sum(2)
-        return scores + biases.index_select(0, task), mask.int(), embedding
+        scores = (tables.classes.index_select(0, tables.task) * both[:, None]).sum(2)
+        return scores + tables.biases.index_select(0, tables.task), embedding
+
+
+def blank_table(model: AdaViPro, dtype: torch.dtype) -> TokenTable:
+    """Return the table of a prompt of zeros: its shape, and which regions a token touches."""
+    template = torch.zeros(3, model.preprocess.size, model.preprocess.size)
+    return TokenTable(foldable(model.encoder.visual), template, model.prompt.grid, dtype)

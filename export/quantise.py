@@ -19,7 +19,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from adavipro_fast.artifact.onnx import session_options
-from adavipro_fast.export.graph import WIDE
+from adavipro_fast.export.onnx_file import WIDE
 from adavipro_fast.method.config import ExportPrecision
 
 Kind = Literal["int8", "fp8"]
@@ -165,7 +165,7 @@ def products(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     for node in model.graph.node:
         named = (node.name, *node.input)
-        if any(name.removeprefix("module.").startswith(WIDE) for name in named):
+        if any(name.startswith(WIDE) for name in named):
             continue
         transposed = any(a.name in ("transA", "transB") and a.i for a in node.attribute)
         if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights and not transposed:

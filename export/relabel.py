@@ -18,7 +18,7 @@ from torch import Tensor
 from adavipro_fast import cli
 from adavipro_fast.artifact.torch import clip_of
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export.verify import LARGEST_ERROR_FP32, SMALLEST_COSINE, sample_batches
+from adavipro_fast.export.comparison import SMALLEST_COSINE, Classify, compare, sample_batches
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.files.whole import named_when_whole
 from adavipro_fast.method.clip import (
@@ -28,7 +28,7 @@ from adavipro_fast.method.clip import (
     check_templates,
     readable,
 )
-from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.method.model import AdaViPro, Prediction
 
 # Old names that are embedded again, to see that texts and text tower are those of the old rows.
 PROBED = 4
@@ -79,7 +79,11 @@ def command(config: RelabelConfig) -> dict[str, Any]:
     with named_when_whole(output) as path:
         new.save(path)
         batches = sample_batches(old.preprocess, config.images)
-        error = verify(before, load_checkpoint(path).model(encoder), batches)
+        expected, after = by_rows(before, new), load_checkpoint(path).model(encoder)
+        with torch.no_grad():
+            comparison = compare(before, expected, after, batches)
+        if complaint := comparison.complaint("fp32"):
+            raise VerificationError(f"the file was not written: {complaint}")
         size = path.stat().st_size
     if new.config.method != "zero_shot":
         trained = "encoder" if new.config.method == "full_finetune" else "prompt"
@@ -95,7 +99,7 @@ def command(config: RelabelConfig) -> dict[str, Any]:
         "encoder": new.encoder.sha256,
         "verified": True,
         "reason": "",
-        "max_abs_error": error,
+        "max_abs_error": comparison.max_abs_error,
         "bytes": size,
     }
 
@@ -139,35 +143,16 @@ def relabelled(old: Checkpoint, text: TextTower | NoText, config: RelabelConfig)
     )
 
 
-@torch.no_grad()
-def verify(before: AdaViPro, after: AdaViPro, batches: Sequence[Tensor]) -> float:
-    """Compare logits with the old embeddings times the new rows, and all else with its own.
+def by_rows(before: AdaViPro, new: Checkpoint) -> Classify:
+    """Return what new rows must answer: the old embeddings times them, and all else as it was."""
+    scale, rows = before.head.scale, new.head.rows
+    bias = 0.0 if before.head.bias is None else before.head.bias[0]
 
-    Args:
-        before: the old classes' model.
-        after: the new classes'.
-        batches: images (B, 3, S, S) uint8.
+    def classify(pixels: Tensor) -> Prediction:
+        prediction: Prediction = before(pixels)
+        return prediction._replace(logits=scale * prediction.embedding @ rows.t() + bias)
 
-    Returns:
-        The largest difference of a logit.
-
-    Raises:
-        VerificationError: they differ by more than rounding.
-    """
-    scale = after.logit_scale
-    rows, bias, worst, moved = after.class_embeddings, after.class_bias, 0.0, 0.0
-    for pixels in batches:
-        expected, got = before(pixels), after(pixels)
-        logits = scale * expected.embedding @ rows.t() + (0.0 if bias is None else bias)
-        moved = max(moved, (expected.embedding - got.embedding).abs().max().item())
-        worst = max(worst, (logits - got.logits).abs().max().item())
-        if not torch.equal(expected.mask, got.mask):
-            raise VerificationError("the file was not written: its masks are other ones")
-    if not (moved <= LARGEST_ERROR_FP32 and worst <= LARGEST_ERROR_FP32 * scale):
-        raise VerificationError(
-            f"the file was not written: logits are off by {worst:.1e}, embeddings by {moved:.1e}"
-        )
-    return worst
+    return classify
 
 
 def summary(result: dict[str, Any]) -> str:

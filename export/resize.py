@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adavipro_fast.export.fold import Plain
 from adavipro_fast.method.preprocess import Preprocess
 
 # Pillow's filters, and how many pixels of the coarser image they reach.
@@ -92,44 +91,3 @@ def to_bytes(values: Tensor) -> Tensor:
     """Round to whole numbers from 0 to 255, halves up."""
     rounded: Tensor = (values + 0.5).floor().clamp(0, 255)
     return rounded
-
-
-class AnySize(nn.Module):
-    """A deployed module behind a resize: image (B, 3, H, W) uint8 to the module's outputs.
-
-    Args:
-        module: takes pixels 0-255.
-        preprocess: the encoder's.
-    """
-
-    def __init__(self, module: Plain, preprocess: Preprocess) -> None:
-        super().__init__()
-        self.module, self.resize = module, Resize(preprocess)
-        self.inputs, self.outputs = module.inputs, module.outputs
-
-    def example(self, side: int) -> tuple[Tensor, ...]:
-        """Return inputs of two images."""
-        _, *rest = self.module.example(side)
-        return (torch.zeros(2, 3, *EXAMPLE, dtype=torch.uint8), *rest)
-
-    def dynamic(self, batch: Any) -> dict[str, dict[int, Any]]:
-        """Return which axes of the inputs are open."""
-        sides = (torch.export.Dim(name, min=1, max=LARGEST_SIDE) for name in ("height", "width"))
-        axes = self.module.dynamic(batch)
-        return axes | {"image": {0: batch, **dict(enumerate(sides, 2))}}
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Classify."""
-        outputs: tuple[Tensor, ...] = self.module(self.resize(image))
-        return outputs
-
-
-class AnySizeTasks(AnySize):
-    """The same of many tasks."""
-
-    def forward(  # type: ignore[override]
-        self, image: Tensor, task: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Classify each image for its task."""
-        outputs: tuple[Tensor, ...] = self.module(self.resize(image), task)
-        return outputs

@@ -12,24 +12,24 @@ A prompt without a mask path is a mask of constant sign: open everywhere, or clo
 prompt.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adavipro_fast.export.encoder import Head
-from adavipro_fast.export.fold import MaskHead, Plain, TokenTable, constant_delta, template_of
+from adavipro_fast.export.encoder import Projection
+from adavipro_fast.export.fold import MaskHead, TokenTable, constant_delta, template_of
 from adavipro_fast.export.patches import foldable
 from adavipro_fast.files.task import ABSENT
 from adavipro_fast.method.model import AdaViPro
 
 # Tables with an entry a task, but for the classes.
 OF_TASKS = re.compile(
-    r"decide\.(constant|heads\.\d+\.kernel)|prompts\.(rows\.\d+|templates)|head\.columns"
+    r"decide\.(constant|heads\.\d+\.kernel)|prompt\.(rows\.\d+|templates)|head\.columns"
 )
 # Up to here a channel for each task costs less than the windows of each region's pixels.
 MOST_CHANNELS = 96
@@ -96,7 +96,7 @@ class TaskMasks(nn.Module):
         self.register_buffer("constant", constant.flatten(1))
         self.register_buffer("numbers", torch.arange(len(models)))
 
-    def forward(self, images: Tensor, task: Tensor) -> Tensor:
+    def forward(self, images: Tensor, task: Tensor, _absent: Tensor) -> Tensor:
         """Decide."""
         delta = self.constant.index_select(0, task)
         for head in self.heads:
@@ -153,7 +153,7 @@ class TaskTokens(nn.Module):
         self.register_buffer("place", place)
         self.all = len(touched) == count
 
-    def forward(self, tokens: Tensor, mask: Tensor, task: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, task: Tensor, _absent: Tensor) -> Tensor:
         """Add the open regions' rows of each image's task to tokens (B, N, W)."""
         flat, total = mask.flatten(1).to(tokens.dtype), None
         for number, rows in enumerate(self.rows):
@@ -176,7 +176,7 @@ class TaskPixels(nn.Module):
         self.grid = models[0].prompt.grid
         self.templates = nn.Parameter(torch.stack([template_of(model) for model in models]))
 
-    def forward(self, images: Tensor, mask: Tensor, task: Tensor) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor, task: Tensor, _absent: Tensor) -> Tensor:
         """Prompt normalised images (B, 3, S, S)."""
         region = (self.grid, images.shape[-1] // self.grid)
         split = self.templates.index_select(0, task).unflatten(3, region).unflatten(2, region)
@@ -185,78 +185,61 @@ class TaskPixels(nn.Module):
         return prompted
 
 
-class TaskHead(Head):
+class TaskScores(nn.Module):
     """From features (B, F) and tasks (B,) to logits (B, K of the largest task) and embedding.
 
     Classes of all tasks are scored, those of linear heads on features after the others.
     """
 
     columns: Tensor
+    bias: Tensor
     of_embedding: Tensor
     of_features: Tensor
 
     def __init__(self, models: Sequence[AdaViPro]) -> None:
-        super().__init__(models[0])
-        heads = [Head(model) for model in models]
-        counts = [head.classes.shape[1] for head in heads]
-        ordered = sorted(range(len(heads)), key=lambda number: heads[number].on_features)
-        # One more column behind all, which is no class.
-        columns = torch.full((len(heads), max(counts)), sum(counts))
-        biases, begin = [], 0
-        for number in ordered:
-            head, count = heads[number], counts[number]
-            columns[number, :count] = torch.arange(begin, begin + count)
-            biases.append(torch.zeros(count) if head.bias is None else head.bias)
-            begin += count
-        self.register_buffer("bias", torch.cat([*biases, torch.tensor([ABSENT])]))
+        super().__init__()
+        self.project = Projection(models[0].encoder)
+        columns, bias, parts = side_by_side(models, self.project)
         self.register_buffer("columns", columns)
-        rows = []
-        for on_features, width in zip((False, True), self.widths, strict=True):
-            own = [h.classes.t() for h in heads if h.on_features is on_features]
-            rows.append(torch.cat([torch.zeros(0, width), *own]))
-        self.keep(rows)
+        self.register_buffer("bias", bias)
+        absent = torch.zeros(parts[1].shape[1], 1)
+        self.register_buffer("of_embedding", parts[0].t().contiguous())
+        self.register_buffer("of_features", torch.cat([parts[1].t(), absent], 1).contiguous())
 
-    def keep(self, rows: list[Tensor]) -> None:
-        """Keep classes that are scored on the embedding (K, E), and on the features (K, F)."""
-        absent = torch.zeros(self.widths[1], 1)
-        self.register_buffer("of_embedding", rows[0].t().contiguous())
-        self.register_buffer("of_features", torch.cat([rows[1].t(), absent], 1).contiguous())
-
-    def forward(  # type: ignore[override]
-        self, features: Tensor, task: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, task: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
         """Score each image's own classes."""
-        embedding, features = self.embed(features)
+        embedding, features = self.project(features)
         scores = features @ self.of_features
         if self.of_embedding.shape[1]:
             scores = torch.cat([embedding @ self.of_embedding, scores], 1)
-        assert self.bias is not None
         logits = (scores + self.bias).gather(1, self.columns.index_select(0, task))
-        return logits, embedding
+        return logits.masked_fill(absent[:, None], ABSENT), embedding
 
 
-class GatheredHead(TaskHead):
+class GatheredScores(nn.Module):
     """The same of many tasks: an image's own classes are gathered, and they alone are scored."""
 
+    columns: Tensor
+    bias: Tensor
     rows: Tensor
     reads_features: Tensor
 
     def __init__(self, models: Sequence[AdaViPro]) -> None:
-        super().__init__(models)
-        reads = torch.tensor([model.config.head_input == "features" for model in models])
+        super().__init__()
+        self.project = Projection(models[0].encoder)
+        columns, bias, parts = side_by_side(models, self.project)
+        self.register_buffer("columns", columns)
+        self.register_buffer("bias", bias)
+        # As wide as the widest.
+        width = max(part.shape[1] for part in parts if len(part))
+        padded = [F.pad(part, (0, width - part.shape[1])) for part in parts if len(part)]
+        self.register_buffer("rows", torch.cat([*padded, torch.zeros(1, width)]))
+        reads = torch.tensor([model.head.reads == "features" for model in models])
         self.register_buffer("reads_features", reads)
 
-    def keep(self, rows: list[Tensor]) -> None:
-        """Keep all classes side by side, as wide as the widest."""
-        width = max(w for w, part in zip(self.widths, rows, strict=True) if len(part))
-        padded = [F.pad(part, (0, width - part.shape[1])) for part in rows if len(part)]
-        self.register_buffer("rows", torch.cat([*padded, torch.zeros(1, width)]))
-
-    def forward(  # type: ignore[override]
-        self, features: Tensor, task: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, task: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
         """Score each image's own classes."""
-        embedding, features = self.embed(features)
+        embedding, features = self.project(features)
         width, columns = self.rows.shape[1], self.columns.index_select(0, task)
         read = F.pad(embedding, (0, width - embedding.shape[1]))
         if width >= features.shape[1]:
@@ -264,72 +247,79 @@ class GatheredHead(TaskHead):
             read = torch.where(self.reads_features.index_select(0, task)[:, None], wide, read)
         places = columns.flatten()
         own = self.rows.index_select(0, places).unflatten(0, (-1, columns.shape[1]))
-        assert self.bias is not None
         bias = self.bias.index_select(0, places).unflatten(0, (-1, columns.shape[1]))
-        return (own * read[:, None]).sum(2) + bias, embedding
+        logits = (own * read[:, None]).sum(2) + bias
+        return logits.masked_fill(absent[:, None], ABSENT), embedding
 
 
-def task_head(models: Sequence[AdaViPro]) -> TaskHead:
+def side_by_side(
+    models: Sequence[AdaViPro], project: Projection
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Put the classes of all tasks side by side.
+
+    Returns:
+        The places of each task's classes (T, K of the largest); the biases of all, with that of no
+        class behind them; the rows that read the embedding (.., E), then those of features (.., F).
+    """
+    heads = [model.head.folded for model in models]
+    counts = [len(head.rows) for head in heads]
+    ordered = sorted(range(len(heads)), key=lambda number: heads[number].reads == "features")
+    # One more column behind all, which is no class.
+    columns = torch.full((len(heads), max(counts)), sum(counts))
+    biases, begin = [], 0
+    for number in ordered:
+        bias, count = heads[number].bias, counts[number]
+        columns[number, :count] = torch.arange(begin, begin + count)
+        biases.append(torch.zeros(count) if bias is None else bias)
+        begin += count
+    widths = project.widths(heads[0])
+    embedded, on_features = (
+        torch.cat([torch.zeros(0, width), *(head.rows for head in heads if head.reads == reads)])
+        for reads, width in zip(("embedding", "features"), widths, strict=True)
+    )
+    return columns, torch.cat([*biases, torch.tensor([ABSENT])]), (embedded, on_features)
+
+
+def task_scores(models: Sequence[AdaViPro]) -> TaskScores | GatheredScores:
     """Take the head that does less work."""
-    counts = [len(model.class_embeddings) for model in models]
+    counts = [len(model.head.rows) for model in models]
     many = sum(counts) > MOST_SCORES * max(counts)
-    return GatheredHead(models) if many else TaskHead(models)
+    return GatheredScores(models) if many else TaskScores(models)
 
 
-class Tasks(Plain):
-    """Image (B, 3, S, S) and task (B,) int64 to logits, mask and embedding.
+class Numbered(nn.Module):
+    """Tasks whose tables are constants: each image names the number of its own.
 
     Args:
-        models: one a task; what `tasks_obstacle` refuses must not be among them.
-        folded: prompts as tables of token rows; else on the pixels.
-        dtype: of the encoder's matrix products.
-        uint8: images are RGB pixels 0-255; else normalised floats.
+        count: of tasks.
     """
 
-    inputs = ("image", "task")
-    outputs = ("logits", "mask", "embedding")
+    inputs = ("task",)
 
-    def __init__(
-        self, models: Sequence[AdaViPro], *, folded: bool, dtype: torch.dtype, uint8: bool
-    ) -> None:
-        tables = None
-        if folded:
-            # Of the tower's own weights, before they are cast.
-            tables = TaskTokens(models, dtype)
-        first = copy.deepcopy(models[0]).cpu().eval().requires_grad_(False)
-        super().__init__(first, folded=folded, dtype=dtype, uint8=uint8)
-        self.head = task_head(models)
-        self.decide = TaskMasks(models, self.scale, self.shift)
-        self.prompts: nn.Module = tables or TaskPixels(models)
-        self.folded, self.count = folded, len(models)
-        # Rows and biases.
-        self.class_bytes = [
-            model.class_embeddings.nbytes + 4 * len(model.class_embeddings) for model in models
-        ]
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
 
-    def example(self, side: int) -> tuple[Tensor, ...]:
-        """Return inputs of two images."""
-        return (*super().example(side), torch.zeros(2, dtype=torch.int64))
+    def example(self) -> tuple[Tensor, ...]:
+        """Return the tasks of two images."""
+        return (torch.zeros(2, dtype=torch.int64),)
 
-    def bytes_of(self, number: int) -> int:
-        """Return the bytes that a task adds to the file."""
-        tables = self.state_dict().items()
-        own: list[int] = [t[0].nbytes for name, t in tables if OF_TASKS.fullmatch(name)]
-        total: int = sum(own) + self.class_bytes[number]
-        return total
+    def dynamic(self, batch: Any) -> tuple[dict[int, Any], ...]:
+        """Return which axes of the inputs vary."""
+        return ({0: batch},)
 
-    def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Classify."""
-        pixels = image.float()
+    def forward(self, task: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell the tasks that exist from others, of which there must be no answer."""
         # A gather would count numbers below 0 from the end: the answer of another task. Above the
-        # last one it is an error on a CPU; elsewhere there must be no answer.
+        # last one it is an error on a CPU.
         absent = (task < 0) | (task >= self.count)
-        task = torch.where(task < 0, self.count, task)
-        mask = self.decide(pixels, task)
-        normalised = self.normalise(pixels)
-        if self.folded:
-            tokens = self.prompts(self.patches(normalised), mask, task)
-        else:
-            tokens = self.patches(self.prompts(normalised, mask, task))
-        logits, embedding = self.head(self.trunk(tokens), task)
-        return logits.masked_fill(absent[:, None], ABSENT), mask.int(), embedding
+        return torch.where(task < 0, self.count, task), absent
+
+
+def bytes_of(graph: nn.Module, model: AdaViPro) -> int:
+    """Return the bytes that a task's model adds to a file of several."""
+    tables = graph.state_dict().items()
+    own: int = sum(table[0].nbytes for name, table in tables if OF_TASKS.fullmatch(name))
+    # Rows and biases.
+    size: int = model.head.rows.nbytes + 4 * len(model.head.rows)
+    return own + size

@@ -4,7 +4,6 @@ One strongly typed path for TensorRT (on the GPU it is built for) and TensorRT-R
 GPU, also on a machine without one). What an engine cannot hold lies in `F.engine.json`.
 """
 
-import json
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -16,21 +15,14 @@ import torch
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Description
-from adavipro_fast.artifact.onnx import describe_onnx
-from adavipro_fast.artifact.tensorrt import (
-    EngineArtifact,
-    compute_capability,
-    runtime_module,
-    sidecar_path,
-    sidecar_sha256,
-)
+from adavipro_fast.artifact.tensorrt import EngineArtifact, compute_capability, runtime_module
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import to_onnx
+from adavipro_fast.export.comparison import compare, sample_batches
 from adavipro_fast.export.network import WIDE_PRODUCTS, Network, prove_precision, prove_quantised
-from adavipro_fast.export.verify import compare, sample_batches
-from adavipro_fast.files.checkpoint import FORMAT
+from adavipro_fast.export.onnx_export import OnnxConfig, export
+from adavipro_fast.files.about import Description
+from adavipro_fast.files.sealed import describe_onnx, write_sidecar
 from adavipro_fast.files.whole import file_sha256, named_when_whole
 from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input
 
@@ -115,7 +107,8 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
                 prove_quantised(types, about.precision, network.dequantised)
             else:
                 prove_precision(types["products"], about.precision, wide_products(about))
-            sidecar = describe(about, source) | {
+            sidecar = about.stored() | {
+                "onnx_sha256": file_sha256(source),
                 "runtime": runtime,
                 "runtime_version": trt.__version__,
                 "compute_capabilities": capabilities,
@@ -222,8 +215,8 @@ def onnx_source(config: TensorRtConfig, folder: Path) -> Path:
             )
         return config.source
     path = folder / "source.onnx"
-    to_onnx.command(
-        to_onnx.OnnxConfig(
+    export(
+        OnnxConfig(
             checkpoint=config.source,
             output=path,
             precision=config.precision or "fp16",
@@ -235,25 +228,6 @@ def onnx_source(config: TensorRtConfig, folder: Path) -> Path:
         )
     )
     return path
-
-
-def describe(about: Description, source: Path) -> dict[str, Any]:
-    """Collect what the sidecar says beside the engine's own figures."""
-    return {
-        "format": FORMAT,
-        **asdict(about),
-        "config": about.config.stored(),
-        "preprocess": about.preprocess.stored(),
-        "onnx_sha256": file_sha256(source),
-    }
-
-
-def write_sidecar(engine: Path, values: dict[str, Any]) -> None:
-    """Write the sidecar with its own digest."""
-    # Tuples become the lists that will be read back.
-    values = json.loads(json.dumps(values))
-    text = json.dumps(values | {"sidecar_sha256": sidecar_sha256(values)}, indent=1)
-    sidecar_path(engine).write_text(text + "\n")
 
 
 def verify(path: Path, config: TensorRtConfig, capabilities: list[str]) -> dict[str, Any]:

@@ -15,9 +15,8 @@ import onnx
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.description import Description
-from adavipro_fast.artifact.onnx import describe_onnx
-from adavipro_fast.artifact.tensorrt import read_sidecar
+from adavipro_fast.files.about import Description
+from adavipro_fast.files.sealed import describe_onnx, read_sidecar
 from adavipro_fast.files.whole import flush, write_whole
 
 MODELS = Path(__file__).parent / "python_backend"
@@ -51,7 +50,7 @@ class TritonConfig:
 
 
 @dataclass(frozen=True)
-class Graph:
+class Served:
     """What is served, and how much of it at once."""
 
     about: Description
@@ -81,7 +80,7 @@ def command(config: TritonConfig) -> dict[str, Any]:
     if not plain or not name.strip("."):
         raise ValueError(f"{name!r} is no name for a model; give letters with --name")
     about, repository = graph.about, config.output
-    facts = facts_of(about)
+    facts = about.facts()
     folders = {kind: repository / (name + kind) for kind in ("_preprocess", "_postprocess", "")}
     check_same(folders[""] / "about.json", facts)
     ensemble_folder = repository / f"{name}_classify"
@@ -123,7 +122,7 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def graph_of(config: TritonConfig) -> Graph:
+def graph_of(config: TritonConfig) -> Served:
     """Read what a file is.
 
     Raises:
@@ -141,11 +140,11 @@ def graph_of(config: TritonConfig) -> Graph:
         if smallest > 1:
             raise ValueError(f"{path} takes {smallest} images or more; build with --batch 1,...")
         about = Description.of(values, path)
-        graph = Graph(about, "tensorrt", "model.plan", largest, usual, None)
+        graph = Served(about, "tensorrt", "model.plan", largest, usual, None)
     elif path.suffix == ".onnx":
         about = describe_onnx(path)
         width = embedding_width(path)
-        graph = Graph(about, "onnxruntime", "model.onnx", config.batch, config.batch, width)
+        graph = Served(about, "onnxruntime", "model.onnx", config.batch, config.batch, width)
     else:
         raise ValueError(f"{path} is no .onnx or .engine file; export it with adavipro-to-onnx")
     if about.input == "float32":
@@ -162,18 +161,6 @@ def embedding_width(path: Path) -> int:
     model = onnx.load(path, load_external_data=False)
     shapes = {each.name: each.type.tensor_type.shape for each in model.graph.output}
     return int(shapes["embedding"].dim[1].dim_value)
-
-
-def facts_of(about: Description) -> dict[str, Any]:
-    """Collect what the Python models need; lists have an entry a task."""
-    tasks = about.tasks or (about,)
-    return {
-        "preprocess": json.loads(json.dumps(about.preprocess.stored())),
-        "tasks": [task.name for task in about.tasks],
-        "class_names": [list(task.class_names) for task in tasks],
-        "temperatures": [task.calibration.temperature for task in tasks],
-        "links": [task.calibration.link for task in tasks],
-    }
 
 
 def check_same(path: Path, facts: dict[str, Any]) -> None:
@@ -217,7 +204,7 @@ def place(
     flush(folder)
 
 
-def configurations(name: str, graph: Graph, kind: str, config: TritonConfig) -> dict[str, str]:
+def configurations(name: str, graph: Served, kind: str, config: TritonConfig) -> dict[str, str]:
     """Write the configuration of each model, by the ending of its name."""
     about = graph.about
     side, grid = about.preprocess.size, about.preprocess.size // about.config.region_size
@@ -279,7 +266,7 @@ def tensors(kind: str, lines: Sequence[str]) -> str:
     return f"{kind} [\n  " + ",\n  ".join(lines) + "\n]\n"
 
 
-def warm_up(side: int, graph: Graph) -> str:
+def warm_up(side: int, graph: Served) -> str:
     """Let a model run once before it is ready, with one image and with a full batch."""
     shapes = [("image", "UINT8", [3, side, side])]
     shapes += [("task", "INT64", [1])] if graph.about.tasks else []

@@ -19,9 +19,9 @@ from adavipro_fast import AdaViPro, PromptConfig, app, cli, open_artifact, predi
 from adavipro_fast.app import AppConfig
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data.images import read_pixels
-from adavipro_fast.export import to_onnx
-from adavipro_fast.export.to_onnx import OnnxConfig
-from adavipro_fast.export.verify import Unprompted
+from adavipro_fast.export import onnx_export
+from adavipro_fast.export.comparison import Unprompted
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.predict import PredictConfig
@@ -50,7 +50,7 @@ def files(demo_clip, tmp_path_factory):
         checkpoint.save(paths[task])
     both = root / "both.onnx"
     settings = {"input": "uint8", "graph": "pixel"}
-    to_onnx.command(OnnxConfig(paths["shapes"], both, (paths["signs"],), **settings))
+    onnx_export.export(OnnxConfig(paths["shapes"], both, (paths["signs"],), **settings))
     bare = AdaViPro(encoder, torch.eye(3, 64), PromptConfig(method="zero_shot"))
     checkpoint_of(bare, NAMES["shapes"]).save(root / "zero_shot.safetensors")
     return {**paths, "both": both, "bare": root / "zero_shot.safetensors"}

@@ -11,8 +11,8 @@ from adavipro_fast import cli, evaluate
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.sets import load_test
 from adavipro_fast.evaluate import EvaluateConfig
-from adavipro_fast.export.to_onnx import OnnxConfig
-from adavipro_fast.export.to_onnx import command as to_onnx
+from adavipro_fast.export.onnx_export import OnnxConfig
+from adavipro_fast.export.onnx_export import export as to_onnx
 from adavipro_fast.method.clip import DEMO_MODEL, load_encoder
 from adavipro_fast.training.start import start_run
 

@@ -8,10 +8,9 @@ import torch
 from safetensors import safe_open
 
 from adavipro_fast import AdaViPro, PromptConfig, open_artifact
-from adavipro_fast.artifact.onnx import metadata_of
-from adavipro_fast.export import to_onnx
-from adavipro_fast.export.graph import save_sealed
+from adavipro_fast.export import onnx_export
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
+from adavipro_fast.files.sealed import metadata_of, save_sealed
 from adavipro_fast.files.whole import read_safetensors, safetensors_bytes, write_whole
 from adavipro_fast.method.encoder import FrozenEncoder
 
@@ -160,7 +159,7 @@ def test_a_mapped_head_of_older_versions_answers_as_it_did(encoder, tmp_path, me
     path, graph = tmp_path / "checkpoint.safetensors", tmp_path / "mapped.onnx"
     checkpoint = checkpoint_of(model, ("a", "b", "c"))
     checkpoint.save(path)
-    to_onnx.command(to_onnx.OnnxConfig(path, graph, input="uint8"))
+    onnx_export.export(onnx_export.OnnxConfig(path, graph, input="uint8"))
     older = {"head": "mapped", "head_input": "features", "method": method}
     tensors, metadata = read_safetensors(path)
     metadata["config"] |= older

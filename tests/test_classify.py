@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from adavipro_fast import open_artifact, predict
-from adavipro_fast.export import to_onnx
-from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export import onnx_export
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.config import PromptConfig
@@ -35,8 +35,8 @@ def files(demo_clip, tmp_path_factory):
         path = root / task / "checkpoint.safetensors"
         replace(checkpoint_of(model, names), calibration=fitted).save(path)
         paths.append(path)
-    to_onnx.command(OnnxConfig(paths[0], root / "both.onnx", (paths[1],), input="uint8"))
-    to_onnx.command(OnnxConfig(paths[0], root / "one.onnx"))
+    onnx_export.export(OnnxConfig(paths[0], root / "both.onnx", (paths[1],), input="uint8"))
+    onnx_export.export(OnnxConfig(paths[0], root / "one.onnx"))
     return root
 
 

@@ -10,9 +10,9 @@ from encoders import NAMES, stepped, tried
 
 from adavipro_fast import open_artifact
 from adavipro_fast.artifact.answers import answers
-from adavipro_fast.export import relabel, to_onnx
+from adavipro_fast.export import onnx_export, relabel
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.relabel import RelabelConfig
-from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.clip import load_clip
@@ -64,14 +64,14 @@ def test_a_sigmoids_bias_is_in_the_logits_of_every_backend(siglip, tmp_path):
     pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
     with torch.inference_mode():
         got = model(pixels)
-    cosine = got.embedding @ model.class_embeddings.t()
+    cosine = got.embedding @ model.head.rows.t()
     torch.testing.assert_close(got.logits, encoder.logit_scale * cosine - 10)
     logits = got.logits + 3 * F.one_hot(torch.tensor([0, 1, 2]), 3)
     fitted = calibrate(logits, torch.tensor([0, 1, 2]), "sigmoid")
     saved = replace(checkpoint_of(model, NAMES), calibration=fitted)
     saved.save(tmp_path / "checkpoint.safetensors")
     assert "class_bias" not in saved.tensors
-    result = to_onnx.command(
+    result = onnx_export.export(
         OnnxConfig(tmp_path / "checkpoint.safetensors", tmp_path / "f.onnx", model=name)
     )
     assert result["graph"] == "folded"
@@ -106,7 +106,7 @@ def test_a_sigmoids_file_is_relabelled_with_its_bias_and_its_link(siglip, tmp_pa
     assert relabel.command(RelabelConfig(checkpoint, output, names, model=name))["verified"]
     if ending == ".onnx":
         source, output = output, output.with_suffix(ending)
-        assert to_onnx.command(OnnxConfig(source, output, model=name))["verified"]
+        assert onnx_export.export(OnnxConfig(source, output, model=name))["verified"]
     new = open_artifact(output, device="cpu")
     assert new.about.calibration == Calibration(link="sigmoid")
     side = model.preprocess.size

@@ -20,18 +20,27 @@ from PIL import Image
 
 from adavipro_fast import evaluate, train
 from adavipro_fast.artifact import tensorrt as engine
-from adavipro_fast.artifact.onnx import describe_onnx
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import VerificationError
+from adavipro_fast.export import (
+    comparison,
+    fold,
+    network,
+    onnx_export,
+    onnx_file,
+    to_onnx,
+    to_tensorrt,
+)
 from adavipro_fast.export import encoder as encoder_of
-from adavipro_fast.export import fold, network, to_onnx, to_tensorrt, verify
-from adavipro_fast.export import graph as onnx_graph
 from adavipro_fast.export.fold import FILTERS
+from adavipro_fast.export.graph import Form, deployed
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.patches import folding_obstacle
-from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.export.to_tensorrt import TensorRtConfig
+from adavipro_fast.files import sealed
 from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.clip import load_clip, load_encoder
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -91,7 +100,8 @@ def test_the_deployed_module_is_the_model(case, folded, uint8):
     image = pixels if uint8 else normalise(pixels, model.prompt.mean, model.prompt.std)
     with torch.inference_mode():
         expected = model(pixels)
-        got = fold.deployed(model, folded=folded, uint8=uint8)(image)
+        form = Form("folded" if folded else "pixel", input="uint8" if uint8 else "float32")
+        got = deployed([model], form)(image)
     assert torch.equal(got[1], expected.mask.int())
     assert got[1].dtype == torch.int32
     torch.testing.assert_close(got[2], expected.embedding, rtol=0, atol=2e-6)
@@ -119,7 +129,7 @@ def test_a_tower_without_patches_is_not_folded(visual, reason):
     config = PromptConfig(region_size=encoder.preprocess.size // 4, prompt_size=3)
     model = AdaViPro(encoder, torch.randn(5, 16), config)
     with pytest.raises(ValueError, match=f"cannot be folded: {reason}.* use --graph pixel"):
-        fold.deployed(model)
+        deployed([model], Form())
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +144,7 @@ def checkpoint(demo_clip, tmp_path_factory):
         generator_init="avoid-edges", prompt_size=40,
     )  # fmt: skip
     model = AdaViPro(encoder, classes, config)
-    sample = torch.cat(verify.sample_batches(encoder.preprocess, None))
+    sample = torch.cat(comparison.sample_batches(encoder.preprocess, None))
     model.prompt.initialise(sample)
     model.prompt.generator.policy.bias.data *= 0.5
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors"
@@ -152,7 +162,7 @@ def exported(checkpoint, tmp_path_factory):
         key = json.dumps(options)
         if key not in done:
             path = folder / f"{len(done)}.onnx"
-            result = to_onnx.command(OnnxConfig(checkpoint, path, **options))
+            result = onnx_export.export(OnnxConfig(checkpoint, path, **options))
             done[key] = path, result
         return done[key]
 
@@ -183,7 +193,7 @@ def test_an_exported_file_is_verified_and_says_so(exported, options):
 
 
 def test_the_mask_of_the_checkpoint_is_neither_open_nor_closed(checkpoint):
-    pixels = torch.cat(verify.sample_batches(open_artifact(checkpoint).about.preprocess, None))
+    pixels = torch.cat(comparison.sample_batches(open_artifact(checkpoint).about.preprocess, None))
     assert 0.2 < open_artifact(checkpoint)(pixels).mask.mean() < 0.9
 
 
@@ -207,7 +217,7 @@ def test_bf16_is_checked_in_structure_where_no_backend_runs_it(exported):
         assert result["verified"] is False
         assert "bf16" in result["reason"]
     with pytest.raises(VerificationError, match="fp16 was asked for"):
-        to_onnx.check_dtypes(path, "fp16")
+        onnx_file.check_dtypes(path, "fp16")
 
 
 def test_a_reader_that_knows_only_the_contract_gets_the_same_predictions(
@@ -237,8 +247,8 @@ def test_evaluate_gives_the_same_for_checkpoint_and_file(small, tmp_path, folder
     trained = small(tmp_path / "run", epochs=1)
     trained = train.start_run(replace(trained, prompt=replace(trained.prompt, margin=margin)))
     path = tmp_path / "run" / "checkpoint.safetensors"
-    to_onnx.command(OnnxConfig(path, tmp_path / "model.onnx"))
-    to_onnx.command(OnnxConfig(path, tmp_path / "baseline.onnx", baseline=True))
+    onnx_export.export(OnnxConfig(path, tmp_path / "model.onnx"))
+    onnx_export.export(OnnxConfig(path, tmp_path / "baseline.onnx", baseline=True))
     data = DataConfig(str(folder), cache_dir=cache)
     results = [
         evaluate.command(evaluate.EvaluateConfig(p, data=data, device="cpu"))
@@ -260,7 +270,7 @@ def test_a_prompt_that_is_always_open_is_exported(encoder, tmp_path):
     checkpoint_of(model, tuple("abcde")).save(tmp_path / "checkpoint.safetensors")
     config = OnnxConfig(tmp_path / "checkpoint.safetensors", tmp_path / "f.onnx")
     # The test's class embeddings belong to the demo's encoder.
-    assert to_onnx.command(replace(config, model="demo"))["verified"] is True
+    assert onnx_export.export(replace(config, model="demo"))["verified"] is True
     assert open_artifact(config.output)(torch.zeros(3, 3, 224, 224).byte()).mask.all()
 
 
@@ -270,7 +280,7 @@ def test_what_torch_cannot_export_is_told_in_one_line(checkpoint, tmp_path, monk
 
     monkeypatch.setattr(encoder_of.Trunk, "forward", forward)
     with pytest.raises(ValueError, match="torch.onnx cannot export this encoder: .*no such luck"):
-        to_onnx.command(OnnxConfig(checkpoint, tmp_path / "f.onnx"))
+        onnx_export.export(OnnxConfig(checkpoint, tmp_path / "f.onnx"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,14 +290,14 @@ def test_a_graph_that_computes_something_else_is_red_and_leaves_no_file(
     head = fold.MaskHead.forward
     monkeypatch.setattr(fold.MaskHead, "forward", lambda self, x: ~head(self, x))
     with pytest.raises(VerificationError, match="masks agree on"):
-        to_onnx.command(OnnxConfig(checkpoint, tmp_path / "model.onnx"))
+        onnx_export.export(OnnxConfig(checkpoint, tmp_path / "model.onnx"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_beyond_one_file_lie_beside_it(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_graph, "ONE_FILE_BYTES", 1000)
+    monkeypatch.setattr(onnx_file, "ONE_FILE_BYTES", 1000)
     path = tmp_path / "model.onnx"
-    result = to_onnx.command(OnnxConfig(checkpoint, path))
+    result = onnx_export.export(OnnxConfig(checkpoint, path))
     data = tmp_path / "model.onnx.data"
     assert sorted(tmp_path.iterdir()) == [path, data]
     assert result["bytes"] == path.stat().st_size + data.stat().st_size
@@ -412,7 +422,7 @@ def test_real_engines_are_built_for_three_gpus_and_their_types_proven(
     built, exported, precision, tmp_path
 ):
     path, result = built(precision=precision, compute_capability=("8.6", "8.9", "12.0"))
-    told = json.loads(engine.sidecar_path(path).read_text())
+    told = json.loads(sealed.sidecar_path(path).read_text())
     assert set(told) >= SIDECAR_KEYS
     assert set(result) >= (SIDECAR_KEYS - {"class_names"}) | {"path", "build_seconds", "bytes"}
     assert told["compute_capabilities"] == ["8.6", "8.9", "12.0"]
@@ -447,7 +457,7 @@ def test_a_fake_fp16_engine_is_an_error(exported):
 
 def test_an_engine_is_refused_where_it_cannot_run(built):
     path, _ = built(precision="fp16", compute_capability=("8.6",))
-    values = engine.read_sidecar(path)
+    values = sealed.read_sidecar(path)
     version = values["runtime_version"]
     engine.check_runs_here(values, version, "8.6")
     with pytest.raises(ValueError, match=r"built for compute capability 8\.6, here is 9\.0"):
@@ -461,22 +471,22 @@ def test_an_engine_is_refused_where_it_cannot_run(built):
 
 def test_tampered_engines_and_sidecars_are_refused(built, tmp_path):
     source, _ = built(precision="fp16", compute_capability=("8.6",))
-    content, text = source.read_bytes(), engine.sidecar_path(source).read_text()
+    content, text = source.read_bytes(), sealed.sidecar_path(source).read_text()
     path = tmp_path / "f.engine"
     with pytest.raises(FileNotFoundError, match="no such file"):
-        engine.read_sidecar(path)
+        sealed.read_sidecar(path)
     path.write_bytes(content[:-100])
     with pytest.raises(FileNotFoundError, match="json"):
-        engine.read_sidecar(path)
-    engine.sidecar_path(path).write_text(text)
+        sealed.read_sidecar(path)
+    sealed.sidecar_path(path).write_text(text)
     with pytest.raises(ValueError, match="is not the engine that"):
-        engine.read_sidecar(path)
+        sealed.read_sidecar(path)
     path.write_bytes(content)
-    assert engine.read_sidecar(path)["precision"] == "fp16"
+    assert sealed.read_sidecar(path)["precision"] == "fp16"
     for damaged in (text.replace("fp16", "fp32"), text[:300], "[]", "{}", ""):
-        engine.sidecar_path(path).write_text(damaged)
+        sealed.sidecar_path(path).write_text(damaged)
         with pytest.raises(ValueError, match="is damaged"):
-            engine.read_sidecar(path)
+            sealed.read_sidecar(path)
 
 
 @pytest.mark.parametrize(
@@ -558,7 +568,7 @@ def test_real_images_and_a_real_encoder_agree_through_every_file(tmp_path):
         ["tar", "xf", SHARED / "data" / "dtd10.tar", "-C", tmp_path, "dtd10/test"], check=True
     )
     for options in ({}, {"precision": "fp16", "input": "uint8"}):
-        result = to_onnx.command(
+        result = onnx_export.export(
             OnnxConfig(path, tmp_path / "f.onnx", images=tmp_path / "dtd10", **options)
         )
         assert result["verified"] is True

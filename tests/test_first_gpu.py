@@ -21,13 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adavipro_fast.artifact import onnx as artifact
 from adavipro_fast.artifact import tensorrt as engine
-from adavipro_fast.artifact.description import Description, NotRunnableError
+from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import PRODUCTS, full_fp32, torch_device
-from adavipro_fast.export import to_onnx
+from adavipro_fast.export import onnx_export
 from adavipro_fast.export.network import Network
-from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export.onnx_export import OnnxConfig
+from adavipro_fast.files import sealed
+from adavipro_fast.files.about import Description
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -234,7 +236,7 @@ def checkpoint(demo_clip, tmp_path_factory):
 
 def test_onnx_runtimes_cuda_provider_is_told_to_leave_tf32(checkpoint, tmp_path, monkeypatch):
     path = tmp_path / "f.onnx"
-    to_onnx.command(OnnxConfig(checkpoint["adavipro"], path))
+    onnx_export.export(OnnxConfig(checkpoint["adavipro"], path))
     asked = []
 
     def session(_, options, providers):
@@ -255,18 +257,18 @@ NO_FALLBACK = "session.disable_cpu_ep_fallback"
 def test_bf16_is_left_unverified_where_torch_sees_cuda_and_onnx_runtime_cannot_load_it(
     checkpoint, tmp_path, monkeypatch
 ):
-    verify = to_onnx.verify
+    verdict = onnx_export.Trial.verdict
 
-    def with_a_gpu(*arguments):
+    def with_a_gpu(trial):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "device_count", lambda: 1)
             patch.setattr(torch.cuda, "current_device", lambda: 0)
-            return verify(*arguments)
+            return verdict(trial)
 
-    monkeypatch.setattr(to_onnx, "verify", with_a_gpu)
+    monkeypatch.setattr(onnx_export.Trial, "verdict", with_a_gpu)
     config = OnnxConfig(checkpoint["adavipro"], tmp_path / "f.onnx", precision="bf16")
-    result = to_onnx.command(config)
+    result = onnx_export.export(config)
     assert result["verified"] is False
     assert "no ONNX Runtime here runs bf16" in result["reason"]
     assert config.output.exists()
@@ -278,7 +280,7 @@ def test_no_node_computes_shapes_which_onnx_runtime_would_put_on_the_host(
     checkpoint, tmp_path, method, graph
 ):
     path = tmp_path / "f.onnx"
-    result = to_onnx.command(OnnxConfig(checkpoint[method], path, graph=graph, input="uint8"))
+    result = onnx_export.export(OnnxConfig(checkpoint[method], path, graph=graph, input="uint8"))
     assert result["verified"]
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert not kinds & {"Shape", "Expand", "ConstantOfShape", "Range", "Size", "Concat"}
@@ -293,7 +295,7 @@ def rtx():
 
 def test_engines_are_built_without_tf32(checkpoint, tmp_path):
     trt, path = rtx(), tmp_path / "f.onnx"
-    to_onnx.command(OnnxConfig(checkpoint["adavipro"], path, precision="fp16"))
+    onnx_export.export(OnnxConfig(checkpoint["adavipro"], path, precision="fp16"))
     network = Network(trt, "tensorrt-rtx", path)
     fresh = network.builder.create_builder_config()
     assert fresh.get_flag(trt.BuilderFlag.TF32), "off by default: the line that clears it can go"
@@ -506,9 +508,9 @@ def test_no_bench_has_the_name_of_a_package(monkeypatch):
 
 def test_metadata_of_another_graph_is_refused(checkpoint, tmp_path):
     path = tmp_path / "f.onnx"
-    to_onnx.command(OnnxConfig(checkpoint["adavipro"], path))
+    onnx_export.export(OnnxConfig(checkpoint["adavipro"], path))
     model = onnx.load(path)
-    about = {p.key: json.loads(p.value) for p in model.metadata_props if p.key != artifact.SEAL_KEY}
+    about = {p.key: json.loads(p.value) for p in model.metadata_props if p.key != sealed.SEAL_KEY}
     for change, message in (
         ({"class_names": ["disc"]}, r"says of its logits \[1\], the graph has \[2\]"),
         ({"config": about["config"] | {"region_size": 3000}}, "region size 3000 does not divide"),
@@ -517,17 +519,17 @@ def test_metadata_of_another_graph_is_refused(checkpoint, tmp_path):
         ({"config": about["config"] | {"prompt_size": 200}}, "prompt size 200 does not fit"),
     ):
         texts = {key: json.dumps(value) for key, value in (about | change).items()}
-        onnx.helper.set_model_props(model, texts | {artifact.SEAL_KEY: artifact.UNSEALED})
+        onnx.helper.set_model_props(model, texts | {sealed.SEAL_KEY: sealed.UNSEALED})
         bad = tmp_path / "bad.onnx"
-        bad.write_bytes(artifact.seal(model.SerializeToString()))
+        bad.write_bytes(sealed.seal(model.SerializeToString()))
         with pytest.raises(ValueError, match=message):
             artifact.OnnxArtifact.open(bad, "cpu")
 
 
-def sealed(path, model, about):
+def write_sealed(path, model, about):
     texts = {key: json.dumps(value) for key, value in about.items()}
-    onnx.helper.set_model_props(model, texts | {artifact.SEAL_KEY: artifact.UNSEALED})
-    path.write_bytes(artifact.seal(model.SerializeToString()))
+    onnx.helper.set_model_props(model, texts | {sealed.SEAL_KEY: sealed.UNSEALED})
+    path.write_bytes(sealed.seal(model.SerializeToString()))
 
 
 def test_weights_from_elsewhere_are_refused_wherever_they_are_named(tmp_path):
@@ -544,12 +546,14 @@ def test_weights_from_elsewhere_are_refused_wherever_they_are_named(tmp_path):
     }
     for name, graph in graphs.items():
         path = tmp_path / f"{name}.onnx"
-        sealed(path, onnx.helper.make_model(graph), {"format": "adavipro-fast/1"})
+        write_sealed(path, onnx.helper.make_model(graph), {"format": "adavipro-fast/1"})
         with pytest.raises(ValueError, match=f"wants weights from elsewhere than {name}.onnx.data"):
-            artifact.describe_onnx(path)
+            sealed.describe_onnx(path)
     # The right name without its hash is not enough.
     outside.external_data[0].value = "own.onnx.data"
     graph = onnx.helper.make_graph([], "g", [], value[:1], [outside])
-    sealed(tmp_path / "own.onnx", onnx.helper.make_model(graph), {"format": "adavipro-fast/1"})
+    write_sealed(
+        tmp_path / "own.onnx", onnx.helper.make_model(graph), {"format": "adavipro-fast/1"}
+    )
     with pytest.raises(ValueError, match="wants weights from elsewhere"):
-        artifact.describe_onnx(tmp_path / "own.onnx")
+        sealed.describe_onnx(tmp_path / "own.onnx")

@@ -16,13 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-from adavipro_fast.artifact.onnx import SEAL_KEY, UNSEALED, describe_onnx, seal
-from adavipro_fast.artifact.tensorrt import read_sidecar, sidecar_sha256
 from adavipro_fast.data.cache import opened
 from adavipro_fast.data.coop import read_split
 from adavipro_fast.data.images import FORMATS, decode_image
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.checkpoint import BASELINE_FORMAT, checkpoint_of, load_checkpoint
+from adavipro_fast.files.sealed import (
+    SEAL_KEY,
+    UNSEALED,
+    describe_onnx,
+    read_sidecar,
+    seal,
+    sidecar_sha256,
+)
 from adavipro_fast.files.task import TaskFile, load_task
 from adavipro_fast.files.whole import safetensors_bytes
 from adavipro_fast.method.clip import load_encoder

@@ -13,7 +13,7 @@ import throughput
 import torch
 from gpu_check import CheckConfig
 
-from adavipro_fast.artifact.description import NotRunnableError
+from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.method.clip import load_encoder
 from lib import gpu_tables, launches, subject

@@ -16,8 +16,8 @@ from adavipro_fast import AdaViPro, evaluate, open_artifact
 from adavipro_fast.data.metrics import expected_calibration_error
 from adavipro_fast.data.sets import load_dataset, load_test
 from adavipro_fast.evaluate import EvaluateConfig
-from adavipro_fast.export import to_onnx
-from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export import onnx_export
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.files.checkpoint import load_checkpoint
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.clip import load_encoder
@@ -79,7 +79,7 @@ def test_a_reader_of_the_contract_gets_the_same_logits_from_every_file(
 ):
     config, result = run("adavipro", head_input)
     path = Path(result["checkpoint"])
-    to_onnx.command(OnnxConfig(path, tmp_path / "f.onnx", graph=graph, input="uint8"))
+    onnx_export.export(OnnxConfig(path, tmp_path / "f.onnx", graph=graph, input="uint8"))
     _, test, _ = load_test(config.data, load_checkpoint(path).preprocess)
     pixels, _ = test.batch(torch.arange(len(test)), CPU)
     session = onnxruntime.InferenceSession(tmp_path / "f.onnx")
@@ -97,7 +97,7 @@ def test_a_reader_of_the_contract_gets_the_same_logits_from_every_file(
 
 def test_a_probes_file_gives_scikit_learns_answers(run, tmp_path):
     config, result = run("linear_probe")
-    to_onnx.command(OnnxConfig(Path(result["checkpoint"]), tmp_path / "f.onnx"))
+    onnx_export.export(OnnxConfig(Path(result["checkpoint"]), tmp_path / "f.onnx"))
     encoder = load_encoder("demo")
     dataset = load_dataset(config.data, encoder.preprocess)
     splits = [dataset.train, dataset.val, dataset.test]
@@ -128,7 +128,7 @@ def test_the_rows_that_a_head_starts_from_stay_what_they_were(encoder):
     config = PromptConfig(embed_dim=4, head="linear", head_input="embedding")
     model = AdaViPro(encoder, rows, config, class_bias=torch.zeros(3))
     before = rows.clone()
-    model.class_embeddings.data.add_(1)
+    model.head.rows.data.add_(1)
     assert torch.equal(rows, before)
     with pytest.raises(ValueError, match="a text head reads embeddings"):
         PromptConfig(head_input="features")
@@ -161,7 +161,7 @@ def test_a_threshold_needs_a_calibration_and_a_share():
 def test_every_backend_has_the_same_probabilities(run, tmp_path):
     config, result = run("adavipro", "features")
     path = Path(result["checkpoint"])
-    to_onnx.command(OnnxConfig(path, tmp_path / "f.onnx"))
+    onnx_export.export(OnnxConfig(path, tmp_path / "f.onnx"))
     keys = ("temperature", "nll", "ece", "rejected", "kept_top1")
     figures = [
         evaluate.command(EvaluateConfig(p, data=config.data, device="cpu", reject=0.2))

@@ -11,15 +11,16 @@ from PIL import Image
 
 from adavipro_fast import AdaViPro, PromptConfig, evaluate, open_artifact, predict, serve
 from adavipro_fast.artifact import openvino as runner
-from adavipro_fast.artifact.description import NotRunnableError, OpenFor
-from adavipro_fast.artifact.onnx import describe_onnx
+from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.artifact.openvino import OpenVinoArtifact, openvino_obstacle, preferred
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.evaluate import EvaluateConfig
-from adavipro_fast.export import to_onnx, verify
-from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export import comparison, onnx_export
+from adavipro_fast.export.onnx_export import OnnxConfig
+from adavipro_fast.files.about import OpenFor
 from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.predict import PredictConfig
@@ -59,7 +60,7 @@ def references(small_encoder, folder, tmp_path_factory):
         bias = torch.randn(len(names)) if config.head == "linear" else None
         model = AdaViPro(small_encoder, rows, config, class_bias=bias, kernel="plain").eval()
         if name == "a":
-            sample = torch.cat(verify.sample_batches(small_encoder.preprocess, None))
+            sample = torch.cat(comparison.sample_batches(small_encoder.preprocess, None))
             model.prompt.initialise(sample)
             model.prompt.generator.policy.bias.data *= 0.5
         checkpoint = checkpoint_of(model, names)
@@ -82,8 +83,8 @@ def exported(small_encoder, references, folder, tmp_path_factory):
             if options.get("precision") in ("int8", "fp8"):
                 options |= {"images": folder, "largest_loss": 100.0}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(to_onnx, "encoder_of", lambda *_: small_encoder)
-                to_onnx.command(OnnxConfig(first, path, tuple(more), **options))
+                patch.setattr(onnx_export, "encoder_of", lambda *_: small_encoder)
+                onnx_export.export(OnnxConfig(first, path, tuple(more), **options))
             done[key] = path
         return done[key]
 
@@ -92,7 +93,7 @@ def exported(small_encoder, references, folder, tmp_path_factory):
 
 @pytest.fixture
 def pixels(small_encoder):
-    return torch.cat(verify.sample_batches(small_encoder.preprocess, None))
+    return torch.cat(comparison.sample_batches(small_encoder.preprocess, None))
 
 
 # Each form is exported anew: seconds. Tests of tasks, resizing and heads open theirs by `auto`.
@@ -111,8 +112,8 @@ def test_openvino_passes_the_gate_that_exported_files_pass(exported, references,
     reference = references["a"][1]
     artifact = open_artifact(exported(**options), device="cpu", runtime="openvino")
     assert (artifact.backend, artifact.provider) == ("openvino", "CPU, fp32")
-    batches = verify.sample_batches(reference.about.preprocess, None)
-    compared = verify.compare(reference.model, reference, artifact, batches)
+    batches = comparison.sample_batches(reference.about.preprocess, None)
+    compared = comparison.compare(reference.model, reference, artifact, batches)
     assert compared.complaint(options.get("precision", "fp32")) is None
     assert 0.2 < reference(pixels).mask.mean() < 0.9
     if "precision" not in options:
@@ -146,8 +147,8 @@ def test_each_image_gets_its_own_tasks_answer(exported, references):
     path = exported("abc", input="uint8")
     artifact = open_artifact(path, device="cpu", runtime="openvino")
     own = [reference for _, reference in references.values()]
-    batches = verify.sample_batches(own[0].about.preprocess, None)
-    compared = verify.compare_tasks(own, list(references), artifact, batches)
+    batches = comparison.sample_batches(own[0].about.preprocess, None)
+    compared = comparison.compare_tasks(own, list(references), artifact, batches)
     assert compared.complaint("fp32") is None
     alone = open_artifact(path, device="cpu", runtime="openvino", task="c")
     assert alone.backend == "openvino"

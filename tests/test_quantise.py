@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from adavipro_fast import AdaViPro, open_artifact
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import quantise, to_onnx, to_tensorrt, verify
+from adavipro_fast.export import comparison, onnx_export, quantise, to_tensorrt
 from adavipro_fast.export.calibrate import quantised_products
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.quantise import Quantiser, observed, products, runner, search
-from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import PromptConfig
 
@@ -29,7 +29,7 @@ def checkpoint(demo_clip, folder, tmp_path_factory):
     names = tuple(sorted(path.name for path in (folder / "test").iterdir()))
     config = PromptConfig(embed_dim=4, generator_init="avoid-edges", edge="laplacian-magnitude")
     model = AdaViPro(encoder, text.class_embeddings(names, ["{}"]), config)
-    model.prompt.initialise(torch.cat(verify.sample_batches(encoder.preprocess, None)))
+    model.prompt.initialise(torch.cat(comparison.sample_batches(encoder.preprocess, None)))
     path = tmp_path_factory.mktemp("quantise") / "checkpoint.safetensors"
     checkpoint_of(model, names).save(path)
     return path
@@ -39,8 +39,10 @@ def checkpoint(demo_clip, folder, tmp_path_factory):
 def exported(checkpoint):
     """An fp32 graph, and feeds for it."""
     path = checkpoint.with_name("fp32.onnx")
-    to_onnx.command(OnnxConfig(checkpoint, path, input="uint8"))
-    pixels = torch.cat(verify.sample_batches(open_artifact(path).about.preprocess, None)).numpy()
+    onnx_export.export(OnnxConfig(checkpoint, path, input="uint8"))
+    pixels = torch.cat(
+        comparison.sample_batches(open_artifact(path).about.preprocess, None)
+    ).numpy()
     return path, [{"image": part} for part in np.array_split(pixels, 4)]
 
 
@@ -132,7 +134,7 @@ def test_a_file_is_judged_by_the_accuracy_on_labelled_images(checkpoint, folder,
     config = OnnxConfig(
         checkpoint, output, precision=kind, input="uint8", images=folder, largest_loss=20.0
     )
-    result = to_onnx.command(config)
+    result = onnx_export.export(config)
     assert (result["measure"], result["judged_images"], result["calibration_images"]) == (
         "accuracy", 9, 30,
     )  # fmt: skip
@@ -155,7 +157,7 @@ def test_other_images_are_judged_by_agreement(checkpoint, folder, tmp_path):
     config = OnnxConfig(
         checkpoint, tmp_path / "f.onnx", precision="int8", input="any", images=folder / "test"
     )
-    result = to_onnx.command(replace(config, largest_loss=50.0))
+    result = onnx_export.export(replace(config, largest_loss=50.0))
     assert (result["measure"], result["judged_images"]) == ("agreement", 6)
     assert result["any_size_cosine"] > 0.9999
 
@@ -166,7 +168,7 @@ def test_a_loss_that_is_too_large_leaves_no_file(checkpoint, folder, tmp_path, m
     )
     config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
     with pytest.raises(VerificationError, match="loses 3.2 points of accuracy on 9 images with 2 "):
-        to_onnx.command(config)
+        onnx_export.export(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,14 +181,14 @@ def test_what_cannot_be_quantised_is_refused(checkpoint, folder, tmp_path):
         ({"images": tmp_path}, "holds 0 images; some hundred are needed"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            to_onnx.command(replace(config, **changed))
+            onnx_export.export(replace(config, **changed))
     for split in ("train", "val", "test"):
         place = tmp_path / "other" / split / "x"
         place.mkdir(parents=True)
         for image in sorted((folder / "test").rglob("*.*"))[:3]:
             (place / image.name).write_bytes(image.read_bytes())
     with pytest.raises(ValueError, match="has other classes than the checkpoint"):
-        to_onnx.command(replace(config, images=tmp_path / "other"))
+        onnx_export.export(replace(config, images=tmp_path / "other"))
     assert not (tmp_path / "f.onnx").exists()
 
 
@@ -195,7 +197,7 @@ def test_an_encoder_that_needs_a_second_file_is_refused(checkpoint, folder, tmp_
     monkeypatch.setattr("adavipro_fast.export.graph.ONE_FILE_BYTES", 1)
     config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
     with pytest.raises(ValueError, match="too large to be quantised to int8 in one file"):
-        to_onnx.command(config)
+        onnx_export.export(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,7 +208,7 @@ def test_an_engine_keeps_what_is_quantised(checkpoint, folder, tmp_path, kind):
     config = OnnxConfig(
         checkpoint, tmp_path / "f.onnx", precision=kind, images=folder, largest_loss=50.0
     )
-    to_onnx.command(config)
+    onnx_export.export(config)
     built = to_tensorrt.command(
         to_tensorrt.TensorRtConfig(
             tmp_path / "f.onnx", tmp_path / "f.engine", runtime="tensorrt-rtx",

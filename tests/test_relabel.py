@@ -10,7 +10,7 @@ from adavipro_fast import evaluate
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import relabel, verify
+from adavipro_fast.export import comparison, relabel
 from adavipro_fast.export.relabel import RelabelConfig
 from adavipro_fast.files.checkpoint import Checkpoint, checkpoint_of, load_checkpoint
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
@@ -32,7 +32,7 @@ def store(demo_clip, path, *, templates=TEMPLATES, stored=TEMPLATES, **config):
     bias = torch.zeros(len(OLD)) if config.get("head") == "linear" else None
     rows = text.class_embeddings(OLD, templates)
     model = AdaViPro(encoder, rows, PromptConfig(**settings), class_bias=bias)
-    model.prompt.initialise(torch.cat(verify.sample_batches(encoder.preprocess, None)))
+    model.prompt.initialise(torch.cat(comparison.sample_batches(encoder.preprocess, None)))
     kept = replace(checkpoint_of(model, OLD, stored), calibration=Calibration(2.0))
     kept.save(path)
     return path
@@ -45,7 +45,7 @@ def checkpoint(demo_clip, tmp_path_factory):
 
 @pytest.fixture
 def pixels(encoder):
-    return verify.sample_batches(encoder.preprocess, None)[-1]
+    return comparison.sample_batches(encoder.preprocess, None)[-1]
 
 
 def expected(demo_clip, path, names, templates=TEMPLATES):
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_classifies_otherwise_gets_no_name(checkpoint, tmp_pat
         return prediction._replace(logits=prediction.logits.flip(1))
 
     monkeypatch.setattr(Checkpoint, "model", other)
-    with pytest.raises(VerificationError, match="was not written: logits are off by"):
+    with pytest.raises(VerificationError, match="was not written: logits differ by"):
         relabel.command(RelabelConfig(checkpoint, path, FEWER))
     assert path.read_bytes() == b"what lay there"
     assert list(tmp_path.iterdir()) == [path]

@@ -8,9 +8,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from adavipro_fast import AdaViPro, PromptConfig, open_artifact
-from adavipro_fast.export import to_onnx, to_tensorrt
+from adavipro_fast.export import onnx_export, to_task, to_tensorrt
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.resize import Resize, any_size_obstacle
-from adavipro_fast.export.to_onnx import OnnxConfig
 from adavipro_fast.export.to_tensorrt import TensorRtConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.preprocess import Preprocess
@@ -31,7 +31,7 @@ def checkpoint(demo_clip, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(checkpoint):
     path = checkpoint.with_name("any.onnx")
-    return path, to_onnx.command(OnnxConfig(checkpoint, path, input="any"))
+    return path, onnx_export.export(OnnxConfig(checkpoint, path, input="any"))
 
 
 SIZES = (
@@ -76,6 +76,22 @@ def test_a_file_takes_images_of_any_size(exported, checkpoint, folder):
     )
 
 
+def test_tasks_as_data_take_images_of_any_size(checkpoint, folder, tmp_path):
+    config = OnnxConfig(checkpoint, tmp_path / "open.onnx", tasks="open", input="any")
+    assert onnx_export.export(config)["any_size_cosine"] > 0.9999
+    task = tmp_path / "shapes.task"
+    to_task.command(to_task.TaskConfig(checkpoint, task))
+    opened = open_artifact(config.output, device="cpu")
+    opened.add(task)
+    reference = open_artifact(checkpoint, device="cpu")
+    files = sorted((folder / "test").rglob("*.*"))[:3]
+    for got, expected in zip(
+        opened.classify(files, "shapes"), reference.classify(files), strict=True
+    ):
+        assert (got.name, got.mask) == (expected.name, expected.mask)
+        assert got.probability == pytest.approx(expected.probability, abs=1e-4)
+
+
 def test_what_cannot_be_resized_in_the_graph_is_refused(exported, checkpoint, tmp_path):
     assert "longest" in any_size_obstacle(
         Preprocess(224, (0.5,) * 3, (0.5,) * 3, "bicubic", "longest")
@@ -83,9 +99,6 @@ def test_what_cannot_be_resized_in_the_graph_is_refused(exported, checkpoint, tm
     assert "random" in any_size_obstacle(
         Preprocess(224, (0.5,) * 3, (0.5,) * 3, "random", "shortest")
     )
-    config = OnnxConfig(checkpoint, tmp_path / "open.onnx", tasks="open", input="any")
-    with pytest.raises(ValueError, match="takes resized images; use --input uint8"):
-        to_onnx.command(config)
     pytest.importorskip("tensorrt_rtx")
     engine = TensorRtConfig(exported[0], tmp_path / "f.engine", compute_capability=("8.6",))
     with pytest.raises(ValueError, match="planned for its largest image"):

@@ -24,8 +24,8 @@ import tritonclient.http
 from PIL import Image
 
 from adavipro_fast import AdaViPro, PromptConfig, open_artifact, predict
-from adavipro_fast.export import to_onnx, to_task
-from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export import onnx_export, to_task
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.to_task import TaskConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.calibration import Calibration
@@ -50,7 +50,7 @@ def files(demo_clip, tmp_path_factory):
         checkpoint = replace(checkpoint_of(model, names), calibration=Calibration(2.0, quantiles))
         checkpoint.save(root / task / checkpoint.file_name)
     path = root / "shapes" / "checkpoint.safetensors"
-    to_onnx.command(OnnxConfig(path, root / "open.onnx", tasks="open", input="uint8"))
+    onnx_export.export(OnnxConfig(path, root / "open.onnx", tasks="open", input="uint8"))
     for task in NAMES:
         path = root / task / "checkpoint.safetensors"
         to_task.command(TaskConfig(path, root / f"{task}.task"))

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from adavipro_fast import AdaViPro, PromptConfig, open_artifact, predict, tasks
-from adavipro_fast.artifact.onnx import describe_onnx
-from adavipro_fast.export import to_onnx, to_task
-from adavipro_fast.export.tasks import Tasks
-from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export import onnx_export, to_task
+from adavipro_fast.export.graph import Form, deployed
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.to_task import TaskConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.files.task import ABSENT, load_task
 from adavipro_fast.predict import PredictConfig
 from adavipro_fast.tasks import TasksConfig
@@ -70,7 +70,7 @@ def exported(checkpoints, tmp_path_factory):
         if key not in done:
             first, *more = checkpoints.values()
             path = folder / f"{len(done)}.onnx"
-            done[key] = path, to_onnx.command(OnnxConfig(first, path, tuple(more), **flags))
+            done[key] = path, onnx_export.export(OnnxConfig(first, path, tuple(more), **flags))
         return done[key]
 
     return export
@@ -159,16 +159,16 @@ def test_a_call_names_a_task_for_every_image(exported, checkpoints, pixels):
 def test_names_are_given_or_are_the_folders(checkpoints, tmp_path):
     first, second = checkpoints["flowers"], checkpoints["dtd"]
     config = OnnxConfig(first, tmp_path / "f.onnx", (second,), input="uint8")
-    to_onnx.command(replace(config, task=("a", "b")))
+    onnx_export.export(replace(config, task=("a", "b")))
     assert [task.name for task in describe_onnx(config.output).tasks] == ["a", "b"]
     with pytest.raises(ValueError, match="2 checkpoints, but 1 times --task"):
-        to_onnx.command(replace(config, task=("a",)))
+        onnx_export.export(replace(config, task=("a",)))
     with pytest.raises(ValueError, match="task 'flowers' stands twice"):
-        to_onnx.command(replace(config, more=(first,)))
+        onnx_export.export(replace(config, more=(first,)))
     with pytest.raises(ValueError, match="--baseline is the encoder of one checkpoint"):
-        to_onnx.command(replace(config, baseline=True))
+        onnx_export.export(replace(config, baseline=True))
     with pytest.raises(ValueError, match="--task names one of several checkpoints"):
-        to_onnx.command(replace(config, more=(), task=("a",)))
+        onnx_export.export(replace(config, more=(), task=("a",)))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_what_cannot_be_shared_is_refused(checkpoints, demo_clip, tmp_path, sett
         checkpoints["flowers"], tmp_path / "f.onnx", (tmp_path / "checkpoint.safetensors",)
     )
     with pytest.raises(ValueError, match=message):
-        to_onnx.command(config)
+        onnx_export.export(config)
     assert not config.output.exists()
 
 
@@ -208,7 +208,8 @@ def test_any_mix_of_tasks_gets_the_answers_of_each_alone(demo_clip, pixels, seed
         rows = torch.randn(draw.randint(1, 9), 160 if reads == "features" else 64)
         bias = torch.randn(len(rows)) if reads else None
         models.append(AdaViPro(demo_clip[0], rows, config, class_bias=bias).eval())
-    many = Tasks(models, folded=draw.random() < 0.5, dtype=torch.float32, uint8=True)
+    graph = "folded" if draw.random() < 0.5 else "pixel"
+    many = deployed(models, Form(graph, input="uint8", tasks="baked"))
     asked = [draw.randrange(len(models)) for _ in pixels]
     with torch.no_grad():
         logits, mask, embedding = many(pixels, torch.tensor(asked))
@@ -236,7 +237,7 @@ def opened(checkpoints, tmp_path_factory):
     some = {name: checkpoints[name] for name in ("flowers", "dtd", "bare", "far", "probe")}
     first, *more = some.values()
     config = OnnxConfig(first, folder / "open.onnx", tuple(more), tasks="open", input="uint8")
-    assert to_onnx.command(config)["verified"]
+    assert onnx_export.export(config)["verified"]
     for name, path in some.items():
         to_task.command(TaskConfig(path, folder / f"{name}.task"))
     return folder
@@ -337,12 +338,12 @@ def test_a_task_that_does_not_fit_is_refused(opened, checkpoints, tmp_path):
         checkpoints["flowers"], tmp_path / "f.onnx", (checkpoints["near"],), tasks="open"
     )
     with pytest.raises(ValueError, match="forms edges of one kind; the checkpoints have several"):
-        to_onnx.command(near)
+        onnx_export.export(near)
 
 
 def test_a_file_without_a_mask_path_takes_no_task_that_decides(opened, checkpoints, tmp_path):
     config = OnnxConfig(checkpoints["dtd"], tmp_path / "open.onnx", tasks="open", input="uint8")
-    assert to_onnx.command(config)["mask_agreement"] == 1
+    assert onnx_export.export(config)["mask_agreement"] == 1
     artifact = open_artifact(config.output, device="cpu")
     artifact.add(opened / "dtd.task")
     with pytest.raises(ValueError, match="decides on edges .*, the file forms none"):

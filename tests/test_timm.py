@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from adavipro_fast import load_encoder, open_artifact
-from adavipro_fast.export import to_onnx
-from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export import onnx_export
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.method.timm_encoder import load_timm
 from adavipro_fast.training.start import start_run
 
@@ -59,7 +59,7 @@ def test_a_prompt_with_a_head_trains_exports_and_predicts(small, weights, tmp_pa
     result = start_run(settings(small, tmp_path / "run", weights, head="linear"))
     assert result["zero_shot_top1"] is None
     config = OnnxConfig(Path(result["checkpoint"]), tmp_path / "f.onnx", input="any")
-    exported = to_onnx.command(config)
+    exported = onnx_export.export(config)
     assert (exported["graph"], exported["verified"]) == ("folded", True)
     image = np.array(Image.open(next((folder / "test").rglob("*.png"))).convert("RGB"))
     about = open_artifact(tmp_path / "f.onnx", device="cpu")

@@ -21,8 +21,8 @@ from tritonclient.grpc import model_config_pb2
 from adavipro_fast import AdaViPro, PromptConfig, evaluate, predict
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.evaluate import EvaluateConfig
-from adavipro_fast.export import to_onnx, to_triton
-from adavipro_fast.export.to_onnx import OnnxConfig
+from adavipro_fast.export import onnx_export, to_triton
+from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.to_triton import TritonConfig
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.calibration import Calibration
@@ -44,8 +44,8 @@ def files(demo_clip, tmp_path_factory):
         stored = replace(checkpoint_of(model, names), calibration=Calibration(2.0))
         paths.append(root / task / stored.file_name)
         stored.save(paths[-1])
-    to_onnx.command(OnnxConfig(paths[0], root / "shapes.onnx", input="uint8"))
-    to_onnx.command(OnnxConfig(paths[0], root / "many.onnx", (paths[1],), input="uint8"))
+    onnx_export.export(OnnxConfig(paths[0], root / "shapes.onnx", input="uint8"))
+    onnx_export.export(OnnxConfig(paths[0], root / "many.onnx", (paths[1],), input="uint8"))
     return root
 
 
@@ -98,7 +98,7 @@ def test_what_triton_cannot_serve_is_refused(files, tmp_path):
     checkpoint = files / "shapes" / "checkpoint.safetensors"
     with pytest.raises(ValueError, match=r"is no .onnx or .engine file; export it"):
         to_triton.command(TritonConfig(checkpoint, tmp_path / "r"))
-    to_onnx.command(OnnxConfig(checkpoint, tmp_path / "f.onnx"))
+    onnx_export.export(OnnxConfig(checkpoint, tmp_path / "f.onnx"))
     with pytest.raises(ValueError, match="takes normalised floats; export it with --input uint8"):
         to_triton.command(TritonConfig(tmp_path / "f.onnx", tmp_path / "r"))
     with pytest.raises(ValueError, match="is no name for a model"):
@@ -211,7 +211,7 @@ def test_the_server_is_as_right_as_evaluate_on_flowers(serving, tmp_path):
     flags = ["--model", model, "--data", str(data / "flowers5"), "--output", str(tmp_path / "run")]
     subprocess.run([*command, *flags, "--cache-dir", str(tmp_path)], check=True)
     path = tmp_path / "flowers.onnx"
-    to_onnx.command(OnnxConfig(tmp_path / "run" / "head.safetensors", path, input="uint8"))
+    onnx_export.export(OnnxConfig(tmp_path / "run" / "head.safetensors", path, input="uint8"))
     own = evaluate.command(
         EvaluateConfig(path, DataConfig(str(data / "flowers5"), cache_dir=tmp_path), device="cpu")
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adavipro_fast.artifact.description import Description
+from adavipro_fast.files.about import Description
 from adavipro_fast.method.model import Prediction
 
 SHOWN_CLASSES = 5

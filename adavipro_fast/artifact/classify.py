@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers_of_tasks
-from adavipro_fast.artifact.description import Artifact, Tasks
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.cores import threads
 from adavipro_fast.data.images import converted, decode_image
+from adavipro_fast.files.about import Tasks
 from adavipro_fast.method.preprocess import Preprocess
 
 # A path, an encoded file's bytes, a Pillow image, or (H, W, 3) uint8 RGB pixels.

@@ -1,8 +1,6 @@
 """Run exported graphs with ONNX Runtime; a file that is not what was exported is refused."""
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.artifact.classify import Classifies
-from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
-from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.files.about import Description, Tasks
+from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import ExportPrecision
 from adavipro_fast.method.model import Prediction
-
-# An .onnx file carries its own sha256, computed with zeros in the place of the digest.
-SEAL_KEY, UNSEALED = "content_sha256", "0" * 64
-# How protobuf stores the entry: key, then a string of 64 bytes.
-SEAL = SEAL_KEY.encode() + b"\x12\x40"
 
 
 @dataclass(frozen=True)
@@ -136,78 +130,3 @@ def session_options(precision: ExportPrecision) -> Any:
         # The CPU has no products of fp8: it rounds to them, and multiplies in fp32.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
-
-
-def seal(content: bytes) -> bytes:
-    """Put the content's own sha256 into its metadata."""
-    place = content.rindex(SEAL) + len(SEAL)
-    digest = hashlib.sha256(content).hexdigest().encode()
-    return content[:place] + digest + content[place + len(digest) :]
-
-
-def describe_onnx(path: Path) -> Description:
-    """Read what a file says about itself, once it is found to be as it was exported.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged or not one of ours.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    content = path.read_bytes()
-    place = content.rfind(SEAL) + len(SEAL)
-    if place < len(SEAL):
-        raise ValueError(
-            f"{path} is cut short or was not exported by adavipro_fast; export a checkpoint with "
-            "adavipro-to-onnx"
-        )
-    digest = content[place : place + 64]
-    unsealed = content[:place] + UNSEALED.encode() + content[place + 64 :]
-    if hashlib.sha256(unsealed).hexdigest().encode() != digest:
-        raise ValueError(f"{path} is damaged: it is not what was exported; export it again")
-    import onnx
-
-    data = path.with_name(path.name + ".data")
-    try:
-        model = onnx.load_model_from_string(content)
-        values = metadata_of(model)
-    except Exception as error:  # protobuf's own errors, nesting without end, ...
-        raise ValueError(f"{path} is no ONNX file of ours: {error}") from error
-    # A file may name any other file as the place of its weights.
-    places = {
-        entry.value
-        for tensor in tensors_of(model)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    if places and (places != {data.name} or "data_sha256" not in values):
-        own = next(iter(places))
-        renamed = len(places) == 1 and own.endswith(".onnx.data") and own != data.name
-        if renamed and Path(own).name == own:
-            raise ValueError(
-                f"{path} was exported as {own.removesuffix('.data')} with its weights in {own}; "
-                "give both files these names again"
-            )
-        raise ValueError(f"{path} wants weights from elsewhere than {data.name}; refused")
-    if places and not data.is_file():
-        raise FileNotFoundError(f"{data} is missing; it holds the weights of {path.name}")
-    if "data_sha256" in values and values["data_sha256"] != file_sha256(data):
-        raise ValueError(f"{data} is damaged: it is not what was exported; export it again")
-    return Description.of(values, path)
-
-
-def metadata_of(model: Any) -> dict[str, Any]:
-    """Return what a graph says about itself, without its seal."""
-    return {p.key: json.loads(p.value) for p in model.metadata_props if p.key != SEAL_KEY}
-
-
-def tensors_of(message: Any) -> Iterator[Any]:
-    """Yield every tensor inside a protobuf message: weights, constants, those of subgraphs."""
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        for part in [value] if hasattr(value, "ListFields") else value:
-            if type(part).__name__ == "TensorProto":
-                yield part
-            else:
-                yield from tensors_of(part)

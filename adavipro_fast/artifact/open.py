@@ -5,14 +5,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from adavipro_fast.artifact.artifact import Artifact, Runtime
 from adavipro_fast.artifact.classify import Classifies
-from adavipro_fast.artifact.description import Artifact, Description, Runtime, Tasks
-from adavipro_fast.artifact.onnx import OnnxArtifact, describe_onnx
+from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact, preferred
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.device import torch_device
+from adavipro_fast.files.about import Description, Tasks
 from adavipro_fast.files.hub import on_disk
+from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import Precision
 from adavipro_fast.method.model import Prediction
 

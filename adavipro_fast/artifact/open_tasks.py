@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from adavipro_fast.artifact.classify import Classifies
-from adavipro_fast.artifact.description import Description, Task, Tasks
 from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.files.about import Description, Task, Tasks
 from adavipro_fast.files.task import TaskFile, load_task, stacked
 from adavipro_fast.method.config import DTYPES
 from adavipro_fast.method.model import Prediction
@@ -80,24 +80,30 @@ class OpenArtifact(Classifies):
 
     def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels; logits are as wide as the widest task named."""
+        about = self.about
+        return about.prediction(self.run(about.image(pixels.to(self.file.device)), task))
+
+    def run(self, image: Tensor, tasks: Tasks | None = None) -> dict[str, Tensor]:
+        """Run the graph on its input, on the file's device, for tasks that are known by now."""
         known, about = self._now
         if not known:
             raise ValueError("the file holds no task yet; add one (adavipro-to-task)")
-        names = [about.tasks[number].name for number in about.numbers(task, len(pixels))]
+        names = [about.tasks[number].name for number in about.numbers(tasks, len(image))]
         present = list(dict.fromkeys(names))
         device = self.file.device
         feeds = {
-            "image": about.image(pixels.to(device)),
+            "image": image,
             "task": torch.tensor([present.index(name) for name in names], device=device),
             "numbers": torch.arange(len(present), device=device),
             **stacked([known[name] for name in present], DTYPES[about.precision]),
         }
-        return about.prediction(self.file.run_on(feeds))
+        return self.file.run_on(feeds)
 
     def _keep(self, known: Mapping[str, TaskFile]) -> None:
         """Replace tasks and description together: a call reads both at once."""
         tasks = (
-            Task(t.name, t.class_names, t.config, t.calibration, t.bytes) for t in known.values()
+            Task(t.name, t.class_names, t.config, t.calibration, bytes=t.bytes)
+            for t in known.values()
         )
         self._now = known, replace(self.file.about, tasks=tuple(tasks))
 

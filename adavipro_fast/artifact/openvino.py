@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.artifact.classify import Classifies
-from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
-from adavipro_fast.artifact.onnx import describe_onnx
 from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
+from adavipro_fast.files.about import Description, Tasks
+from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import QUANTISED
 from adavipro_fast.method.model import Prediction
 

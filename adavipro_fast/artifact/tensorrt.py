@@ -1,44 +1,25 @@
 """Run TensorRT and TensorRT-RTX engines: CUDA graphs, pinned buffers, a sidecar that must match."""
 
-import hashlib
 import importlib
-import json
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.artifact.classify import Classifies
-from adavipro_fast.artifact.description import Description, NotRunnableError, Tasks
 from adavipro_fast.device import torch_device
-from adavipro_fast.files.checked import read
-from adavipro_fast.files.whole import file_sha256
+from adavipro_fast.files.about import Description, Tasks
+from adavipro_fast.files.sealed import read_sidecar
 from adavipro_fast.method.model import Prediction
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-LARGEST_SIDECAR = 64 * 2**20
 INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt-rtx": "pip install tensorrt-rtx-cu13"}
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a sidecar says of how its engine was built."""
-
-    runtime: Literal["tensorrt", "tensorrt-rtx"]
-    runtime_version: str
-    compute_capabilities: tuple[str, ...]
-    batch: tuple[int, ...]
-    """smallest, usual and largest"""
-    engine_sha256: str
-
-    def __post_init__(self) -> None:
-        if len(self.batch) != 3 or not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
-            raise ValueError(f"batch is {list(self.batch)}")
 
 
 def runtime_module(runtime: str) -> ModuleType:
@@ -64,42 +45,6 @@ def compute_capability(device: torch.device | None = None) -> str | None:
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return None
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
-
-
-def sidecar_path(engine: Path) -> Path:
-    """Where an engine's sidecar lies."""
-    return engine.with_name(engine.name + ".json")
-
-
-def sidecar_sha256(values: dict[str, Any]) -> str:
-    """Hash a sidecar's content, its own digest aside."""
-    rest = {k: v for k, v in values.items() if k != "sidecar_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_sidecar(engine: Path) -> dict[str, Any]:
-    """Read what an engine's sidecar says, once both files are found to be as they were built.
-
-    Raises:
-        FileNotFoundError: one of the two is missing.
-        ValueError: one of the two is damaged.
-    """
-    path = sidecar_path(engine)
-    for file in (engine, path):
-        if not file.is_file():
-            raise FileNotFoundError(f"no such file: {file}; build with adavipro-to-tensorrt")
-    try:
-        if path.stat().st_size > LARGEST_SIDECAR:
-            raise ValueError(f"it is larger than {LARGEST_SIDECAR} bytes")
-        values = json.loads(path.read_text())
-        if sidecar_sha256(values) != values["sidecar_sha256"]:
-            raise ValueError("its content is not what was written")
-        expected = read(Built, values).engine_sha256
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"sidecar {path} is damaged: {error}; build the engine again") from error
-    if file_sha256(engine) != expected:
-        raise ValueError(f"{engine} is not the engine that {path.name} describes; build it again")
-    return dict(values)
 
 
 def check_runs_here(values: dict[str, Any], version: str, capability: str | None) -> None:

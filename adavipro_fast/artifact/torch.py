@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from adavipro_fast.artifact.classify import Classifies
-from adavipro_fast.artifact.description import Description, Tasks
 from adavipro_fast.device import full_fp32, torch_device
+from adavipro_fast.files.about import Description, Tasks
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.method.clip import NoText, TextTower, load_clip
-from adavipro_fast.method.config import PROMPTED, Precision
+from adavipro_fast.method.config import Precision
 from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
 from adavipro_fast.method.model import AdaViPro, Prediction
 
@@ -47,15 +47,7 @@ class TorchArtifact(Classifies):
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: AdaViPro, place: torch.device) -> "TorchArtifact":
         """Run a checkpoint's model on a device."""
-        about = Description(
-            checkpoint.class_names,
-            checkpoint.preprocess,
-            checkpoint.config,
-            model.encoder.precision,
-            "uint8",
-            checkpoint.config.method not in PROMPTED,
-            checkpoint.calibration,
-        )
+        about = Description.of_checkpoint(checkpoint, model.encoder.precision)
         return cls(model.to(place), about, provider=str(place))
 
     @torch.inference_mode()
@@ -85,15 +77,15 @@ class TorchArtifact(Classifies):
         model = self.model
         config = replace(
             model.config,
-            method="linear_probe" if model.config.head == "linear" else "zero_shot",
+            method="linear_probe" if model.head.learns else "zero_shot",
             margin=0,
         )
         alone = AdaViPro(
             model.encoder,
-            model.class_embeddings,
+            model.head.rows,
             config,
-            class_bias=model.class_bias,
-            logit_scale=model.logit_scale,
+            class_bias=model.head.bias,
+            logit_scale=model.head.scale,
         )
         about = replace(
             self.about,

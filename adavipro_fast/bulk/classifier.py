@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.bulk.values import Decoded, decoded, values_of
 from adavipro_fast.cores import threads, use_threads

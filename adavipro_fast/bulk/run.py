@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.bulk.rows import Output, Row
 from adavipro_fast.bulk.sources import Item, items
 from adavipro_fast.bulk.values import Decoded, decoded, values_of

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adavipro_fast.files.checked import read
@@ -23,6 +22,7 @@ from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.config import PROMPTED, Kernel, PromptConfig
 from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
 from adavipro_fast.method.functional import check_region
+from adavipro_fast.method.head import BIAS, ROWS, SCALE, Head, HeadRows
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.preprocess import Preprocess, completed
 from adavipro_fast.method.prompt import frame
@@ -31,7 +31,7 @@ FORMAT, BASELINE_FORMAT = "adavipro-fast/1", "adavipro-fast-baseline/1"
 FILES = {"linear_probe": "head.safetensors", "full_finetune": "encoder.safetensors"}
 TOWER = "visual."
 # What head.safetensors calls a probe's tensors.
-PROBE = {"head.weight": "class_embeddings", "head.bias": "class_bias"}
+PROBE = {"head.weight": ROWS, "head.bias": BIAS}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ class Checkpoint:
     def file_name(self) -> str:
         """What training calls the file."""
         return FILES.get(self.config.method, CHECKPOINT)
+
+    @property
+    def head(self) -> HeadRows:
+        """The head's rows and bias as they are kept, unscaled."""
+        reads = self.config.head_input or "embedding"
+        return HeadRows(self.tensors[ROWS], self.tensors.get(BIAS), reads)
 
     def save(self, path: Path) -> None:
         """Write the file when it is whole."""
@@ -84,17 +90,17 @@ class Checkpoint:
         encoder = encoder.with_(preprocess=replace(self.preprocess, margin=0))
         if self.config.method == "full_finetune":
             encoder = encoder.thawed()
-        scale, projection = self.tensors.get("logit_scale"), encoder.projection
+        scale, projection, rows = self.tensors.get(SCALE), encoder.projection, self.tensors[ROWS]
         if projection is not None:
             width = projection.shape[0 if self.config.head_input == "features" else 1]
-            if self.tensors["class_embeddings"].shape[1] != width:
-                got = tuple(self.tensors["class_embeddings"].shape)
+            if rows.shape[1] != width:
+                got = tuple(rows.shape)
                 raise ValueError(f"the head has shape {got}, the encoder gives {width} numbers")
         model = AdaViPro(
             encoder,
-            self.tensors["class_embeddings"],
+            rows,
             self.config,
-            class_bias=self.tensors.get("class_bias"),
+            class_bias=self.tensors.get(BIAS),
             logit_scale=None if scale is None else scale.item(),
             kernel=kernel,
         )
@@ -119,9 +125,7 @@ def trained_tensors(model: AdaViPro) -> dict[str, Tensor]:
         tensors["prompt"] = model.prompt.template()
     if model.prompt.generator is not None:
         tensors |= model.prompt.generator.state_dict()
-    if model.config.head != "text":
-        assert model.class_bias is not None
-        tensors |= {"class_embeddings": model.class_embeddings, "class_bias": model.class_bias}
+    tensors |= model.head.trained()
     if model.config.method == "full_finetune":
         tower = model.encoder.visual.state_dict()
         tensors |= {TOWER + name: value for name, value in tower.items()}
@@ -135,9 +139,7 @@ def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
     if model.prompt.generator is not None:
         names = model.prompt.generator.state_dict()
         model.prompt.generator.load_state_dict({name: tensors[name] for name in names})
-    if model.config.head != "text" and model.class_bias is not None:
-        model.class_embeddings.data.copy_(tensors["class_embeddings"])
-        model.class_bias.data.copy_(tensors["class_bias"])
+    model.head.load(tensors)
     if model.config.method == "full_finetune":
         tower = {k.removeprefix(TOWER): v for k, v in tensors.items() if k.startswith(TOWER)}
         try:
@@ -151,9 +153,7 @@ def checkpoint_of(
 ) -> Checkpoint:
     """Take a model's trained prompt as a checkpoint."""
     encoder = model.encoder
-    tensors = trained_tensors(model)
-    tensors["class_embeddings"] = model.class_embeddings.detach().cpu().clone()
-    tensors["logit_scale"] = torch.tensor(model.logit_scale)
+    tensors = trained_tensors(model) | model.head.stored()
     identity = EncoderIdentity(encoder.name, encoder.pretrained, encoder.sha256, encoder.quick_gelu)
     return Checkpoint(
         tensors, model.config, class_names, identity, model.preprocess, templates=templates
@@ -215,11 +215,7 @@ def read_settings(metadata: Mapping[str, Any]) -> tuple[PromptConfig, Preprocess
 def _check_shapes(checkpoint: Checkpoint) -> None:
     side, config = checkpoint.preprocess.size, checkpoint.config
     width, region, classes = config.embed_dim, config.region_size, len(checkpoint.class_names)
-    expected: dict[str, tuple[int | None, ...]] = {"class_embeddings": (classes, None)}
-    if config.method != "linear_probe":
-        expected["logit_scale"] = ()
-    if config.head != "text":
-        expected["class_bias"] = (classes,)
+    expected = Head.shapes(config, classes)
     if config.method in PROMPTED:
         expected["prompt"] = (3, side, side)
     if config.method == "adavipro":

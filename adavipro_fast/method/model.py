@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from adavipro_fast.method.config import DTYPES, Kernel, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.head import Head
 from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.method.prompt import AdaptivePrompt
 
@@ -34,9 +34,6 @@ class AdaViPro(nn.Module):
         kernel: see `AdaptivePrompt`.
     """
 
-    class_embeddings: Tensor
-    class_bias: Tensor | None
-
     def __init__(
         self,
         encoder: FrozenEncoder,
@@ -49,7 +46,6 @@ class AdaViPro(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.logit_scale = encoder.logit_scale if logit_scale is None else logit_scale
         self.prompt = AdaptivePrompt(
             encoder.preprocess.size,
             config or PromptConfig(),
@@ -57,18 +53,13 @@ class AdaViPro(nn.Module):
             std=encoder.preprocess.std,
             kernel=kernel,
         )
-        # Copies: the caller's rows do not learn.
-        rows = class_embeddings.detach().float().clone()
-        bias = None if class_bias is None else class_bias.detach().float().clone()
-        if self.config.head == "linear":
-            self.class_embeddings = nn.Parameter(rows)
-            self.class_bias = None if bias is None else nn.Parameter(bias)
-        else:
-            if self.config.head == "text":
-                shared = encoder.logit_bias
-                bias = None if shared is None else torch.full((len(rows),), shared)
-            self.register_buffer("class_embeddings", rows, persistent=False)
-            self.register_buffer("class_bias", bias, persistent=False)
+        self.head = Head.of(
+            self.config,
+            class_embeddings,
+            class_bias,
+            scale=encoder.logit_scale if logit_scale is None else logit_scale,
+            sigmoid_bias=encoder.logit_bias,
+        )
 
     @property
     def config(self) -> PromptConfig:
@@ -102,14 +93,4 @@ class AdaViPro(nn.Module):
             ValueError: embeddings of images and classes differ in width.
         """
         embedding, features = self.encoder.embed(images)
-        rows = features if self.config.head_input == "features" else embedding
-        if rows.shape[1] != self.class_embeddings.shape[1]:
-            raise ValueError(
-                f"class embeddings have {self.class_embeddings.shape[1]} numbers each, the "
-                f"encoder's have {rows.shape[1]}"
-            )
-        scale = 1.0 if self.config.head_input == "features" else self.logit_scale
-        logits = scale * rows @ self.class_embeddings.t()
-        if self.class_bias is not None:
-            logits = logits + self.class_bias
-        return Prediction(logits, mask, embedding)
+        return Prediction(self.head(embedding, features), mask, embedding)

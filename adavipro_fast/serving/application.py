@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
 from adavipro_fast.artifact.answers import answers_of_tasks
-from adavipro_fast.artifact.description import Description, NotRunnableError
+from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.cores import threads
 from adavipro_fast.data.images import decode_image
+from adavipro_fast.files.about import Description
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.serving.batcher import Batcher, Job, StoppingError
 from adavipro_fast.serving.served import CLASSIFY, Generation, Served

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.method.model import Prediction
 
 # Of the estimate of a batch's time, which Retry-After is made of.

@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adavipro_fast.artifact.description import Artifact, Description
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.files.about import Description
 
 Stamp = tuple[int, int] | None
 # Behind a file's name: the model that takes image files.

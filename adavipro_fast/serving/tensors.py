@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 
-from adavipro_fast.artifact.description import Description
+from adavipro_fast.files.about import Description
 from adavipro_fast.serving import kserve
 from adavipro_fast.serving.application import VERSION, Application, classified, named_tasks
 from adavipro_fast.serving.kserve import TensorSpec

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adavipro_fast import pictures
 from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers, answers_of_tasks
-from adavipro_fast.artifact.description import Artifact
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.serving.application import Application

@@ -18,7 +18,6 @@ from adavipro_fast.data.sets import load_test
 from adavipro_fast.data.split import Split
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
-from adavipro_fast.method.calibration import Link
 from adavipro_fast.method.config import PROMPTED, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder, fingerprint
 from adavipro_fast.method.model import AdaViPro
@@ -159,9 +158,7 @@ def keep_calibration(trainer: Trainer, model: AdaViPro, val: Split, path: Path) 
     """Fit the probabilities of a model on validation images, and keep them in its file."""
     evaluation = trainer.evaluate(model, val)
     if trainer.group.leads:
-        sigmoid = model.config.head == "text" and model.encoder.logit_bias is not None
-        link: Link = "sigmoid" if sigmoid else "softmax"
-        fitted = calibrate(evaluation.logits, evaluation.labels, link)
+        fitted = calibrate(evaluation.logits, evaluation.labels, model.head.link)
         replace(load_checkpoint(path), calibration=fitted).save(path)
 
 

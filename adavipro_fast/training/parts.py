@@ -48,12 +48,9 @@ def _parts(model: AdaViPro, config: OptimiserConfig) -> Iterator[Part]:
         yield Part(
             "--lr-generator", config.lr_generator, named, optimiser, start=config.generator_start
         )
-    if model.config.head == "linear":
-        rows, bias = model.class_embeddings, model.class_bias
-        assert isinstance(rows, nn.Parameter)
-        assert isinstance(bias, nn.Parameter)
-        size = rows.detach().square().mean().sqrt().item()
-        named = {"class_embeddings": rows, "class_bias": bias}
+    if model.head.learns:
+        size = model.head.rows.detach().square().mean().sqrt().item()
+        named = model.head.trained()
         adam_w = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=config.decay_head)
         yield Part("--lr-head", config.lr_head * size, named, adam_w)
     if model.config.method == "full_finetune":

@@ -3,7 +3,7 @@
 A probe is logistic regression (scikit-learn) whose penalty is chosen on validation.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from adavipro_fast.data.split import Split
 from adavipro_fast.method.config import HeadInput
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.functional import normalise
+from adavipro_fast.method.head import HeadRows
 from adavipro_fast.training.log import say
 
 # Inverse strengths of the L2 penalty that are tried on validation; VP's 0.316 is among them. Unit
@@ -28,15 +29,6 @@ STRENGTHS: dict[HeadInput, tuple[float, ...]] = {
 HEAD_STEPS = 2000
 BATCH = 64
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear head: rows (K, E or F) and bias (K,)."""
-
-    rows: Tensor
-    bias: Tensor
-    head_input: HeadInput
 
 
 class Frozen(NamedTuple):
@@ -70,7 +62,7 @@ def fit_head(
     device: torch.device,
     inputs: tuple[HeadInput, ...] = ("features",),
     text: Tensor | None = None,
-) -> Head:
+) -> HeadRows:
     """Fit probes, and take the head that is best on validation.
 
     Args:
@@ -92,19 +84,19 @@ def fit_head(
         top1, head = _probe(train, val, head_input)
         say(f"linear probe on {head_input}: val top-1 {top1:.1f} %")
         if head_input == "embedding":
-            head = Head(head.rows / encoder.logit_scale, head.bias, head_input)
+            head = replace(head, rows=head.rows / encoder.logit_scale)
         candidates.append((top1, head))
     if text is not None:
         top1 = 100 * float(
             (np.argmax(val.embedding @ text.double().numpy().T, 1) == val.labels).mean()
         )
         say(f"text embeddings: val top-1 {top1:.1f} %")
-        candidates.append((top1, Head(text, torch.zeros(len(text)), "embedding")))
+        candidates.append((top1, HeadRows(text, torch.zeros(len(text)), "embedding")))
     # Among equals the first stays.
     return max(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def _probe(train: Frozen, val: Frozen, head_input: HeadInput) -> tuple[float, Head]:
+def _probe(train: Frozen, val: Frozen, head_input: HeadInput) -> tuple[float, HeadRows]:
     """Fit one probe: its validation top-1, percent, and the head."""
     rows, held_out = getattr(train, head_input), getattr(val, head_input)
     best: tuple[float, LogisticRegression] | None = None
@@ -119,4 +111,4 @@ def _probe(train: Frozen, val: Frozen, head_input: HeadInput) -> tuple[float, He
     if len(weight) == 1:
         # Of two classes scikit-learn keeps the difference.
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    return best[0], Head(weight.float(), bias.float(), head_input)
+    return best[0], HeadRows(weight.float(), bias.float(), head_input)

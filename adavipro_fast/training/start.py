@@ -21,6 +21,7 @@ from adavipro_fast.method.clip import (
 )
 from adavipro_fast.method.config import PROMPTED, HeadInput, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.head import HeadRows
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.preprocess import WHITE
 from adavipro_fast.training import group as distributed
@@ -34,7 +35,7 @@ from adavipro_fast.training.config import TrainConfig, difference, read_stored, 
 from adavipro_fast.training.data_record import keep_data
 from adavipro_fast.training.finish import finish
 from adavipro_fast.training.log import say
-from adavipro_fast.training.probe import Head, fit_head
+from adavipro_fast.training.probe import fit_head
 from adavipro_fast.training.run_folder import held, make_folder
 from adavipro_fast.training.state import read_state
 from adavipro_fast.training.trainer import Trainer
@@ -253,7 +254,7 @@ def _model(
     rows, bias = embeddings, None
     if prompt.head == "linear" or prompt.method == "linear_probe":
         head = _head(config, encoder, dataset, embeddings, device)
-        prompt = replace(prompt, head="linear", head_input=head.head_input)
+        prompt = replace(prompt, head="linear", head_input=head.reads)
         rows, bias = head.rows, head.bias
     assert rows is not None
     torch.manual_seed(config.optimiser.seed)
@@ -273,7 +274,7 @@ def _head(
     dataset: Dataset,
     embeddings: Tensor | None,
     device: torch.device,
-) -> Head:
+) -> HeadRows:
     """Find where a linear head starts; the leading process fits it once, for all and for good."""
     asked, output = config.prompt.head_input, config.output
     if config.prompt.method == "linear_probe":
@@ -287,10 +288,12 @@ def _head(
         inputs: tuple[HeadInput, ...] = (asked,) if asked else ("features", "embedding")
         text = None if asked == "features" else embeddings
         fitted = fit_head(frozen, dataset, device, inputs, text)
-        settings = PromptConfig("linear_probe", head="linear", head_input=fitted.head_input)
+        settings = PromptConfig("linear_probe", head="linear", head_input=fitted.reads)
         settings = replace(settings, region_size=config.prompt.region_size)
         start = AdaViPro(frozen, fitted.rows, settings, class_bias=fitted.bias)
         checkpoint_of(start, dataset.class_names).save(source)
+        group.wait()
+        return fitted
     group.wait()
     probe = load_checkpoint(source)
     if probe.class_names != dataset.class_names or probe.encoder.sha256 != frozen.sha256:
@@ -300,5 +303,4 @@ def _head(
         )
     if probe.config.head_input is None or asked not in (None, probe.config.head_input):
         raise ValueError(f"{source} holds no linear head that reads {asked}")
-    tensors = probe.tensors
-    return Head(tensors["class_embeddings"], tensors["class_bias"], probe.config.head_input)
+    return probe.head

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adavipro_fast.export.fold import Plain, deployed
-from adavipro_fast.method.config import DTYPES
+from adavipro_fast.export.graph import Form, Graph, deployed
 from lib.rows import Chosen
 from lib.subject import Outputs, Row, Subject
 from lib.timing import graphed
 
-FORMS: dict[str, dict[str, bool]] = {
-    "baseline": {"folded": True, "baseline": True},
-    "folded": {"folded": True},
-    "pixel": {"folded": False},
+FORMS = {
+    "baseline": Form(input="uint8", baseline=True),
+    "folded": Form(input="uint8"),
+    "pixel": Form("pixel", input="uint8"),
 }
 RUNTIMES = ("deployed", "cuda_graph", "deployed_compiled", "aoti")
 LARGEST_BATCH = 1024
@@ -33,7 +32,7 @@ def deployed_rows(
 ) -> list[Row]:
     """Build the rows of every runtime and form; a form that fails is a row with its reason."""
     rows = []
-    modules: dict[str, Plain] = {}
+    modules: dict[str, Graph] = {}
     for runtime, form in product(RUNTIMES, FORMS):
         contract = "encoder" if form == "baseline" else "prompt + encoder"
         row = Row(f"{runtime}_{form}", f"{runtime}_baseline", contract)
@@ -65,14 +64,13 @@ def obstacle(subject: Subject, runtime: str, *, quick: bool) -> str | None:
     return None
 
 
-def module(subject: Subject, form: str) -> Plain:
+def module(subject: Subject, form: str) -> Graph:
     """Build a form in the subject's precision, on its device."""
-    dtype = DTYPES[subject.precision]
-    built = deployed(subject.model, dtype=dtype, uint8=True, **FORMS[form])
+    built = deployed([subject.model], replace(FORMS[form], precision=subject.precision))
     return built.eval().to(subject.device)
 
 
-def outputs_of(run: Callable[[], Any], module: Plain) -> Callable[[], Outputs]:
+def outputs_of(run: Callable[[], Any], module: Graph) -> Callable[[], Outputs]:
     """Name what a runner returns."""
 
     @torch.inference_mode()
@@ -82,13 +80,13 @@ def outputs_of(run: Callable[[], Any], module: Plain) -> Callable[[], Outputs]:
     return work
 
 
-def eagerly(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
+def eagerly(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
     """Call the module."""
     return lambda: module(image)
 
 
 @torch.inference_mode()
-def as_graph(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
+def as_graph(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
     """Replay the module, captured for this batch."""
     kept: dict[str, Any] = {}
 
@@ -104,17 +102,17 @@ def as_graph(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
     return run
 
 
-def compiled(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
+def compiled(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
     """Compile the module for this batch; the first call does it."""
     run = torch.compile(module, dynamic=False)
     return lambda: run(image)
 
 
-def ahead_of_time(module: Plain, image: Tensor, package: Path) -> Callable[[], Any]:
+def ahead_of_time(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
     """Compile the module to a package for batches of 1 to 1024, once, and load it."""
     if not package.exists():
         with torch.no_grad():
-            example = tuple(part.to(image.device) for part in module.example(image.shape[-1]))
+            example = tuple(part.to(image.device) for part in module.example())
             batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
             program = torch.export.export(module, example, dynamic_shapes=module.dynamic(batch))
             part = package.with_suffix(".part.pt2")
@@ -124,7 +122,7 @@ def ahead_of_time(module: Plain, image: Tensor, package: Path) -> Callable[[], A
     return lambda: run(image)
 
 
-RUNNERS: dict[str, Callable[[Plain, Tensor, Path], Callable[[], Any]]] = {
+RUNNERS: dict[str, Callable[[Graph, Tensor, Path], Callable[[], Any]]] = {
     "deployed": eagerly,
     "cuda_graph": as_graph,
     "deployed_compiled": compiled,

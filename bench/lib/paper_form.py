@@ -32,6 +32,6 @@ class PaperForm(AdaptivePrompt):
 
 def in_paper_form(model: AdaViPro) -> AdaViPro:
     """Return the model with its prompt computed as the paper writes it."""
-    twin = AdaViPro(model.encoder, model.class_embeddings, model.config)
+    twin = AdaViPro(model.encoder, model.head.rows, model.config)
     twin.prompt = PaperForm.of(model.prompt)
-    return twin.train(model.training).to(model.class_embeddings.device)
+    return twin.train(model.training).to(model.head.rows.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adavipro_fast import AdaViPro
 from adavipro_fast.artifact.openvino import SETTINGS
-from adavipro_fast.export.graph import quiet
+from adavipro_fast.export.onnx_file import quiet
 from adavipro_fast.method.config import DTYPES
 from adavipro_fast.method.encoder import FrozenEncoder
 from lib.machine import no_openvino

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from adavipro_fast import AdaViPro
-from adavipro_fast.artifact.description import Runtime
+from adavipro_fast.artifact.artifact import Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.tensorrt import EngineArtifact, compute_capability, runtime_module
 from adavipro_fast.data.images import decode_image, unresized
@@ -54,7 +54,7 @@ def torch_rows(subject: Subject, count: int, *, quick: bool) -> list[Row]:
     fused = fused_obstacle(model.prompt.config)
     if subject.device.type != "cuda":
         fused = "the fused kernel needs a CUDA device"
-    collapsed = AdaViPro(model.encoder, model.class_embeddings, model.prompt.config, kernel="plain")
+    collapsed = AdaViPro(model.encoder, model.head.rows, model.prompt.config, kernel="plain")
     collapsed.prompt.load_state_dict(model.prompt.state_dict())
     collapsed = collapsed.eval().to(subject.device)
 

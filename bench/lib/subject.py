@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, load_encoder
-from adavipro_fast.artifact.description import NotRunnableError, Runtime
+from adavipro_fast.artifact.artifact import NotRunnableError, Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import graph as onnx_graph
-from adavipro_fast.export import to_onnx, verify
+from adavipro_fast.export import comparison
 from adavipro_fast.export.calibrate import Judges, quantise_file
+from adavipro_fast.export.graph import Form
+from adavipro_fast.export.onnx_export import Source, write_graph
 from adavipro_fast.export.patches import folding_obstacle
-from adavipro_fast.export.to_onnx import Graph
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import Input, Precision
 from adavipro_fast.method.model import Prediction
@@ -30,8 +30,8 @@ CLASS_NAMES = tuple(f"class {number}" for number in range(10))
 # The first one that divides the image's side is taken.
 REGIONS = (32, 56, 16, 8)
 LEAST_COSINE = {
-    "fp32": verify.SMALLEST_COSINE,
-    "fp16": verify.SMALLEST_COSINE,
+    "fp32": comparison.SMALLEST_COSINE,
+    "fp16": comparison.SMALLEST_COSINE,
     "bf16": 0.999,
     # Of random weights, whose products are all quantised: there is no accuracy to judge them by.
     "int8": 0.98,
@@ -105,14 +105,14 @@ class Subject:
             region_size=next(region for region in REGIONS if side % region == 0),
         )
         self.model = AdaViPro(encoder, classes, prompt, kernel="plain").eval()
-        sample = torch.cat(verify.sample_batches(encoder.preprocess, None))
+        sample = torch.cat(comparison.sample_batches(encoder.preprocess, None))
         self.model.prompt.initialise(sample)
         self.various = sample
         self.sample = sample[torch.arange(images) % len(sample)]
         with torch.inference_mode():
             self.expected: Prediction = self.model(self.sample)
             self.plain = encoder(self.model.prompt.normalised(self.sample))
-        self.near = verify.ties(self.model, self.sample)
+        self.near = comparison.ties(self.model, self.sample)
 
     def twin(self, *, lean: bool = True) -> AdaViPro:
         """Return the model in the precision and on the device under test.
@@ -122,7 +122,7 @@ class Subject:
         """
         model = AdaViPro(
             self.model.encoder.with_(precision=self.precision, lean=lean),
-            self.model.class_embeddings,
+            self.model.head.rows,
             self.model.prompt.config,
             kernel="auto",
         )
@@ -145,7 +145,7 @@ class Subject:
         got = outputs["embedding"].float()
         error = (got - expected).abs().max().item()
         cosine = F.cosine_similarity(got, expected, dim=-1).min().item()
-        if self.precision == "fp32" and not (row.int8 or error <= verify.LARGEST_ERROR_FP32):
+        if self.precision == "fp32" and not (row.int8 or error <= comparison.LARGEST_ERROR_FP32):
             raise VerificationError(f"{row.name}: embeddings differ by {error:.1e}")
         least = LEAST_COSINE["int8" if row.int8 else self.precision]
         if not cosine >= least:
@@ -194,28 +194,20 @@ def obstacle(subject: Subject, name: str, runtime: Runtime) -> str | None:
 
 
 def write(subject: Subject, path: Path) -> None:
-    """Write the ONNX file that its name says, as `to_onnx` does but without its verification."""
+    """Write the ONNX file that its name says, unverified."""
     form, _, ending = path.stem.partition("_")
     kind, precision = ENDINGS[ending]
-    stored = checkpoint_of(subject.model, CLASS_NAMES)
-    checkpoint = path.with_name("checkpoint.safetensors")
-    stored.save(checkpoint)
-    options = to_onnx.OnnxConfig(
-        checkpoint,
-        path,
-        precision=precision or subject.precision,
-        input=kind,
-        baseline=form == "baseline",
-    )
     foldable = folding_obstacle(subject.model.encoder.visual) is None
-    graph: Graph = "folded" if foldable and form != "pixel" else "pixel"
-    module = to_onnx.build([subject.model], options, graph)
-    onnx_graph.write(
-        to_onnx.resizing(module, subject.model, options),
+    source = Source(checkpoint_of(subject.model, CLASS_NAMES), subject.model)
+    write_graph(
         path,
-        side=subject.model.preprocess.size,
-        opset=to_onnx.OPSETS[options.precision],
-        metadata=to_onnx.describe(stored, options, graph),
+        [source],
+        Form(
+            "folded" if foldable and form != "pixel" else "pixel",
+            precision or subject.precision,
+            kind,
+            baseline=form == "baseline",
+        ),
     )
     if precision == "int8":
         # All products: random weights have no accuracy to lose.

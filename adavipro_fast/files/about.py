@@ -1,23 +1,26 @@
-"""What every file that can be run says about itself, and what every runner offers."""
+"""What a file says about itself: one description, written into and read from every kind of file.
 
+ONNX files hold it as metadata, engines in their sidecar, Triton's models in `about.json`.
+"""
+
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adavipro_fast.files.checked import read
-from adavipro_fast.files.checkpoint import FORMAT, read_settings
+from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, read_settings
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
-from adavipro_fast.method.config import ExportPrecision, Input, PromptConfig
+from adavipro_fast.method.config import PROMPTED, ExportPrecision, Input, PromptConfig
+from adavipro_fast.method.encoder import EncoderIdentity
 from adavipro_fast.method.functional import Edge, EdgePadding, normalise
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Preprocess
 
-# What runs an .onnx file.
-Runtime = Literal["auto", "onnxruntime", "openvino"]
 # A task for all images, or one for each.
 Tasks = str | Sequence[str]
 
@@ -30,8 +33,20 @@ class Task:
     class_names: tuple[str, ...]
     config: PromptConfig
     calibration: Calibration = UNCALIBRATED
+    checkpoint_sha256: str = ""
+    """of the file that it was exported from; empty in files of before"""
     bytes: int = 0
     """of its tables; 0 in files of before they were counted"""
+
+    @classmethod
+    def of(cls, name: str, checkpoint: Checkpoint, sha256: str = "", size: int = 0) -> "Task":
+        """Describe a checkpoint as a task of a file."""
+        names, config = checkpoint.class_names, checkpoint.config
+        return cls(name, names, config, checkpoint.calibration, sha256, size)
+
+    def stored(self) -> dict[str, Any]:
+        """Return what files keep."""
+        return asdict(self) | {"config": self.config.stored()}
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,63 @@ class Description:
     """where there are several; class names, configuration and calibration are then theirs"""
     open_for: OpenFor | None = None
     """where tasks are added while it runs"""
+    encoder: EncoderIdentity | None = None
+    """that is in the file; none in files of before"""
+    templates: tuple[str, ...] = ()
+    """texts that class names were embedded in"""
+    graph: str = ""
+    """folded or pixel; empty where PyTorch runs a checkpoint"""
+    checkpoint_sha256: str = ""
+    """of the file that it was exported from"""
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        precision: ExportPrecision,
+        input: Input = "uint8",
+        *,
+        baseline: bool = False,
+        several: bool = False,
+    ) -> "Description":
+        """Describe what runs a checkpoint.
+
+        Args:
+            checkpoint: the first of a file.
+            precision: of the encoder.
+            input: of the graph.
+            baseline: the prompt is left out.
+            several: the file takes the task of each image.
+        """
+        preprocess, calibration = checkpoint.preprocess, checkpoint.calibration
+        if baseline:
+            # A margin is the prompt's, and so is a calibration, whose logits a baseline lacks.
+            preprocess, calibration = replace(preprocess, margin=0), calibration.without
+        unprompted = not several and checkpoint.config.method not in PROMPTED
+        return cls(
+            checkpoint.class_names,
+            preprocess,
+            checkpoint.config,
+            precision,
+            input,
+            baseline or unprompted,
+            calibration,
+            encoder=checkpoint.encoder,
+            templates=checkpoint.templates,
+        )
+
+    def stored(self) -> dict[str, Any]:
+        """Return what files keep; `of` reads it."""
+        kept = {
+            "format": FORMAT,
+            **asdict(self),
+            "preprocess": self.preprocess.stored(),
+            "config": self.config.stored(),
+            "encoder": None if self.encoder is None else self.encoder.stored(),
+            "tasks": [task.stored() for task in self.tasks],
+        }
+        unset = {name for name in ("encoder", "open_for") if kept[name] is None}
+        return {k: v for k, v in kept.items() if k not in unset and (k != "tasks" or v)}
 
     @classmethod
     def of(cls, values: dict[str, Any], path: Path) -> "Description":
@@ -89,6 +161,19 @@ class Description:
             return replace(about, config=config, preprocess=preprocess, tasks=tuple(tasks))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} has metadata that cannot be used: {error}") from error
+
+    def facts(self) -> dict[str, Any]:
+        """Return what Triton's Python models need; lists have an entry a task."""
+        tasks = self.tasks or (self,)
+        facts = {
+            "preprocess": self.preprocess.stored(),
+            "tasks": [task.name for task in self.tasks],
+            "class_names": [task.class_names for task in tasks],
+            "temperatures": [task.calibration.temperature for task in tasks],
+            "links": [task.calibration.link for task in tasks],
+        }
+        # As it is read back: tuples are lists.
+        return dict(json.loads(json.dumps(facts)))
 
     def check_shapes(self, shapes: dict[str, Sequence[Any]], path: Path) -> None:
         """Check the shapes of a graph's input and outputs, batch first, against this description.
@@ -184,44 +269,3 @@ class Description:
         grid = self.preprocess.size // self.config.region_size
         closed = torch.zeros(len(logits), grid, grid, dtype=torch.int32)
         return Prediction(logits, outputs.get("mask", closed), embedding)
-
-
-class Artifact(Protocol):
-    """A classifier ready to run.
-
-    Threads may share one: ONNX Runtime and PyTorch run their calls side by side, OpenVINO and an
-    engine one after the other.
-    """
-
-    @property
-    def about(self) -> Description:
-        """What it says about itself."""
-
-    @property
-    def backend(self) -> str:
-        """Which runtime: torch, onnxruntime, openvino, tensorrt or tensorrt-rtx."""
-
-    @property
-    def provider(self) -> str:
-        """Which device or execution provider it really uses."""
-
-    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels; the prediction lies on the CPU.
-
-        Args:
-            pixels: the images.
-            task: of all images, or of each, where the file holds several.
-        """
-
-    def classify(
-        self,
-        images: Any,
-        task: Tasks | None = None,
-        reject: float | None = None,
-        top: int = 5,
-    ) -> list[Any]:
-        """Classify pictures; see `classify.Classifies`."""
-
-
-class NotRunnableError(ValueError):
-    """This machine cannot run a file that is otherwise in order."""

@@ -1,0 +1,244 @@
+"""Compare what is exported with PyTorch on the same images.
+
+Masks must agree everywhere but where Δ is within rounding of 0, and those ties are counted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from adavipro_fast.artifact.artifact import Artifact, NotRunnableError
+from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.open import OneTask
+from adavipro_fast.artifact.torch import TorchArtifact
+from adavipro_fast.data import world
+from adavipro_fast.data.images import images_in, read_pixels, unresized
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.files.sealed import describe_onnx
+from adavipro_fast.method.config import QUANTISED
+from adavipro_fast.method.functional import region_logit
+from adavipro_fast.method.model import AdaViPro, Prediction
+from adavipro_fast.method.preprocess import Preprocess
+
+Classify = Callable[[Tensor], Prediction]
+
+# 1, an odd number and a large one.
+BATCHES = (1, 3, 16)
+LARGEST_ERROR_FP32 = 1e-5
+# Of a logit, to the largest one, or to 1.
+LARGEST_LOGIT_ERROR_FP32 = 1e-4
+SMALLEST_COSINE = 0.9999
+# Of images that a graph resizes itself: wide, tall, tiny, of its own side.
+SIZES = ((640, 480), (300, 500), (37, 53), (224, 224), (1, 9), (1920, 270))
+# Δ sums some thousand products; a few roundings of its largest terms decide nothing.
+TIE = 4e-6
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two backends are apart, over all images."""
+
+    max_abs_error: float
+    """of the embedding"""
+    max_logit_error: float
+    """of the logits, to the largest one or to 1"""
+    min_cosine: float
+    """of the embeddings, worst image"""
+    top1_agreement: float
+    """share of images, percent"""
+    mask_agreement: float
+    """share of regions, 0-1, ties aside"""
+    mask_ties: int
+    """regions whose Δ is within rounding of 0 and whose decisions differ"""
+
+    def complaint(self, precision: str) -> str | None:
+        """Say what is worse than rounding in `precision` explains."""
+        if self.mask_agreement < 1:
+            return f"masks agree on {self.mask_agreement:.4%} of the regions only"
+        if precision in QUANTISED:
+            # What rounding costs was judged on images, by accuracy.
+            return None
+        if precision == "fp32" and not self.max_abs_error <= LARGEST_ERROR_FP32:
+            return f"embeddings differ by {self.max_abs_error:.1e}, more than {LARGEST_ERROR_FP32}"
+        if precision == "fp32" and not self.max_logit_error <= LARGEST_LOGIT_ERROR_FP32:
+            return f"logits differ by a share of {self.max_logit_error:.1e} of the largest one"
+        if not self.min_cosine >= SMALLEST_COSINE:
+            return f"the worst cosine is {self.min_cosine:.6f}, less than {SMALLEST_COSINE}"
+        return None
+
+
+def opened(path: Path) -> OnnxArtifact | None:
+    """Open a file that was just written; none where no ONNX Runtime here runs bf16.
+
+    Raises:
+        VerificationError: it cannot be run.
+    """
+    # ONNX Runtime's CPU provider has no bf16.
+    about = describe_onnx(path)
+    bf16 = about.precision == "bf16"
+    if bf16 and not torch.cuda.is_available():
+        return None
+    try:
+        return OnnxArtifact.of(path, about, "cuda" if bf16 else "cpu")
+    except NotRunnableError as error:
+        if bf16:
+            return None
+        raise VerificationError(f"{path.name} was not written: {error}") from error
+
+
+def sample_batches(preprocess: Preprocess, images: Path | None) -> list[Tensor]:
+    """Make batches of real images and noise: (B, 3, S, S) uint8 each.
+
+    Args:
+        preprocess: how images become pixels.
+        images: folder of images; none takes the demo's procedural ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = sum(BATCHES)
+    if images is None:
+        drawn, _ = world.render(count, world.DOWNSTREAM, generator)
+        scaled = F.interpolate(drawn.float(), (preprocess.size,) * 2, mode="bilinear")
+        real = scaled.round().to(torch.uint8)
+    else:
+        files = images_in(images)
+        if not files:
+            raise ValueError(f"no image lies in {images}; name a folder of images")
+        picked = tuple(files[i * len(files) // count] for i in range(count))
+        real = read_pixels(picked, preprocess)
+    noise = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=generator)
+    # Every third image is noise.
+    mixed = torch.where((torch.arange(count) % 3 == 2).view(-1, 1, 1, 1), noise, real)
+    margin, side = preprocess.margin, preprocess.size
+    framed = preprocess.colour.view(3, 1, 1).expand_as(mixed).clone()
+    inner = (..., slice(margin, side - margin), slice(margin, side - margin))
+    framed[inner] = mixed[inner]
+    return list(framed.split(BATCHES))
+
+
+def ties(model: AdaViPro, pixels: Tensor) -> Tensor:
+    """Mark the regions whose Δ is within rounding of 0: (B, G, G) bool."""
+    prompt = model.prompt
+    images = prompt.normalised(pixels)
+    if prompt.generator is None:
+        return torch.zeros(len(pixels), prompt.grid, prompt.grid, dtype=torch.bool)
+    delta = prompt.delta(images)
+    if prompt.config.activation != "none":
+        size = 1 + delta.abs().amax()
+    else:
+        kernel, bias = prompt.generator.collapsed()
+        # Edges are differences of pixels, which round too.
+        size = region_logit(prompt.edges(images).abs() + 8, kernel.abs(), bias.abs())
+    near: Tensor = delta.abs() <= TIE * size
+    return near
+
+
+@torch.no_grad()
+def compare(
+    model: AdaViPro, reference: Classify, candidate: Classify, batches: Sequence[Tensor]
+) -> Comparison:
+    """Run both on all batches and compare what they say; `model` knows where Δ is near 0."""
+    errors, logit_errors, cosines, same_top1, same_mask, near = [], [], [], [], [], []
+    for pixels in batches:
+        expected, got = reference(pixels), candidate(pixels)
+        errors.append((expected.embedding - got.embedding).abs().max())
+        apart = (expected.logits - got.logits).abs().max()
+        logit_errors.append(apart / expected.logits.abs().max().clamp(min=1))
+        cosines.append(F.cosine_similarity(expected.embedding, got.embedding, dim=-1))
+        same_top1.append(expected.logits.argmax(1) == got.logits.argmax(1))
+        same_mask.append((expected.mask.int() == got.mask.int()).flatten())
+        near.append(ties(model, pixels).flatten())
+    same, tied = torch.cat(same_mask), torch.cat(near)
+    return Comparison(
+        max_abs_error=torch.stack(errors).max().item(),
+        max_logit_error=torch.stack(logit_errors).max().item(),
+        min_cosine=torch.cat(cosines).min().item(),
+        top1_agreement=100 * torch.cat(same_top1).double().mean().item(),
+        mask_agreement=(same | tied).double().mean().item(),
+        mask_ties=int((~same & tied).sum()),
+    )
+
+
+def compare_tasks(
+    references: Sequence[TorchArtifact],
+    names: Sequence[str],
+    candidate: Artifact,
+    batches: Sequence[Tensor],
+) -> Comparison:
+    """Compare each task of a file with its own checkpoint, alone and among images of others.
+
+    Returns:
+        The worst of the tasks; ties are counted together.
+    """
+    *alone, mixed = batches
+    order = [names[number % len(names)] for number in range(max(len(mixed), len(names)))]
+    pixels = mixed[torch.arange(len(order)) % len(mixed)]
+    together = candidate(pixels, order)
+    compared = []
+    for reference, name in zip(references, names, strict=True):
+        rows = torch.tensor([number for number, other in enumerate(order) if other == name])
+        count = len(reference.about.class_names)
+        own = Prediction(
+            together.logits[rows, :count], together.mask[rows], together.embedding[rows]
+        )
+        model = reference.model
+        compared += [
+            compare(model, reference, OneTask(candidate, name), alone),
+            compare(model, reference, lambda _, own=own: own, [pixels[rows]]),  # type: ignore[misc]
+        ]
+    return Comparison(
+        max_abs_error=max(each.max_abs_error for each in compared),
+        max_logit_error=max(each.max_logit_error for each in compared),
+        min_cosine=min(each.min_cosine for each in compared),
+        top1_agreement=min(each.top1_agreement for each in compared),
+        mask_agreement=min(each.mask_agreement for each in compared),
+        mask_ties=sum(each.mask_ties for each in compared),
+    )
+
+
+def compare_sizes(
+    reference: Classify,
+    run: Callable[[Tensor], dict[str, Tensor]],
+    preprocess: Preprocess,
+    images: Path | None,
+) -> float:
+    """Compare a graph that resizes with our preprocessing: the worst cosine of embeddings.
+
+    Args:
+        reference: classifies resized pixels.
+        run: gives the graph's outputs for an image of any size.
+        preprocess: the graph's.
+        images: see `sample_batches`.
+
+    Raises:
+        VerificationError: pixels are not resized alike.
+    """
+    cosines, transform = [], preprocess.pixels()
+    for image, size in zip(sample_batches(preprocess, images)[-1], SIZES, strict=False):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size)
+        resized = reference(torch.from_numpy(transform(picture).copy())[None])
+        got = run(unresized(picture))["embedding"].cpu()
+        cosines.append(F.cosine_similarity(resized.embedding, got, dim=-1).item())
+    if not min(cosines) >= SMALLEST_COSINE:
+        raise VerificationError(
+            f"the graph resizes otherwise than our preprocessing: worst cosine {min(cosines):.6f}"
+        )
+    return min(cosines)
+
+
+@dataclass(frozen=True)
+class Unprompted:
+    """A frozen encoder's own predictions, the reference of a baseline."""
+
+    model: AdaViPro
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Prediction:
+        """Classify (B, 3, S, S) uint8 RGB pixels."""
+        prompt = self.model.prompt
+        closed = torch.zeros(len(pixels), prompt.grid, prompt.grid)
+        return self.model.classify(prompt.normalised(pixels), closed)

@@ -1,0 +1,328 @@
+"""Export checkpoints with their encoder as one ONNX file, verified before it gets its name."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+
+from adavipro_fast import cli
+from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.open_tasks import OpenArtifact
+from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
+from adavipro_fast.errors import VerificationError
+from adavipro_fast.export.calibrate import judges_of, quantise_file
+from adavipro_fast.export.comparison import (
+    Comparison,
+    Unprompted,
+    compare,
+    compare_sizes,
+    compare_tasks,
+    opened,
+    sample_batches,
+)
+from adavipro_fast.export.graph import Form, Graph, GraphKind, deployed, usual_form
+from adavipro_fast.export.onnx_file import check_dtypes, write
+from adavipro_fast.export.open_tasks import folded_task
+from adavipro_fast.export.tasks import bytes_of
+from adavipro_fast.files.about import Description, OpenFor, Task
+from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
+from adavipro_fast.files.hub import run_name
+from adavipro_fast.files.whole import file_sha256, named_when_whole
+from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input
+from adavipro_fast.method.model import AdaViPro
+
+# Attention is one node since opset 23, which TensorRT builds in half precision only.
+OPSETS = {"fp32": 20, "fp16": 23, "bf16": 23, "int8": 20, "fp8": 20}
+
+
+@dataclass(frozen=True)
+class OnnxConfig:
+    """Export a checkpoint with its frozen encoder as ONNX."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """checkpoint.safetensors"""
+    output: Path
+    """file to write, F.onnx"""
+    more: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """checkpoints of further tasks for the same encoder; the graph then takes each image's task"""
+    task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """name of a task; repeatable, in the checkpoints' order (default: their folders' names)"""
+    tasks: Literal["baked", "open"] = "baked"
+    """tasks in the file, or as inputs: then they are data that export/to_task.py writes"""
+    graph: GraphKind | None = None
+    """prompt folded into the tokens, or on the pixels (default: folded for ViTs)"""
+    precision: ExportPrecision = "fp32"
+    """of the encoder; the mask path stays in fp32. int8 and fp8 take their ranges from --images"""
+    largest_loss: float = 0.5
+    """with int8 and fp8: accuracy that may be lost on --images, points; else there is no file"""
+    input: Input = "float32"
+    """normalised floats, RGB bytes 0-255, or bytes of any height and width, resized in the graph"""
+    baseline: bool = False
+    """the frozen encoder without a prompt, in the same form"""
+    opset: int | None = None
+    """ONNX operator set (default: 20 for fp32, 23 for half precision)"""
+    images: cli.Images = None
+    model: cli.Model = None
+    pretrained: cli.Pretrained = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All checkpoints."""
+        return (self.checkpoint, *self.more)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the file holds one task without a name."""
+        return self.tasks == "baked" and not self.more
+
+
+class Source(NamedTuple):
+    """A checkpoint on its way into a file."""
+
+    checkpoint: Checkpoint
+    model: AdaViPro
+    name: str = ""
+    """of its task; none of a file with one"""
+    sha256: str = ""
+    """of the checkpoint's file"""
+
+
+def export(config: OnnxConfig) -> dict[str, Any]:
+    """Export, verify, and only then give the file its name.
+
+    Raises:
+        ValueError: encoder, graph, precision or opset do not go together.
+        VerificationError: the exported graph computes something else.
+    """
+    opset = config.opset or OPSETS[config.precision]
+    if not OPSETS[config.precision] <= opset <= OPSETS["fp16"]:
+        raise ValueError(
+            f"opset {opset} cannot hold this graph in {config.precision}; "
+            f"use {OPSETS[config.precision]} to {OPSETS['fp16']}"
+        )
+    check_quantisable(config)
+    if config.output.suffix != ".onnx":
+        raise ValueError(f"output {config.output} does not end in .onnx; name a file F.onnx")
+    checkpoints = [load_checkpoint(path) for path in config.paths]
+    encoder = encoder_of(checkpoints[0], config.model, config.pretrained)
+    encoder = encoder.with_(precision="fp32")
+    models = [checkpoint.model(encoder) for checkpoint in checkpoints]
+    names = task_names(config)
+    digests = map(file_sha256, config.paths)
+    sources = [
+        Source(*source) for source in zip(checkpoints, models, names or [""], digests, strict=True)
+    ]
+    form = Form(
+        config.graph or usual_form(models[0]),
+        config.precision,
+        config.input,
+        config.baseline,
+        "alone" if config.alone else config.tasks,
+    )
+    judges = None
+    if config.precision in QUANTISED:
+        assert config.images is not None
+        first = checkpoints[0]
+        judges = judges_of(config.images, first.class_names, first.preprocess)
+    with named_when_whole(config.output) as path:
+        about, nodes = write_graph(path, sources, form, opset)
+        trial = Trial(path, sources, form, config.images)
+        sizes = trial.sizes()
+        quantised = {}
+        if config.precision == "int8" or config.precision == "fp8":
+            assert judges is not None
+            quantised = quantise_file(path, config.precision, judges, config.largest_loss)
+        check_dtypes(path, config.precision)
+        verdict = trial.verdict()
+        size = sum(file.stat().st_size for file in path.parent.iterdir())
+    return {
+        "path": str(config.output),
+        "graph": form.graph,
+        "precision": config.precision,
+        "input": config.input,
+        "opset": opset,
+        "baseline": about.baseline,
+        **({"tasks": names} if names else {}),
+        **quantised,
+        **verdict,
+        **sizes,
+        "nodes": nodes,
+        "bytes": size,
+    }
+
+
+def check_quantisable(config: OnnxConfig) -> None:
+    """Raise ValueError where int8 and fp8 are not offered, or their options mean nothing."""
+    if config.precision not in QUANTISED:
+        return
+    if not config.alone:
+        raise ValueError(
+            f"{config.precision} is not offered with several tasks; name one checkpoint, and leave "
+            "--tasks open out"
+        )
+    if not 0 <= config.largest_loss <= 100:
+        raise ValueError(f"largest_loss is {config.largest_loss}; 0 to 100 points work")
+    if config.images is None:
+        raise ValueError(
+            f"{config.precision} takes its ranges from your images; name a folder with --images"
+        )
+
+
+def task_names(config: OnnxConfig) -> list[str]:
+    """Name the tasks of several checkpoints; one checkpoint's needs no name.
+
+    Raises:
+        ValueError: two have one name, or there are other names than checkpoints.
+    """
+    if config.alone:
+        if config.task:
+            raise ValueError("--task names one of several checkpoints; leave it out for one")
+        return []
+    if config.baseline:
+        raise ValueError("--baseline is the encoder of one checkpoint; name one")
+    names = list(config.task) or [run_name(path) for path in config.paths]
+    if len(names) != len(config.paths):
+        raise ValueError(
+            f"{len(config.paths)} checkpoints, but {len(names)} times --task; name each"
+        )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or "" in names:
+        raise ValueError(f"task {(twice or [''])[0]!r} stands twice or is empty; give --task names")
+    return names
+
+
+def write_graph(
+    path: Path, sources: Sequence[Source], form: Form, opset: int | None = None
+) -> tuple[Description, int]:
+    """Write what the sources make as one file, unverified.
+
+    Args:
+        path: of the file.
+        sources: one a task.
+        form: of the graph.
+        opset: ONNX operator set (default: the precision's).
+
+    Returns:
+        What the file says about itself, and its number of nodes.
+
+    Raises:
+        ValueError: encoder, form and sources do not go together.
+    """
+    graph = deployed([source.model for source in sources], form)
+    about = describe(sources, form, graph)
+    opset = opset or OPSETS[form.precision]
+    return about, write(graph, path, opset=opset, metadata=about.stored())
+
+
+def describe(sources: Sequence[Source], form: Form, graph: Graph) -> Description:
+    """Collect what the file says about itself."""
+    first = sources[0]
+    about = Description.of_checkpoint(
+        first.checkpoint,
+        form.precision,
+        form.input,
+        baseline=form.baseline,
+        several=form.tasks != "alone",
+    )
+    about = replace(about, graph=form.graph, checkpoint_sha256=first.sha256)
+    if form.tasks == "open":
+        return replace(about, open_for=open_for([source.checkpoint for source in sources]))
+    if form.tasks == "baked":
+        tasks = (Task.of(s.name, s.checkpoint, s.sha256, bytes_of(graph, s.model)) for s in sources)
+        return replace(about, tasks=tuple(tasks))
+    return about
+
+
+def open_for(checkpoints: Sequence[Checkpoint]) -> OpenFor:
+    """Say which tasks a graph takes that is made of these.
+
+    Raises:
+        ValueError: they decide on different edges.
+    """
+    configs = [c.config for c in checkpoints if c.config.method == "adavipro"]
+    kinds = {(config.edge, config.edge_padding) for config in configs}
+    if len(kinds) > 1:
+        raise ValueError("--tasks open forms edges of one kind; the checkpoints have several")
+    first = (configs or [checkpoints[0].config])[0]
+    edge = first.edge if configs else None
+    return OpenFor(checkpoints[0].encoder.sha256, edge, first.edge_padding)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A file that was just written, and what it must compute."""
+
+    path: Path
+    sources: Sequence[Source]
+    form: Form
+    images: Path | None
+    """to compare on; none takes the demo's"""
+
+    @property
+    def references(self) -> list[TorchArtifact]:
+        """What PyTorch says, of each task."""
+        cpu = torch.device("cpu")
+        return [TorchArtifact.of(source.checkpoint, source.model, cpu) for source in self.sources]
+
+    def holder(self, candidate: OnnxArtifact) -> OpenArtifact:
+        """Give a file whose tasks are data its tasks."""
+        holder = OpenArtifact(candidate)
+        for source in self.sources:
+            holder.add(folded_task(source.name, source.checkpoint, source.model))
+        return holder
+
+    def sizes(self) -> dict[str, Any]:
+        """Compare a graph that resizes with our preprocessing, before its products are rounded.
+
+        Raises:
+            VerificationError: pixels are not resized alike.
+        """
+        candidate = opened(self.path) if self.form.input == "any" else None
+        if candidate is None:
+            return {}
+        first = self.sources[0]
+        reference = Unprompted(first.model) if self.form.baseline else self.references[0]
+        run = partial(candidate.run, tasks=[0] if self.form.tasks == "baked" else ())
+        if self.form.tasks == "open":
+            run = partial(self.holder(candidate).run, tasks=first.name)
+        preprocess = candidate.about.preprocess
+
+        def on_device(image: Tensor) -> dict[str, Tensor]:
+            return run(image.to(candidate.device))
+
+        return {"any_size_cosine": compare_sizes(reference, on_device, preprocess, self.images)}
+
+    def verdict(self) -> dict[str, Any]:
+        """Compare the file with PyTorch in fp32, where a backend at hand can run it.
+
+        Raises:
+            VerificationError: it computes something else.
+        """
+        candidate = opened(self.path)
+        if candidate is None:
+            return {
+                "verified": False,
+                "reason": "no ONNX Runtime here runs bf16; structure and dtypes were checked",
+                **dict.fromkeys(Comparison.__dataclass_fields__),
+            }
+        references, names = self.references, [source.name for source in self.sources]
+        batches = sample_batches(references[0].about.preprocess, self.images)
+        if self.form.tasks == "alone":
+            model = references[0].model
+            reference = Unprompted(model) if self.form.baseline else references[0]
+            comparison = compare(model, reference, candidate, batches)
+        else:
+            several = self.holder(candidate) if self.form.tasks == "open" else candidate
+            comparison = compare_tasks(references, names, several, batches)
+        if complaint := comparison.complaint(self.form.precision):
+            raise VerificationError(f"{self.path.name} was not written: {complaint}")
+        figures: dict[str, Any] = asdict(comparison)
+        if candidate.about.baseline:
+            figures |= {"mask_agreement": None, "mask_ties": None}
+        return {"verified": True, "reason": "", **figures}
