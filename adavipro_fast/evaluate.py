@@ -49,6 +49,7 @@ class EvaluateConfig:
     """of a checkpoint's encoder"""
     device: cli.Device = "auto"
     runtime: cli.Runtime = "auto"
+    decode: cli.Decode = None
     threads: cli.Threads = None
     batch_size: int = 64
     """images at once"""
@@ -88,6 +89,7 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
         device=config.device,
         runtime=config.runtime,
         task=config.task,
+        decode=config.decode,
     )
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))

@@ -5,6 +5,7 @@ was stopped goes on when it is started again.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import classify_all
+from adavipro_fast.data.ahead import decoded_ahead
 from adavipro_fast.data.images import readable_pixels
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.errors import printable
@@ -50,6 +52,7 @@ class PredictConfig:
     """of a checkpoint's encoder"""
     device: cli.Device = "auto"
     runtime: cli.Runtime = "auto"
+    decode: cli.Decode = None
     threads: cli.Threads = None
 
 
@@ -70,6 +73,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         device=config.device,
         runtime=config.runtime,
         task=config.task,
+        decode=config.decode,
     )
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
@@ -80,9 +84,8 @@ def command(config: PredictConfig) -> dict[str, Any]:
             raise ValueError(f"{path} holds many images; add --output F.csv, .jsonl or .parquet")
     predictions: list[dict[str, Any]] = []
     drawn = []
-    for start in range(0, len(config.images), BATCH):
-        paths = config.images[start : start + BATCH]
-        each = readable_pixels(paths, artifact.about.preprocess)
+    decode = partial(readable_pixels, preprocess=artifact.about.preprocess)
+    for paths, each in decoded_ahead(config.images, decode, BATCH):
         read = [pixels for pixels in each if not isinstance(pixels, str)]
         described: list[dict[str, Any]] = []
         if read:

@@ -59,6 +59,7 @@ class ServeConfig:
     device: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """where to run; repeatable, each runs batches of its own (default: auto)"""
     runtime: cli.Runtime = "auto"
+    decode: cli.Decode = None
     threads: cli.Threads = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
@@ -142,6 +143,7 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
         "pretrained": config.pretrained,
         "precision": config.precision,
         "runtime": config.runtime,
+        "decode": config.decode,
         "say": say,
     }
     if config.tasks_folder is not None and not config.tasks_folder.is_dir():

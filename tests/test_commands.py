@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adavipro_fast import cli, evaluate, predict, train
+from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import NonFiniteLossError
 from adavipro_fast.evaluate import EvaluateConfig
@@ -311,10 +312,10 @@ def test_predict_on_many_files_runs_in_batches(trained, folder, monkeypatch, tmp
     images = tuple(sorted((folder / "test").rglob("*.*")))[:7]
     config = PredictConfig(trained[0] / "checkpoint.safetensors", images, device="cpu")
     whole = predict.command(config)
-    sizes, read = [], predict.readable_pixels
+    sizes, run = [], TorchArtifact.__call__
     monkeypatch.setattr(predict, "BATCH", 3)
     monkeypatch.setattr(
-        predict, "readable_pixels", lambda paths, how: sizes.append(len(paths)) or read(paths, how)
+        TorchArtifact, "__call__", lambda self, x: sizes.append(len(x)) or run(self, x)
     )
     parts = predict.command(replace(config, picture=tmp_path / "out.png"))
     assert sizes == [3, 3, 1]

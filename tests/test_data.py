@@ -580,6 +580,40 @@ def test_an_image_that_resizing_would_blow_up_is_refused_by_its_header():
     assert square.pixels()(image).shape == (3, 32, 32)
 
 
+def photograph(width, height, kind="JPEG", **exif):
+    """Encode a picture with edges of all sizes."""
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    content = io.BytesIO()
+    image.save(content, kind, **exif)
+    return content.getvalue()
+
+
+def test_large_jpegs_are_decoded_at_a_part_of_their_size_where_it_divides():
+    full, scaled = PREPROCESS, replace(PREPROCESS, decode="scaled")
+
+    def decoded(content, how, name="x.jpg"):
+        return images.decode_image(content, name, how)
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for options in ({}, {"exif": turned}):
+        content = photograph(640, 480, **options)
+        # To 42 x 32: an eighth would leave 80 x 60, less than twice that.
+        size = (120, 160) if options else (160, 120)
+        assert decoded(content, scaled).size == size
+        pair = [how.pixels()(decoded(content, how)).astype(int) for how in (full, scaled)]
+        apart = np.abs(pair[0] - pair[1])
+        assert apart.max() <= 12
+        assert apart.mean() < 1
+    for content in (photograph(642, 481), photograph(120, 90), photograph(640, 480, "PNG")):
+        assert decoded(content, scaled).size == decoded(content, full).size
+    assert (
+        Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest").stored().get("decode") is None
+    )
+    assert scaled.stored()["decode"] == "scaled"
+
+
 def test_pixels_of_16_bits_are_scaled_not_cut():
     ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)
     expected = ramp.round().astype(np.uint8)

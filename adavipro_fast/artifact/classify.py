@@ -1,7 +1,6 @@
 """Pictures in, names out: one call for every artifact, whatever a picture comes as."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers_of_tasks
 from adavipro_fast.artifact.artifact import Artifact
-from adavipro_fast.cores import threads
+from adavipro_fast.data.ahead import decoded_ahead
 from adavipro_fast.data.images import converted, decode_image
 from adavipro_fast.files.about import Tasks
 from adavipro_fast.method.preprocess import Preprocess
@@ -78,19 +77,17 @@ class Classifies:
         artifact = cast(Artifact, self)
         pictures = [images] if isinstance(images, KINDS) else list(images)
         tasks = [task] * len(pictures) if isinstance(task, str) else task
+        decode = partial(pixels_of, preprocess=artifact.about.preprocess)
         if top < 1:
             raise ValueError(f"top is {top}; 1 or more is needed")
         if tasks is not None and len(tasks) != len(pictures):
             raise ValueError(f"{len(tasks)} tasks are given for {len(pictures)} pictures")
         found: list[Answer] = []
-        with ThreadPoolExecutor(threads()) as pool:
-            for start in range(0, len(pictures), BATCH):
-                part = pictures[start : start + BATCH]
-                own = None if tasks is None else tasks[start : start + BATCH]
-                decoded = pool.map(partial(pixels_of, preprocess=artifact.about.preprocess), part)
-                prediction = artifact(torch.from_numpy(np.stack(list(decoded))), own)
-                described = answers_of_tasks(artifact.about, prediction, own, reject, top)
-                found += map(Answer.of, described)
+        for _, decoded in decoded_ahead(pictures, decode, BATCH):
+            own = None if tasks is None else tasks[len(found) : len(found) + len(decoded)]
+            prediction = artifact(torch.from_numpy(np.stack(decoded)), own)
+            described = answers_of_tasks(artifact.about, prediction, own, reject, top)
+            found += map(Answer.of, described)
         return found
 
 

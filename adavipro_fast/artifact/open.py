@@ -1,6 +1,6 @@
 """Open any file that can classify images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from adavipro_fast.artifact.classify import Classifies
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact, preferred
+from adavipro_fast.artifact.tensorrt import EngineArtifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.about import Description, Tasks
@@ -17,6 +18,7 @@ from adavipro_fast.files.hub import on_disk
 from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import Precision
 from adavipro_fast.method.model import Prediction
+from adavipro_fast.method.preprocess import Decode
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def open_artifact(
     device: str = "auto",
     runtime: Runtime = "auto",
     task: str | None = None,
+    decode: Decode | None = None,
 ) -> Artifact:
     """Open a trained prompt for inference.
 
@@ -76,42 +79,40 @@ def open_artifact(
         runtime: of an .onnx file; auto takes OpenVINO on a CPU where it is installed and the file
             is not quantised and has its tasks in it, else ONNX Runtime.
         task: one of a file that holds several; a `.task` file where tasks are data.
+        decode: full or scaled, see `Preprocess.decode` (default: as in training).
 
     Raises:
         FileNotFoundError: no such file.
         OSError: it cannot be fetched from the Hub, with the reason.
         ValueError: not one of ours, damaged, of another encoder, or not runnable here.
     """
-    if task is not None:
-        opened = open_artifact(
-            path,
-            model=model,
-            pretrained=pretrained,
-            precision=precision,
-            device=device,
-            runtime=runtime,
-        )
-        if isinstance(opened, OpenArtifact) and task.endswith(".task"):
-            task = opened.add(task)
-        return OneTask(opened, task)
     path = on_disk(Path(path))
-    if path.suffix == ".onnx":
-        return open_onnx(path, device, runtime)
-    if runtime != "auto":
+    if path.suffix != ".onnx" and runtime != "auto":
         raise ValueError(f"runtime {runtime} runs .onnx files, {path} is none; leave it out")
-    if path.suffix == ".engine":
-        from adavipro_fast.artifact.tensorrt import EngineArtifact
+    opened: OnnxArtifact | OpenVinoArtifact | TorchArtifact | EngineArtifact
+    if path.suffix == ".onnx":
+        opened = open_onnx(path, device, runtime)
+    elif path.suffix == ".engine":
+        opened = EngineArtifact.open(path, device)
+    else:
+        opened = TorchArtifact.open(
+            path, model=model, pretrained=pretrained, precision=precision, device=device
+        )
+    if decode is not None:
+        preprocess = replace(opened.about.preprocess, decode=decode)
+        opened = replace(opened, about=replace(opened.about, preprocess=preprocess))
+    if opened.about.open_for is None:
+        return opened if task is None else OneTask(opened, task)
+    assert isinstance(opened, OnnxArtifact)
+    holder = OpenArtifact(opened)
+    if task is None:
+        return holder
+    return OneTask(holder, holder.add(task) if task.endswith(".task") else task)
 
-        return EngineArtifact.open(path, device)
-    return TorchArtifact.open(
-        path, model=model, pretrained=pretrained, precision=precision, device=device
-    )
 
-
-def open_onnx(path: Path, device: str, runtime: Runtime) -> Artifact:
+def open_onnx(path: Path, device: str, runtime: Runtime) -> OnnxArtifact | OpenVinoArtifact:
     """Open an .onnx file in the runtime asked for; arguments and errors are `open_artifact`'s."""
     about = describe_onnx(path)
     if runtime == "openvino" or (runtime == "auto" and preferred(about, torch_device(device))):
         return OpenVinoArtifact.of(path, about, device)
-    file = OnnxArtifact.of(path, about, device)
-    return file if about.open_for is None else OpenArtifact(file)
+    return OnnxArtifact.of(path, about, device)

@@ -117,7 +117,8 @@ class OpenArtifact(Classifies):
                 f"task {task.name!r} is of the encoder {task.encoder.name!r} "
                 f"({task.encoder.sha256[:12]}), the file holds {graph.encoder_sha256[:12]}"
             )
-        if task.preprocess != about.preprocess:
+        # How JPEGs are decoded is the file's to say.
+        if replace(task.preprocess, decode=about.preprocess.decode) != about.preprocess:
             raise ValueError(f"images of task {task.name!r} are prepared otherwise than the file's")
         if task.config.region_size != about.config.region_size:
             raise ValueError(

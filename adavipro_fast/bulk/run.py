@@ -1,9 +1,7 @@
 """Classify a stream of pictures: threads decode the next batches while one runs."""
 
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,9 @@ from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.bulk.rows import Output, Row
 from adavipro_fast.bulk.sources import Item, items
 from adavipro_fast.bulk.values import Decoded, decoded, values_of
-from adavipro_fast.cores import threads
+from adavipro_fast.data.ahead import decoded_ahead
 
 BATCH = 32
-# Batches that are decoded ahead of the one that runs.
-AHEAD = 2
 # A part is finished after so many rows or seconds: what a killed run loses.
 PART_ROWS, PART_S = 4096, 20.0
 
@@ -91,7 +87,6 @@ def answered(
 ) -> Iterator[list[Row]]:
     """Yield the rows of each batch of pictures, in order."""
     preprocess = artifact.about.preprocess
-    pictures = iter(pictures)
 
     def decode(item: Item) -> Decoded:
         try:
@@ -100,15 +95,8 @@ def answered(
             return str(error)
         return decoded(content, preprocess, item.id)
 
-    with ThreadPoolExecutor(threads()) as pool:
-        ahead: deque[tuple[list[Item], list[Future[Any]]]] = deque()
-        while True:
-            while len(ahead) <= AHEAD and (batch := list(islice(pictures, BATCH))):
-                ahead.append((batch, [pool.submit(decode, item) for item in batch]))
-            if not ahead:
-                return
-            batch, work = ahead.popleft()
-            yield rows_of(artifact, batch, [each.result() for each in work], output, reject)
+    for batch, contents in decoded_ahead(pictures, decode, BATCH):
+        yield rows_of(artifact, batch, contents, output, reject)
 
 
 def rows_of(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
@@ -16,13 +16,15 @@ from adavipro_fast.method.config import LARGEST_SIDE
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
+Decode = Literal["full", "scaled"]
 # How files become RGB pixels. 3 turns images upright by their EXIF orientation and puts transparent
 # ones on white; 2 ignored orientation and transparency, and is that of files without a number.
 DECODING, FIRST_DECODING = 3, 2
 # Of 16-bit grey images.
 WHITE = 65535
 # Settings that files leave out where they have these values.
-UNSET = {"margin": 0, "crop": 1, "decoding": FIRST_DECODING, "white_level": WHITE}
+UNSET = {"margin": 0, "crop": 1, "decoding": FIRST_DECODING}
+UNSET |= {"decode": "full", "white_level": WHITE}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Preprocess:
     """share of the resized image's shorter side that the centre crop keeps (timm's crop_pct)"""
     decoding: int = DECODING
     """how image files become RGB pixels, 2 or 3"""
+    decode: Decode = "full"
+    """scaled: JPEGs that are large enough at a half, a quarter or an eighth of their size"""
     white_level: int = WHITE
     """value of white in 16-bit grey images; 4095 for cameras of 12 bits"""
 

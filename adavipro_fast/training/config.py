@@ -12,7 +12,7 @@ from adavipro_fast.cli import Device, Threads
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.files.checked import read
 from adavipro_fast.method.config import HeadKind, Kernel, Precision, PromptConfig, TrainPrecision
-from adavipro_fast.method.preprocess import WHITE
+from adavipro_fast.method.preprocess import WHITE, Decode
 
 # VP warms up for 1000 steps; shorter runs give it a tenth of their steps.
 WARM_UP_STEPS, WARM_UP_SHARE = 1000, 0.1
@@ -122,6 +122,9 @@ class TrainConfig:
     white_level: int = WHITE
     """value of white in 16-bit grey images, such as 4095 from cameras of 12 bits; kept in every
     file"""
+    decode: Decode = "full"
+    """scaled: large JPEGs at a half, a quarter or an eighth of their size, several times faster;
+    kept in every file"""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     device: Device = "auto"
     threads: Threads = None

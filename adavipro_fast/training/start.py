@@ -23,7 +23,6 @@ from adavipro_fast.method.config import PROMPTED, HeadInput, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.head import HeadRows
 from adavipro_fast.method.model import AdaViPro
-from adavipro_fast.method.preprocess import WHITE
 from adavipro_fast.training import group as distributed
 from adavipro_fast.training.class_names import (
     check_embeddings,
@@ -188,9 +187,9 @@ def load(config: TrainConfig) -> Loaded:
     if config.head_from is not None and config.prompt.head != "linear":
         raise ValueError("--head-from is where a linear head starts; add --head linear")
     frozen, text = load_clip(config.model, config.pretrained)
-    if config.white_level != WHITE:
-        preprocess = replace(frozen.preprocess, white_level=config.white_level)
-        frozen = frozen.with_(preprocess=preprocess)
+    frozen = frozen.with_(
+        preprocess=replace(frozen.preprocess, white_level=config.white_level, decode=config.decode)
+    )
     torch.manual_seed(config.optimiser.seed)
     # Wrong sizes are told before images are decoded.
     bare = AdaViPro(frozen, torch.zeros(1, 1), config.prompt, kernel=config.kernel)
