@@ -4,6 +4,7 @@ With `--output`, images are also folders, lists, tar shards and Parquet files, a
 was stopped goes on when it is started again.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from adavipro_fast import cli, pictures
 from adavipro_fast.artifact.answers import answers
 from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
-from adavipro_fast.bulk.rows import Output
-from adavipro_fast.bulk.run import classify_all
+from adavipro_fast.bulk.cluster import answered_by_ray
+from adavipro_fast.bulk.rows import Output, Row
+from adavipro_fast.bulk.run import answered, classify_all
+from adavipro_fast.bulk.sources import Item
 from adavipro_fast.data.ahead import decoded_ahead
 from adavipro_fast.data.images import readable_pixels
 from adavipro_fast.device import slow_precision, torch_device
@@ -54,6 +57,8 @@ class PredictConfig:
     runtime: cli.Runtime = "auto"
     decode: cli.Decode = None
     threads: cli.Threads = None
+    ray: str | None = None
+    """with --output: address of a Ray cluster whose machines classify, or auto"""
 
 
 def main() -> None:
@@ -65,20 +70,17 @@ def command(config: PredictConfig) -> dict[str, Any]:
     """Predict and return what was found, image by image."""
     if not config.images:
         raise ValueError("no image was named; use predict ARTIFACT IMAGE [IMAGE ...]")
-    artifact = open_artifact(
-        config.artifact,
-        model=config.model,
-        pretrained=config.pretrained,
-        precision=config.precision,
-        device=config.device,
-        runtime=config.runtime,
-        task=config.task,
-        decode=config.decode,
-    )
+    if config.ray is not None and config.output is None:
+        raise ValueError("--ray is for many images; add --output F.csv, .jsonl or .parquet")
+    options = {
+        name: getattr(config, name)
+        for name in ("model", "pretrained", "precision", "device", "runtime", "task", "decode")
+    }
+    artifact = open_artifact(config.artifact, **options)
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
     if config.output is not None:
-        return write_rows(artifact, config, config.output)
+        return write_rows(artifact, options, config, config.output)
     for path in config.images:
         if path.is_dir() or str(path) == "-" or path.suffix in (".tar", ".parquet"):
             raise ValueError(f"{path} holds many images; add --output F.csv, .jsonl or .parquet")
@@ -117,8 +119,17 @@ def command(config: PredictConfig) -> dict[str, Any]:
     return {"predictions": predictions, "probabilities": artifact.about.calibration.link}
 
 
-def write_rows(artifact: Artifact, config: PredictConfig, output: Path) -> dict[str, Any]:
-    """Classify all images into a file or folder, or go on with one."""
+def write_rows(
+    artifact: Artifact, options: dict[str, Any], config: PredictConfig, output: Path
+) -> dict[str, Any]:
+    """Classify all images into a file or folder, or go on with one.
+
+    Args:
+        artifact: opened with the options.
+        options: of `open_artifact`, for other machines.
+        config: what was asked for.
+        output: of the rows.
+    """
     if config.picture is not None:
         raise ValueError("--picture is for a few images; leave it out beside --output")
     plan = {
@@ -129,7 +140,19 @@ def write_rows(artifact: Artifact, config: PredictConfig, output: Path) -> dict[
         "embeddings": config.embeddings,
     }
     rows = Output(output, plan, embeddings=config.embeddings)
-    return classify_all(artifact, config.images, rows, config.reject)
+    if config.ray is None:
+
+        def answers(pictures: Iterator[Item]) -> Iterator[list[Row]]:
+            return answered(artifact, pictures, rows.columns, config.reject)
+
+    else:
+        path, address = config.artifact.absolute(), config.ray
+
+        def answers(pictures: Iterator[Item]) -> Iterator[list[Row]]:
+            settings = (path, options, rows.columns, config.reject)
+            return answered_by_ray(address, pictures, config.threads, *settings)
+
+    return classify_all(answers, config.images, rows)
 
 
 def print_prediction(described: dict[str, Any]) -> dict[str, Any]:

@@ -206,6 +206,23 @@ def curve() -> str:
     return columns(points, forms) + "\n\n" + prose()["curve"].format(steady=steady, **found)
 
 
+def photos() -> str:
+    """Tabulate what scaled decoding saves and changes, and what bulk reaches."""
+    forms = {
+        "enlarged test images": "{name}",
+        "images": "{images}",
+        "same answers": "{answers:.3f}",
+    }
+    forms |= {"same regions": "{masks:.3f}", "grey levels apart": "{grey_levels_mean:.2f}"}
+    found = named("photos")
+    compared = [
+        row | {"name": name.removeprefix("agreement_")}
+        for name, row in found.items()
+        if name.startswith("agreement_")
+    ]
+    return prose()["photos"].format(**found) + "\n\n" + columns(compared, forms)
+
+
 def accuracy() -> str:
     """Tabulate one checkpoint through the backends."""
     forms = {
@@ -355,6 +372,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
             costs,
             peers,
             curve,
+            photos,
             accuracy,
             sets,
             runs,

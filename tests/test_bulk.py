@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 import numpy as np
@@ -173,7 +176,7 @@ def test_sources_that_changed_meanwhile_are_noticed(checkpoint, pictures, tmp_pa
     output = tmp_path / "f.csv"
     monkeypatch.setattr(run, "BATCH", 2)
     monkeypatch.setattr(run, "PART_ROWS", 4)
-    real, calls = run.rows_of, []
+    real, calls = run.values_of, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -181,10 +184,10 @@ def test_sources_that_changed_meanwhile_are_noticed(checkpoint, pictures, tmp_pa
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(run, "rows_of", interrupted)
+    monkeypatch.setattr(run, "values_of", interrupted)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         classified(checkpoint, output, pictures)
-    monkeypatch.setattr(run, "rows_of", real)
+    monkeypatch.setattr(run, "values_of", real)
     first = min(pictures.rglob("*.*g"))
     moved = first.rename(tmp_path / "away")
     with pytest.raises(ValueError, match="the sources have changed since the output was begun"):
@@ -243,3 +246,69 @@ def test_killed_at_any_moment_no_row_is_lost_or_doubled(checkpoint, tmp_path):
             time.sleep(0.1)
     subprocess.run(command, check=True, stdout=subprocess.PIPE)
     assert [row["id"] for row in rows_of(output)] == sorted(map(str, folder.iterdir()))
+
+
+def test_ray_needs_an_output_and_its_extra(checkpoint, pictures, tmp_path, monkeypatch):
+    first = next(pictures.rglob("*.*g"))
+    with pytest.raises(ValueError, match="--ray is for many images; add --output"):
+        predict.command(PredictConfig(checkpoint, (first,), ray="auto", device="cpu"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'adavipro_fast\[ray\]'"):
+        classified(checkpoint, tmp_path / "f.csv", pictures, ray="auto")
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_every_row_once_though_a_worker_and_a_machine_are_lost(
+    checkpoint, tmp_path
+):
+    ray = pytest.importorskip("ray", reason="pip install 'adavipro_fast[ray]'")
+    from ray.cluster_utils import Cluster
+
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(3000):
+        image = Image.new("RGB", (16, 16), (number % 256, 0, number // 256))
+        image.save(folder / f"{number:04d}.png")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    done = {}
+
+    def classify():
+        output = tmp_path / "ray.csv"
+        done.update(classified(checkpoint, output, folder, ray=cluster.address, threads=1))
+
+    try:
+        thread = threading.Thread(target=classify)
+        thread.start()
+        wait_for(lambda: len(workers()) == 2)
+        time.sleep(4)
+        os.kill(workers()[0], signal.SIGKILL)
+        time.sleep(8)
+        assert thread.is_alive()
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        thread.join(500)
+        assert not thread.is_alive()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    plain = tmp_path / "plain.csv"
+    classified(checkpoint, plain, folder, threads=1)
+    assert done["images"] == 3000
+    got, expected = rows_of(tmp_path / "ray.csv"), rows_of(plain)
+    assert [row["id"] for row in got] == [row["id"] for row in expected]
+    assert [row["answer"] for row in got] == [row["answer"] for row in expected]
+
+
+def workers():
+    """List Ray's processes that hold a worker of ours."""
+    found = subprocess.run(
+        ["pgrep", "-f", "ray::Worker"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+def wait_for(condition):
+    end = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.5)

@@ -1,7 +1,7 @@
 """Classify a stream of pictures: threads decode the next batches while one runs."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ BATCH = 32
 PART_ROWS, PART_S = 4096, 20.0
 
 
-def classify_all(
-    artifact: Artifact, sources: Sequence[Path], output: Output, reject: float | None = None
-) -> dict[str, Any]:
+Answers = Callable[[Iterator[Item]], Iterator[list[Row]]]
+
+
+def classify_all(answers: Answers, sources: Sequence[Path], output: Output) -> dict[str, Any]:
     """Classify all pictures of the sources into an output, or go on with one.
 
     Args:
-        artifact: of one task.
+        answers: yields the rows of batches of pictures, in order.
         sources: see `sources.items`.
         output: new, or of a run that was stopped.
-        reject: share of known images that may be answered `unknown`.
 
     Returns:
         images, errors, seconds, images_per_s, output and resumed: rows that were there already.
@@ -43,7 +43,7 @@ def classify_all(
         since = began
         try:
             with tqdm(initial=resumed, unit="image", disable=None, leave=False) as bar:
-                for found in answered(artifact, waiting, output, reject):
+                for found in answers(waiting):
                     rows += found
                     bar.update(len(found))
                     now = time.perf_counter()
@@ -83,9 +83,16 @@ def skipped(pictures: Iterator[Item], count: int, last: str) -> Iterator[Item]:
 
 
 def answered(
-    artifact: Artifact, pictures: Iterable[Item], output: Output, reject: float | None
+    artifact: Artifact, pictures: Iterable[Item], columns: Sequence[str], reject: float | None
 ) -> Iterator[list[Row]]:
-    """Yield the rows of each batch of pictures, in order."""
+    """Yield the rows of each batch of pictures, in order.
+
+    Args:
+        artifact: of one task.
+        pictures: are read and decoded in threads, beside the encoder.
+        columns: of the rows.
+        reject: share of known images that may be answered `unknown`.
+    """
     preprocess = artifact.about.preprocess
 
     def decode(item: Item) -> Decoded:
@@ -96,20 +103,9 @@ def answered(
         return decoded(content, preprocess, item.id)
 
     for batch, contents in decoded_ahead(pictures, decode, BATCH):
-        yield rows_of(artifact, batch, contents, output, reject)
-
-
-def rows_of(
-    artifact: Artifact,
-    batch: Sequence[Item],
-    pictures: Sequence[Decoded],
-    output: Output,
-    reject: float | None,
-) -> list[Row]:
-    """Classify a batch; a picture that cannot be read has an error."""
-    empty = dict.fromkeys(output.columns)
-    found = values_of(artifact, pictures, reject)
-    return [
-        empty | {"id": item.id} | {name: v for name, v in values.items() if name in empty}
-        for item, values in zip(batch, found, strict=True)
-    ]
+        empty = dict.fromkeys(columns)
+        found = values_of(artifact, contents, reject)
+        yield [
+            empty | {"id": item.id} | {name: v for name, v in values.items() if name in empty}
+            for item, values in zip(batch, found, strict=True)
+        ]

@@ -23,8 +23,13 @@ DECODING, FIRST_DECODING = 3, 2
 # Of 16-bit grey images.
 WHITE = 65535
 # Settings that files leave out where they have these values.
-UNSET = {"margin": 0, "crop": 1, "decoding": FIRST_DECODING}
-UNSET |= {"decode": "full", "white_level": WHITE}
+UNSET: dict[str, Any] = {
+    "margin": 0,
+    "crop": 1,
+    "decoding": FIRST_DECODING,
+    "decode": "full",
+    "white_level": WHITE,
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,228 @@
+"""From the photograph to the answer: what scaled decoding saves and changes, and what bulk reaches.
+
+    python bench/photos.py --data flowers --model local-dir:my_clip --json photos.json
+
+Each row is timed in turn with its base. `agreement` rows enlarge the test images of `--data` to 12
+megapixels and compare the answers and masks of both decodings.
+"""
+
+import io
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from adavipro_fast import AdaViPro, PromptConfig, cli, load_clip, open_artifact
+from adavipro_fast.artifact.artifact import Artifact
+from adavipro_fast.bulk.rows import Output
+from adavipro_fast.bulk.run import BATCH, answered, classify_all
+from adavipro_fast.data.ahead import decoded_ahead
+from adavipro_fast.data.images import decode_image, images_in, readable_pixels
+from adavipro_fast.method.clip import DEFAULT_TEMPLATE, TextTower
+from adavipro_fast.method.preprocess import Preprocess
+from lib.subject import Subject, write
+from lib.table import Append, Json, Rows
+from lib.timing import compared, interleaved_ms, percentiles
+
+PHOTOGRAPH, USUAL = (4000, 3000), (500, 375)
+MEGAPIXELS = 12e6
+# A multiple of what JPEGs are scaled by, as cameras have it.
+MULTIPLE = 16
+QUALITY = 92
+
+
+@dataclass(frozen=True)
+class PhotosConfig:
+    """Time pictures from their files to their answers."""
+
+    encoder: str = "ViT-B-32"
+    """open_clip name of the timed rows, random weights"""
+    photographs: int = 64
+    """in the folder of 12 megapixels"""
+    pictures: int = 256
+    """in the folder, shard and table of 500 x 375"""
+    calls: int = 5
+    """of each row; 0 times nothing"""
+    data: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """folder whose `test` images are enlarged and compared; repeatable"""
+    model: str = "demo"
+    """encoder of the comparison"""
+    images: int | None = None
+    """of each folder that is compared (default: all)"""
+    json: Json = None
+    append: Append = False
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    cli.main(PhotosConfig, command)
+
+
+def command(config: PhotosConfig) -> dict[str, Any]:
+    """Time all rows in turn, then compare."""
+    device = torch.device("cpu")
+    rows = Rows(device, config.json, append=config.append)
+    if config.calls:
+        with tempfile.TemporaryDirectory() as name:
+            rows += timed_rows(config, Path(name), device)
+    rows += (agreement(folder, config) for folder in config.data)
+    return rows.published(f"photographs, {config.encoder}")
+
+
+def timed_rows(config: PhotosConfig, folder: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Time one photograph, a folder of them, and usual pictures from every kind of source."""
+    subject = Subject(config.encoder, images=1, device="cpu")
+    path = folder / "folded_uint8.onnx"
+    write(subject, path)
+    artifacts = {how: open_artifact(path, device="cpu", decode=how) for how in ("full", "scaled")}
+    full = artifacts["full"]
+    content = encoded(subject.sample[0].permute(1, 2, 0).numpy(), PHOTOGRAPH)
+    large, small = folder / "photographs", folder / "pictures"
+    filled(large, PHOTOGRAPH, config.photographs)
+    filled(small, USUAL, config.pictures)
+    files = images_in(small)
+    preprocess = full.about.preprocess
+    batch = torch.from_numpy(np.stack([readable_pixels(files[0], preprocess)] * BATCH))
+    # Name, base, images of a call, work.
+    plan: list[tuple[str, str | None, int, Callable[[], object]]] = [
+        ("photo_full", None, 1, partial(full.classify, content)),
+        ("photo_scaled", "photo_full", 1, partial(artifacts["scaled"].classify, content)),
+        ("folder_full", None, config.photographs, partial(bulk, full, large, folder)),
+        (
+            "folder_scaled",
+            "folder_full",
+            config.photographs,
+            partial(bulk, artifacts["scaled"], large, folder),
+        ),
+        ("decode_alone", None, config.pictures, partial(decode_alone, files, preprocess)),
+        ("encoder_alone", None, BATCH, partial(full, batch)),
+        ("folder", None, config.pictures, partial(bulk, full, small, folder)),
+        ("tar", "folder", config.pictures, partial(bulk, full, shard(files, folder), folder)),
+        ("parquet", "folder", config.pictures, partial(bulk, full, table(files, folder), folder)),
+    ]
+    works = {name: work for name, _, _, work in plan}
+    bases = {name: base for name, base, _, _ in plan if base}
+    times = interleaved_ms(works, device, rounds=config.calls, warm_up=1, bases=bases)
+    rows: list[dict[str, Any]] = []
+    for name, base, count, _ in plan:
+        row: dict[str, Any] = {"name": name, "images": count, **percentiles(times[name])}
+        row["images_per_s"] = 1e3 * count / row["p50_ms"]
+        rows.append(row | (compared(times[name], times[base]) if base else {}))
+    by_name = {row["name"]: row for row in rows}
+    alone = sum(1 / by_name[name]["images_per_s"] for name in ("decode_alone", "encoder_alone"))
+    by_name["folder"]["of_alone"] = by_name["folder"]["images_per_s"] * alone
+    return rows
+
+
+def encoded(pixels: np.ndarray[Any, Any], size: tuple[int, int]) -> bytes:
+    """Enlarge pixels (H, W, 3) and encode them as a JPEG."""
+    content = io.BytesIO()
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    image.save(content, "JPEG", quality=QUALITY)
+    return content.getvalue()
+
+
+def filled(folder: Path, size: tuple[int, int], count: int) -> None:
+    """Write JPEGs of smooth noise."""
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(count):
+        coarse = noise.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        (folder / f"{number:05}.jpg").write_bytes(encoded(coarse, size))
+
+
+def shard(files: list[Path], folder: Path) -> Path:
+    """Pack files as a WebDataset shard."""
+    path = folder / "pictures.tar"
+    with tarfile.open(path, "w") as archive:
+        for file in files:
+            archive.add(file, file.name)
+    return path
+
+
+def table(files: list[Path], folder: Path) -> Path:
+    """Pack files as a Parquet table."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / "pictures.parquet"
+    column = pyarrow.table({"image": [file.read_bytes() for file in files]})
+    pyarrow.parquet.write_table(column, path)
+    return path
+
+
+def bulk(artifact: Artifact, source: Path, folder: Path) -> object:
+    """Classify a source into a file of rows."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        output = Output(Path(place) / "rows.csv", {"source": str(source)}, embeddings=False)
+        answers = partial(answered, artifact, columns=output.columns, reject=None)
+        return classify_all(answers, [source], output)
+
+
+def decode_alone(files: list[Path], preprocess: Preprocess) -> None:
+    """Decode files in threads, as bulk does, and do nothing with them."""
+    for _ in decoded_ahead(files, partial(readable_pixels, preprocess=preprocess), BATCH):
+        pass
+
+
+@torch.no_grad()
+def agreement(folder: Path, config: PhotosConfig) -> dict[str, Any]:
+    """Compare answers and masks of enlarged test images over the two decodings."""
+    files = images_in(folder / "test")
+    files = files[:: max(1, len(files) // (config.images or len(files)))]
+    names = sorted({file.parent.name for file in files})
+    encoder, text = load_clip(config.model)
+    assert isinstance(text, TextTower)
+    torch.manual_seed(0)
+    prompt = PromptConfig(
+        edge="laplacian-magnitude", edge_padding="replicate", generator_init="avoid-edges"
+    )
+    rows = text.class_embeddings(names, [DEFAULT_TEMPLATE])
+    model = AdaViPro(encoder, rows, prompt).eval()
+    full = encoder.preprocess
+    usual = [readable_pixels(file, full) for file in files[::4]]
+    model.prompt.initialise(torch.from_numpy(np.stack(usual)))
+    ways = [full, replace(full, decode="scaled")]
+
+    def both(file: Path) -> list[np.ndarray[Any, Any]]:
+        content = enlarged(file)
+        return [how.pixels()(decode_image(content, file.name, how)) for how in ways]
+
+    answers, regions, apart = 0, [], []
+    for _, pairs in decoded_ahead(files, both, BATCH):
+        pixels = torch.from_numpy(np.stack(pairs)).transpose(0, 1)
+        before, after = model(pixels[0]), model(pixels[1])
+        answers += int((before.logits.argmax(1) == after.logits.argmax(1)).sum())
+        regions.append((before.mask == after.mask).double().mean((1, 2)))
+        apart.append((pixels[0].short() - pixels[1].short()).abs())
+    differences = torch.cat(apart)
+    return {
+        "name": f"agreement_{folder.name}",
+        "images": len(files),
+        "answers": answers / len(files),
+        "masks": torch.cat(regions).mean().item(),
+        "grey_levels_mean": differences.double().mean().item(),
+        "grey_levels_max": int(differences.max()),
+    }
+
+
+def enlarged(file: Path) -> bytes:
+    """Enlarge an image to 12 megapixels, in sides that JPEG's scales divide."""
+    image = Image.open(file).convert("RGB")
+    factor = (MEGAPIXELS / (image.width * image.height)) ** 0.5
+    width, height = (
+        int(side * factor) // MULTIPLE * MULTIPLE for side in (image.width, image.height)
+    )
+    return encoded(np.asarray(image), (width, height))
+
+
+if __name__ == "__main__":
+    main()
