@@ -18,8 +18,8 @@ from PIL import Image
 from adavipro_fast import cache
 from adavipro_fast.data import images
 from adavipro_fast.data.coop import COOP, read_split
-from adavipro_fast.data.sets import DataConfig, load_dataset, load_test
-from adavipro_fast.data.split import held_out, stratified
+from adavipro_fast.data.sets import DataConfig, few_note, load_dataset, load_test
+from adavipro_fast.data.split import Split, held_out, stratified
 from adavipro_fast.files.checked import read
 from adavipro_fast.method.preprocess import Preprocess, completed
 
@@ -350,6 +350,17 @@ def test_camera_raw_files_are_not_decoded_as_their_previews(copy, tmp_path):
     picture.rename(picture.with_suffix(".dng"))
     with pytest.raises(ValueError, match=r"\.dng: it is a camera raw file"):
         load(copy, tmp_path / "cache")
+
+
+def test_unbalanced_classes_are_told_once_they_are_five_to_one():
+    def notes(*counts):
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        split = Split(np.zeros((len(labels), 3, 1, 1), np.uint8), labels, torch.arange(len(labels)))
+        return [n for n in few_note(split, ("a", "b", "c")) if n.startswith("unbalanced")]
+
+    assert notes(60, 20, 13) == []
+    (told,) = notes(20, 100, 30)
+    assert "'b' has 100 training images, 'a' 20; top-1 hides" in told
 
 
 def test_few_images_are_judged_when_all_is_cut(copy, tmp_path):

@@ -33,6 +33,8 @@ from adavipro_fast.method.preprocess import Preprocess
 HOLDOUT = 0.1
 # Classes with fewer training images are named in a warning.
 FEW = 10
+# Largest class to smallest, from where on a user is told.
+UNBALANCED = 5
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,15 @@ def few_note(train: Split, class_names: tuple[str, ...]) -> list[str]:
     """Warn of classes with few training images beside others that have more."""
     counts = train.labels[train.rows].bincount(minlength=len(class_names)).tolist()
     few = [f"{n} ({count})" for n, count in zip(class_names, counts, strict=True) if count < FEW]
-    return [f"few training images of {listed(few)}"] if few and max(counts) >= FEW else []
+    notes = [f"few training images of {listed(few)}"] if few and max(counts) >= FEW else []
+    most, least = (pick(range(len(counts)), key=counts.__getitem__) for pick in (max, min))
+    if counts[most] >= UNBALANCED * max(counts[least], 1):
+        notes.append(
+            f"unbalanced: {class_names[most]!r} has {counts[most]} training images, "
+            f"{class_names[least]!r} {counts[least]}; top-1 hides how small classes do, "
+            "evaluate's `macro` and `per_class` do not"
+        )
+    return notes
 
 
 def limited(train: Split, limit: int, classes: int, seed: int) -> Split:
