@@ -208,6 +208,6 @@ def test_readmes_figures_are_those_of_the_results():
     found = [name for text in texts for _, name, _ in report.SECTION.findall(text)]
     assert sorted(found) == sorted(report.SECTIONS)
     readme = texts[0]
-    assert len(readme.split()) <= 1100
+    assert len(readme.split()) <= 1000
     assert len(readme.splitlines()) <= 130
     assert (report.DOCS / "figure2.png").read_bytes() == report.FIGURE2.read_bytes()
