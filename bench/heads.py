@@ -6,10 +6,7 @@
 Every finished cell is a row of the file at once; a cell whose row is there is not run again.
 """
 
-import statistics
 import tempfile
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +23,7 @@ from adavipro_fast.training.config import TrainConfig, recipe
 from adavipro_fast.training.start import START, Loaded, Run, build, load
 from adavipro_fast.training.state import UNTRAINED
 from lib.cells import Lines, shuffled_top1
+from lib.points import over_probe
 from lib.table import Json, Rows
 
 LINES: Lines = [
@@ -198,31 +196,6 @@ def changed(split: str, before: Evaluation, after: Evaluation) -> dict[str, int]
     """Count images that only one of two models gets right."""
     gained, lost = after.right & ~before.right, before.right & ~after.right
     return {f"{split}_gained": int(gained.sum()), f"{split}_lost": int(lost.sum())}
-
-
-def over_probe(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare with the probe of the same seed: points of test top-1, mean and standard error."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["data"], row["line"], row["epochs"], row["limit_train"]].append(row)
-    found = []
-    for (data, line, epochs, limit), group in groups.items():
-        points = [row["test_top1"] - row["probe_test"] for row in group]
-        error = statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else None
-        found.append(
-            {
-                "data": data,
-                "line": line,
-                "epochs": epochs,
-                "limit_train": limit,
-                "seeds": len(points),
-                "probe_test": statistics.mean(row["probe_test"] for row in group),
-                "test_top1": statistics.mean(row["test_top1"] for row in group),
-                "points": statistics.mean(points),
-                "standard_error": error,
-            }
-        )
-    return found
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from adavipro_fast.data.folder import folder_sources
+from lib import points
 
 
 def pixels(folder):
@@ -63,9 +64,9 @@ def test_a_finished_cell_is_not_run_again_and_all_start_from_one_probe(config, m
     assert [row["line"] for row in rows] == ["adavipro", "vp"]
     assert len({row["probe_test"] for row in rows}) == 1
     for row in rows:
-        points = row["last_test"] - row["probe_test"]
+        gain = row["last_test"] - row["probe_test"]
         gained, lost = row["test_gained"], row["test_lost"]
-        assert points == pytest.approx(100 * (gained - lost) / row["images"]["test"])
+        assert gain == pytest.approx(100 * (gained - lost) / row["images"]["test"])
         kept = row["last_test"] if row["kept_epoch"] else row["probe_test"]
         assert row["test_top1"] == kept
     monkeypatch.setattr(heads, "build", None)
@@ -85,7 +86,7 @@ def test_points_over_the_probe_are_a_mean_over_seeds_with_its_standard_error():
         row | {"probe_test": 70.0, "test_top1": 80.0},
         row | {"probe_test": 72.0, "test_top1": 76.0},
     ]
-    (found,) = heads.over_probe(rows)
+    (found,) = points.over_probe(rows)
     assert found == row | {
         "seeds": 2,
         "probe_test": 71.0,
