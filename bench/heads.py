@@ -1,106 +1,201 @@
-"""Where a prompt pays beside a probe: learned heads with and without prompts, masks shuffled.
+"""When a prompt with a learned head is worth it: trained prompts beside the probe they start from.
 
-    python bench/heads.py --data far_images --model local-dir:my_clip --pretrained "" --seeds 3
+    python bench/heads.py --data my_images --model local-dir:my_clip --pretrained "" --seeds 3 \
+        --json cells.json
 
-Cells are training runs that are kept and resumed, as those of bench/paper.py.
+Every finished cell is a row of the file at once; a cell whose row is there is not run again.
 """
 
-import json
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.files.whole import write_whole
-from lib.cells import Lines, Sweep, cells_of, run_cells, shuffle_masks
-from lib.table import Json, publish
+from adavipro_fast.cores import use_threads
+from adavipro_fast.data.metrics import Evaluation
+from adavipro_fast.data.split import Split
+from adavipro_fast.device import torch_device
+from adavipro_fast.files.checkpoint import load_checkpoint
+from adavipro_fast.training.config import TrainConfig, recipe
+from adavipro_fast.training.start import START, Loaded, Run, build, load
+from adavipro_fast.training.state import UNTRAINED
+from lib.cells import Lines, shuffled_top1
+from lib.points import over_probe
+from lib.table import Json, Rows
 
-LINEAR: dict[str, object] = {"head": "linear"}
-GENTLE: dict[str, object] = {"lr-prompt": 0.4, "lr-head": 3e-4}
 LINES: Lines = [
-    ("linear probe", {"method": "linear_probe"}),
-    ("adavipro", LINEAR),
-    ("vp", {"method": "vp", **LINEAR}),
-    ("adavipro, gentle", LINEAR | GENTLE),
-    ("vp, gentle", {"method": "vp", **LINEAR, **GENTLE}),
-    ("adavipro, margin 30", {"margin": 30, **LINEAR}),
-    ("adavipro 112", {"prompt-size": 112, **LINEAR}),
-    ("adavipro, text head", {}),
+    ("adavipro", {}),
+    ("vp", {"method": "vp"}),
+    ("small steps", {"batch-size": 16, "lr-prompt": 12}),
+    ("head alone", {"lr-prompt": 0, "lr-generator": 0}),
+    ("full_finetune", {"method": "full_finetune"}),
+    ("size 8", {"prompt-size": 8}),
+    ("size 15", {"prompt-size": 15}),
+    ("size 60", {"prompt-size": 60}),
 ]
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Train prompts with learned heads beside a linear probe."""
+    """Train prompts with learned heads beside the probe that they start from."""
 
-    sweep: Sweep = field(default_factory=Sweep)
+    data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """data-set name or folder with train/, val/ and test/; repeatable"""
+    model: str
+    """open_clip name or local-dir:PATH"""
+    pretrained: str = ""
+    """open_clip tag of the weights"""
     line: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """which runs, by their names in LINES; repeatable (default: all)"""
+    seeds: int = 1
+    """runs of each cell; a seed chooses the training images, their order and the noise"""
+    epochs: int = 4
+    """passes over the training images"""
+    limit_train: int | None = None
+    """training images of each cell (default: all)"""
+    shuffle: bool = False
+    """test adaptive prompts once more with masks of other images"""
+    threads: cli.Threads = None
     json: Json = None
 
 
 def command(config: HeadsConfig) -> dict[str, Any]:
-    """Run the cells, then those of them that decide once more with masks of other images.
+    """Run the cells that have no row yet, and compare each line with the probe.
 
     Raises:
         ValueError: a line that is not there.
-        VerificationError: a run failed; the finished ones are kept.
     """
     known = dict(LINES)
     unknown = [name for name in config.line if name not in known]
     if unknown:
         raise ValueError(f"no line {unknown[0]!r}; there are {', '.join(known)}")
-    lines = [(name, known[name]) for name in config.line or known]
-    cells = cells_of(lines, config.sweep)
-    rows = run_cells(cells, config.sweep)
-    for cell, row in zip(cells, rows, strict=True):
-        if cell.line.startswith("adavipro"):
-            row["shuffled_test_top1"] = shuffle_masks(cell, config.sweep)
-    summary = [
-        differences(rows, Path(data).name, name)
-        for data in config.sweep.data
-        for name, _ in lines
-        if name != LINES[0][0]
-    ]
-    device = torch.device("cpu")
-    published = publish(rows, device, None, "learned heads", hidden=("published", "recipe"))
-    result = published | {"beside_probe": [row for row in summary if row]}
-    if config.json is not None:
-        write_whole(config.json, (json.dumps(result, indent=1) + "\n").encode())
-    return result
+    use_threads(config.threads)
+    rows = Rows(torch_device("auto"), config.json, append=True)
+    for data in config.data:
+        for seed in range(config.seeds):
+            run_seed(config, data, seed, rows)
+    result = rows.published("learned heads", hidden=("machine",))
+    return result | {"over_probe": over_probe(rows)}
 
 
-def differences(rows: Sequence[dict[str, Any]], data: str, line: str) -> dict[str, Any]:
-    """Compare a line with the probe of the same seed: points of test top-1, mean over seeds.
-
-    Returns:
-        Nothing where there is no such pair.
-    """
-    own, probe = (
+def run_seed(config: HeadsConfig, data: str, seed: int, rows: Rows) -> None:
+    """Run the lines of a set and a seed; all start from the same probe."""
+    cells = [
         {
-            row["seed"]: row["test_top1"]
-            for row in rows
-            if (row["data"], row["line"]) == (data, name)
+            "name": f"{Path(data).name}/{line}/{seed}",
+            "data": Path(data).name,
+            "line": line,
+            "seed": seed,
+            "epochs": config.epochs,
+            "limit_train": config.limit_train,
         }
-        for name in (line, LINES[0][0])
-    )
-    points = [own[seed] - probe[seed] for seed in own if seed in probe]
-    if not points:
-        return {}
-    error = statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else math.nan
-    return {
+        for line in config.line or dict(LINES)
+    ]
+    # One file may hold the same line under several limits and numbers of epochs.
+    cells = [cell for cell in cells if not any(cell.items() <= row.items() for row in rows)]
+    if not cells:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        loaded, probe, start = None, None, Path(folder) / START
+        for number, cell in enumerate(cells):
+            settings = parsed(config, data, cell, Path(folder) / str(number))
+            loaded = loaded or load(settings)
+            if start.exists():
+                settings = replace(settings, head_from=start)
+            run = build(settings, loaded)
+            if not start.exists():
+                (Path(folder) / str(number) / START).rename(start)
+            probe = probe or tested_probe(run, loaded)
+            rows.append(cell | figures(run, probe, shuffle=config.shuffle))
+
+
+def parsed(config: HeadsConfig, data: str, cell: dict[str, Any], output: Path) -> TrainConfig:
+    """Return a cell's settings as `train --head linear` reads them."""
+    flags = {
+        "model": config.model,
         "data": data,
-        "line": line,
-        "seeds": len(points),
-        "points": statistics.mean(points),
-        "standard_error_of_seeds": error,
+        "head": "linear",
+        "epochs": config.epochs,
+        "seed": cell["seed"],
+        "output": output,
+        **({} if config.limit_train is None else {"limit-train": config.limit_train}),
+        **({"pretrained": config.pretrained} if config.pretrained else {}),
+        **dict(LINES)[cell["line"]],
     }
+    size = int(str(flags.get("prompt-size", TrainConfig().prompt.prompt_size)))
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return cli.parse(TrainConfig, recipe("best", size, "linear"), words)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A model's predictions for both splits."""
+
+    val: Evaluation
+    test: Evaluation
+
+
+def test_images(loaded: Loaded | Run) -> Split:
+    """Return the test split.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dataset = loaded.dataset if isinstance(loaded, Loaded) else loaded.trainer.dataset
+    if dataset.test is None:
+        raise ValueError("the data have no test split; add a folder test/")
+    return dataset.test
+
+
+def tested_probe(run: Run, loaded: Loaded) -> Tested:
+    """Test the model before training: its template is 0, so that it is the probe."""
+    trainer = run.trainer
+    val, test = (trainer.evaluate(trainer.model, s) for s in (loaded.dataset.val, test_images(run)))
+    return Tested(val, test)
+
+
+def figures(run: Run, probe: Tested, *, shuffle: bool) -> dict[str, Any]:
+    """Train; return what the probe, the last epoch and the model that is kept reach."""
+    trainer, optimiser = run.trainer, run.config.optimiser
+    trainer.run()
+    progress, test = trainer.progress, test_images(run)
+    last = Tested(*(trainer.evaluate(trainer.model, s) for s in (trainer.dataset.val, test)))
+    model, kept = trainer.model, last.test
+    if progress.best_epoch == UNTRAINED:
+        kept = probe.test
+    elif progress.best_epoch < progress.epoch - 1:
+        path = next(trainer.output.glob("*checkpoint.safetensors"))
+        model = load_checkpoint(path).model(model.encoder, run.config.kernel)
+        kept = trainer.evaluate(model, test)
+    masked = run.config.prompt.method == "adavipro" and progress.best_epoch != UNTRAINED
+    return {
+        "batch_size": optimiser.batch_size,
+        "lr_prompt": optimiser.lr_prompt,
+        "prompt_size": run.config.prompt.prompt_size,
+        "head_input": trainer.model.config.head_input,
+        "images": trainer.dataset.counts,
+        "probe_val": probe.val.top1,
+        "probe_test": probe.test.top1,
+        "last_val": last.val.top1,
+        "last_test": last.test.top1,
+        "val_top1": progress.best_val,
+        "test_top1": kept.top1,
+        "kept_epoch": progress.best_epoch + 1,
+        "epoch_val": [row["val_top1"] for row in progress.rows],
+        **changed("val", probe.val, last.val),
+        **changed("test", probe.test, last.test),
+        **({"shuffled_test": shuffled_top1(model, test, 0)} if shuffle and masked else {}),
+        "seconds": sum(row["seconds"] for row in progress.rows),
+    }
+
+
+def changed(split: str, before: Evaluation, after: Evaluation) -> dict[str, int]:
+    """Count images that only one of two models gets right."""
+    gained, lost = after.right & ~before.right, before.right & ~after.right
+    return {f"{split}_gained": int(gained.sum()), f"{split}_lost": int(lost.sum())}
 
 
 def main() -> None:

@@ -190,17 +190,22 @@ def opened(cell: Cell, sweep: Sweep) -> tuple[AdaViPro, Split]:
 
 def shuffle_masks(cell: Cell, sweep: Sweep) -> float:
     """Return a cell's test top-1, percent, with each image under the mask of another one."""
-    model, test = opened(cell, sweep)
-    batches = test.batches(EVAL_BATCH, torch.device("cpu"))
-    with torch.no_grad():
-        masks = torch.cat([model.prompt(pixels).mask for pixels, _ in batches])
-        generator = torch.Generator().manual_seed(cell.seed)
-        shuffled = masks[torch.randperm(len(masks), generator=generator)].split(EVAL_BATCH)
-        others = iter(shuffled)
+    return shuffled_top1(*opened(cell, sweep), cell.seed)
 
-        def predict(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mask, images = next(others), model.prompt.normalised(pixels)
-            assert model.prompt.template is not None
-            return model.classify(apply_prompt(images, model.prompt.template(), mask), mask)[:2]
 
-        return evaluate(predict, test.batches(EVAL_BATCH, torch.device("cpu"))).top1
+@torch.no_grad()
+def shuffled_top1(model: AdaViPro, test: Split, seed: int) -> float:
+    """Return a prompt's test top-1, percent, with each image under the mask of another one."""
+    model.prompt.eval()
+    device = model.prompt.mean.device
+    masks = torch.cat([model.prompt(pixels).mask for pixels, _ in test.batches(EVAL_BATCH, device)])
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(masks), generator=generator).to(device)
+    others = iter(masks[order].split(EVAL_BATCH))
+
+    def predict(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask, images = next(others), model.prompt.normalised(pixels)
+        assert model.prompt.template is not None
+        return model.classify(apply_prompt(images, model.prompt.template(), mask), mask)[:2]
+
+    return evaluate(predict, test.batches(EVAL_BATCH, device)).top1

@@ -1,0 +1,46 @@
+"""What a prompt with a head gains over the probe that it starts from."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from adavipro_fast.data.metrics import standard_error_of_difference
+
+
+def over_probe(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare with the probe of the same seed: points of test top-1, mean and standard error.
+
+    The error is that of the seeds; of a single one, that of the test images which the last epoch
+    and the probe answer differently (McNemar, 1947).
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["data"], row["line"], row["epochs"], row["limit_train"]].append(row)
+    found = []
+    for (data, line, epochs, limit), group in groups.items():
+        points = [row["test_top1"] - row["probe_test"] for row in group]
+        error = (
+            statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else _of_images(group)
+        )
+        found.append(
+            {
+                "data": data,
+                "line": line,
+                "epochs": epochs,
+                "limit_train": limit,
+                "seeds": len(points),
+                "probe_test": statistics.mean(row["probe_test"] for row in group),
+                "test_top1": statistics.mean(row["test_top1"] for row in group),
+                "points": statistics.mean(points),
+                "standard_error": error,
+            }
+        )
+    return found
+
+
+def _of_images(group: list[dict[str, Any]]) -> float:
+    """Return the standard error of a single run's gain, points."""
+    (row,) = group
+    error = standard_error_of_difference(row["test_gained"], row["test_lost"])
+    return 100 * error / row["images"]["test"]
