@@ -20,6 +20,7 @@ from adavipro_fast import cli
 from adavipro_fast.files.whole import write_whole
 from lib import gpu_tables
 from lib.machine import ROOT
+from lib.points import over_probe
 from lib.table import draw, scatter
 
 DOCS = ROOT / "docs" / "pages"
@@ -340,6 +341,21 @@ def evidence() -> str:
     return table(["", *sets, "mean", "density", "adaptivity", "placement"], body)
 
 
+def worth() -> str:
+    """Tabulate what prompts with heads gain over their probes on far sets."""
+    forms = {
+        "set": "{data}",
+        "run": "{line}",
+        "training images": "{limit_train}",
+        "seeds": "{seeds}",
+        "probe": "{probe_test:.1f}",
+        "top-1": "{test_top1:.1f}",
+        "points gained": "{points:+.1f} ± {standard_error:.1f}",
+    }
+    found = over_probe(rows("far"))
+    return columns(sorted(found, key=lambda row: (row["data"], -row["points"])), forms)
+
+
 def top1(found: Sequence[dict[str, str]], data: str, figure: str) -> list[float]:
     """Return a figure of a data set's rows."""
     return [float(row[figure]) for row in found if row["data"] == data]
@@ -381,6 +397,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
             sets,
             runs,
             evidence,
+            worth,
             gpu,
             gpu_limit,
         ),

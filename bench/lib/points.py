@@ -43,4 +43,5 @@ def _of_images(group: list[dict[str, Any]]) -> float:
     """Return the standard error of a single run's gain, points."""
     (row,) = group
     error = standard_error_of_difference(row["test_gained"], row["test_lost"])
-    return 100 * error / row["images"]["test"]
+    images: int = row["images"]["test"]
+    return 100 * error / images
