@@ -30,8 +30,6 @@ LINES: Lines = [
     ("adavipro", {}),
     ("vp", {"method": "vp"}),
     ("small steps", {"batch-size": 16, "lr-prompt": 12}),
-    ("soft", {"gumbel": "soft"}),
-    ("soft lr12", {"gumbel": "soft", "lr-prompt": 12}),
     ("head alone", {"lr-prompt": 0, "lr-generator": 0}),
     ("full_finetune", {"method": "full_finetune"}),
     ("size 8", {"prompt-size": 8}),

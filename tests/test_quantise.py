@@ -194,7 +194,7 @@ def test_what_cannot_be_quantised_is_refused(checkpoint, folder, tmp_path):
 
 @pytest.mark.slow
 def test_an_encoder_that_needs_a_second_file_is_refused(checkpoint, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("adavipro_fast.export.graph.ONE_FILE_BYTES", 1)
+    monkeypatch.setattr("adavipro_fast.export.onnx_file.ONE_FILE_BYTES", 1)
     config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
     with pytest.raises(ValueError, match="too large to be quantised to int8 in one file"):
         onnx_export.export(config)
