@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from adavipro_fast import Classifier, predict
+from adavipro_fast.bulk import cluster as cluster_module
 from adavipro_fast.bulk import run
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.calibration import Calibration
@@ -258,9 +259,13 @@ def test_ray_needs_an_output_and_its_extra(checkpoint, pictures, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("window", [4, 1])
 def test_a_cluster_gives_every_row_once_though_a_worker_and_a_machine_are_lost(
-    checkpoint, tmp_path
+    checkpoint, tmp_path, monkeypatch, window
 ):
+    # With 1 the lost batch is the one that all others wait for.
+    monkeypatch.setattr(cluster_module, "WINDOW", window)
+    monkeypatch.setattr(run, "PART_ROWS", 200)
     ray = pytest.importorskip("ray", reason="pip install 'adavipro_fast[ray]'")
     from ray.cluster_utils import Cluster
 
@@ -273,6 +278,9 @@ def test_a_cluster_gives_every_row_once_though_a_worker_and_a_machine_are_lost(
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     done = {}
 
+    def parts():
+        return len(list((tmp_path / "ray.csv.parts").glob("part-*")))
+
     def classify():
         output = tmp_path / "ray.csv"
         done.update(classified(checkpoint, output, folder, ray=cluster.address, threads=1))
@@ -280,10 +288,9 @@ def test_a_cluster_gives_every_row_once_though_a_worker_and_a_machine_are_lost(
     try:
         thread = threading.Thread(target=classify)
         thread.start()
-        wait_for(lambda: len(workers()) == 2)
-        time.sleep(4)
+        wait_for(lambda: len(workers()) == 2 and parts() >= 1)
         os.kill(workers()[0], signal.SIGKILL)
-        time.sleep(8)
+        wait_for(lambda: parts() >= 4)
         assert thread.is_alive()
         cluster.remove_node(nodes[0], allow_graceful=False)
         thread.join(500)

@@ -22,6 +22,8 @@ INSTALL = "--ray needs its extra: pip install 'adavipro_fast[ray]'"
 CORES = 4
 # Batches that a worker has at once: one runs, one is decoded, one waits.
 AT_ONCE = 3
+# Batches given out before the earliest one is back: this many times what all workers have.
+WINDOW = 4
 # Workers that may be lost one after the other without a batch in between.
 MOST_LOST = 20
 
@@ -124,11 +126,14 @@ def _scheduled(ray: Any, start: Any, count: int, pictures: Iterator[Item]) -> It
         while due in found:
             yield found.pop(due)
             due += 1
-        # Rows that wait for an earlier batch are few, however slow that is.
-        while load and min(load.values()) < AT_ONCE and given - due < 4 * AT_ONCE * count:
+        while load and min(load.values()) < AT_ONCE:
+            # A lost batch first: it may be the one that all rows wait for.
             if again:
                 number, batch = again.popleft()
-            elif batch := list(islice(pictures, BATCH)):
+            # Rows that wait for an earlier batch are few, however slow that is.
+            elif given - due < WINDOW * AT_ONCE * count and (
+                batch := list(islice(pictures, BATCH))
+            ):
                 number, given = given, given + 1
             else:
                 break
