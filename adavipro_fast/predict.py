@@ -4,7 +4,6 @@ With `--output`, images are also folders, lists, tar shards and Parquet files, a
 was stopped goes on when it is started again.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,10 @@ from adavipro_fast.artifact.answers import answers
 from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.bulk.cluster import answered_by_ray
-from adavipro_fast.bulk.rows import Output, Row
+from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import answered, classify_all
-from adavipro_fast.bulk.sources import Item
+from adavipro_fast.bulk.values import decoded
 from adavipro_fast.data.ahead import decoded_ahead
-from adavipro_fast.data.images import readable_pixels
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.errors import printable
 from adavipro_fast.files.whole import file_sha256
@@ -86,7 +84,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
             raise ValueError(f"{path} holds many images; add --output F.csv, .jsonl or .parquet")
     predictions: list[dict[str, Any]] = []
     drawn = []
-    decode = partial(readable_pixels, preprocess=artifact.about.preprocess)
+    decode = partial(decoded, preprocess=artifact.about.preprocess)
     for paths, each in decoded_ahead(config.images, decode, BATCH):
         read = [pixels for pixels in each if not isinstance(pixels, str)]
         described: list[dict[str, Any]] = []
@@ -138,21 +136,22 @@ def write_rows(
         "sources": [str(path) for path in config.images],
         "reject": config.reject,
         "embeddings": config.embeddings,
+        "decode": config.decode,
     }
     rows = Output(output, plan, embeddings=config.embeddings)
+    asked: dict[str, Any] = {"columns": rows.columns, "reject": config.reject}
     if config.ray is None:
-
-        def answers(pictures: Iterator[Item]) -> Iterator[list[Row]]:
-            return answered(artifact, pictures, rows.columns, config.reject)
-
+        classify = partial(answered, artifact, **asked)
     else:
-        path, address = config.artifact.absolute(), config.ray
-
-        def answers(pictures: Iterator[Item]) -> Iterator[list[Row]]:
-            settings = (path, options, rows.columns, config.reject)
-            return answered_by_ray(address, pictures, config.threads, *settings)
-
-    return classify_all(answers, config.images, rows)
+        classify = partial(
+            answered_by_ray,
+            address=config.ray,
+            path=config.artifact.absolute(),
+            options=options,
+            threads=config.threads,
+            **asked,
+        )
+    return classify_all(classify, config.images, rows)
 
 
 def print_prediction(described: dict[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from PIL import Image
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_clip, open_artifact
 from adavipro_fast.artifact.artifact import Artifact
+from adavipro_fast.artifact.classify import pixels_of
 from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import BATCH, answered, classify_all
 from adavipro_fast.data.ahead import decoded_ahead
-from adavipro_fast.data.images import decode_image, images_in, readable_pixels
+from adavipro_fast.data.images import decode_image, images_in, read_pixels
 from adavipro_fast.method.clip import DEFAULT_TEMPLATE, TextTower
 from adavipro_fast.method.preprocess import Preprocess
 from lib.subject import Subject, write
@@ -90,7 +91,7 @@ def timed_rows(config: PhotosConfig, folder: Path, device: torch.device) -> list
     filled(small, USUAL, config.pictures)
     files = images_in(small)
     preprocess = full.about.preprocess
-    batch = torch.from_numpy(np.stack([readable_pixels(files[0], preprocess)] * BATCH))
+    batch = read_pixels((files[0],) * BATCH, preprocess)
     # Name, base, images of a call, work.
     plan: list[tuple[str, str | None, int, Callable[[], object]]] = [
         ("photo_full", None, 1, partial(full.classify, content)),
@@ -169,7 +170,7 @@ def bulk(artifact: Artifact, source: Path, folder: Path) -> object:
 
 def decode_alone(files: list[Path], preprocess: Preprocess) -> None:
     """Decode files in threads, as bulk does, and do nothing with them."""
-    for _ in decoded_ahead(files, partial(readable_pixels, preprocess=preprocess), BATCH):
+    for _ in decoded_ahead(files, partial(pixels_of, preprocess=preprocess), BATCH):
         pass
 
 
@@ -188,8 +189,7 @@ def agreement(folder: Path, config: PhotosConfig) -> dict[str, Any]:
     rows = text.class_embeddings(names, [DEFAULT_TEMPLATE])
     model = AdaViPro(encoder, rows, prompt).eval()
     full = encoder.preprocess
-    usual = [readable_pixels(file, full) for file in files[::4]]
-    model.prompt.initialise(torch.from_numpy(np.stack(usual)))
+    model.prompt.initialise(read_pixels(tuple(files[::4]), full))
     ways = [full, replace(full, decode="scaled")]
 
     def both(file: Path) -> list[np.ndarray[Any, Any]]:

@@ -23,7 +23,13 @@ from adavipro_fast.export.fold import (
     TokenTable,
     template_of,
 )
-from adavipro_fast.export.open_tasks import AsData, TableMasks, TableScores, TableTokens
+from adavipro_fast.export.open_tasks import (
+    AsData,
+    TableMasks,
+    TableScores,
+    TableTokens,
+    blank_table,
+)
 from adavipro_fast.export.patches import (
     PatchEmbedding,
     foldable,
@@ -120,6 +126,8 @@ class Graph(nn.Module):
     """
 
     tasks: Inputs
+    before: nn.Module
+    normalise: nn.Module
     outputs: tuple[str, ...] = ("logits", "mask", "embedding")
 
     def __init__(self, model: AdaViPro, parts: Parts, form: Form) -> None:
@@ -131,15 +139,16 @@ class Graph(nn.Module):
         if parts.decide is None:
             self.outputs = ("logits", "embedding")
         # Tables that are inputs are of normalised images, whatever the graph takes.
-        self.normalised_first = form.tasks == "open"
-        in_graph = self.normalised_first or not form.folded
+        first = form.tasks == "open"
+        in_graph = first or not form.folded
         scale, shift = affine_of(model, form)
         folded_in = (torch.ones(3), torch.zeros(3)) if in_graph else (scale, shift)
         self.resize: nn.Module | None = None
         if form.input == "any":
             margin = 0 if form.baseline else model.preprocess.margin
             self.resize = Resize(replace(model.preprocess, margin=margin))
-        self.normalise = Affine(scale, shift) if self.uint8 and in_graph else nn.Identity()
+        affine = Affine(scale, shift) if self.uint8 and in_graph else nn.Identity()
+        self.before, self.normalise = (affine, nn.Identity()) if first else (nn.Identity(), affine)
         self.decide, self.prompt, self.head = parts.decide, parts.prompt, parts.head
         self.tasks = parts.tasks
         self.patches: nn.Module = nn.Identity()
@@ -168,14 +177,12 @@ class Graph(nn.Module):
 
     def forward(self, image: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Classify: image (B, 3, S, S) to logits (B, K), mask (B, G, G) and embedding (B, E)."""
-        pixels = image.float() if self.resize is None else self.resize(image)
+        pixels = self.before(image.float() if self.resize is None else self.resize(image))
         chosen = self.tasks(*rest)
         if self.decide is None or self.prompt is None:
             return self.classify(self.patches(self.normalise(pixels)), chosen)
-        if self.normalised_first:
-            pixels = self.normalise(pixels)
         mask = self.decide(pixels, *chosen)
-        images = pixels if self.normalised_first else self.normalise(pixels)
+        images = self.normalise(pixels)
         if self.folded:
             tokens = self.prompt(self.patches(images), mask, *chosen)
         else:
@@ -251,12 +258,8 @@ def _baked(models: Sequence[AdaViPro], form: Form) -> Parts:
 def _as_data(models: Sequence[AdaViPro], form: Form) -> Parts:
     # Its edges are the graph's.
     model = next((m for m in models if m.prompt.generator is not None), models[0])
-    return Parts(
-        AsData(model, form.dtype),
-        TableScores(model),
-        TableMasks(model),
-        TableTokens(model, form.dtype),
-    )
+    blank = blank_table(model, form.dtype)
+    return Parts(AsData(model, blank), TableScores(model), TableMasks(model), TableTokens(blank))
 
 
 PARTS = {"alone": _alone, "baked": _baked, "open": _as_data}

@@ -73,19 +73,19 @@ class AsData(nn.Module):
 
     Args:
         model: any of the tasks: its encoder, its regions.
-        dtype: of the token rows.
+        blank: see `blank_table`.
     """
 
     inputs = ("task", "numbers", *TABLES)
 
-    def __init__(self, model: AdaViPro, dtype: torch.dtype) -> None:
+    def __init__(self, model: AdaViPro, blank: TokenTable) -> None:
         super().__init__()
         grid, kernel = model.prompt.grid, model.config.region_size + 2
         widths = Projection(model.encoder).widths(model.head.folded)
-        rows = blank_table(model, dtype).rows
+        rows = blank.rows
         self.shapes = [(3, kernel, kernel), (grid**2,), (len(rows), *rows[0].shape)]
         self.shapes += [(5, sum(widths)), (5,)]
-        self.dtypes = [torch.float32, torch.float32, dtype, torch.float32, torch.float32]
+        self.dtypes = [torch.float32, torch.float32, rows[0].dtype, torch.float32, torch.float32]
 
     def example(self) -> tuple[Tensor, ...]:
         """Return inputs of two images, three tasks and five classes."""
@@ -134,15 +134,14 @@ class TableTokens(nn.Module):
     """Adds the open regions' rows, of the tables, to patch tokens.
 
     Args:
-        model: any of the tasks: its encoder, its regions.
-        dtype: of the token rows.
+        blank: see `blank_table`.
     """
 
     index: Tensor
 
-    def __init__(self, model: AdaViPro, dtype: torch.dtype) -> None:
+    def __init__(self, blank: TokenTable) -> None:
         super().__init__()
-        self.register_buffer("index", blank_table(model, dtype).index)
+        self.register_buffer("index", blank.index)
 
     def forward(self, tokens: Tensor, mask: Tensor, tables: Tables) -> Tensor:
         """Prompt tokens (B, N, W), given the mask (B, G, G)."""

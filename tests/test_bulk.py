@@ -168,6 +168,8 @@ def test_what_does_not_go_together_is_refused(checkpoint, pictures, tmp_path):
     classified(checkpoint, output, pictures)
     with pytest.raises(ValueError, match=r"f.csv was made with other reject; name another"):
         classified(checkpoint, output, pictures, reject=0.1)
+    with pytest.raises(ValueError, match=r"f.csv was made with other decode; name another"):
+        classified(checkpoint, output, pictures, decode="scaled")
     output.with_name("f.csv.json").unlink()
     with pytest.raises(ValueError, match="is there already; name another"):
         classified(checkpoint, output, pictures)

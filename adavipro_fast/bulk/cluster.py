@@ -61,15 +61,25 @@ class Worker:
 
 
 def answered_by_ray(
-    address: str, pictures: Iterable[Item], threads: int | None, *settings: Any
+    pictures: Iterable[Item],
+    *,
+    address: str,
+    path: Path,
+    options: dict[str, Any],
+    threads: int | None,
+    columns: Sequence[str],
+    reject: float | None,
 ) -> Iterator[list[Row]]:
     """Yield the rows of each batch of pictures, in order.
 
     Args:
+        pictures: their files are visible to all machines under the same paths.
         address: of a cluster, or `auto` for the one of this machine, started where there is none.
-        pictures: their files lie where all machines see them.
+        path: see `Worker`, as the others.
+        options: of `open_artifact`.
         threads: cores of a worker; without GPUs there is one for each so many cores.
-        settings: of `Worker`: path, options, threads, columns, reject.
+        columns: of the rows.
+        reject: share of known images that may be answered `unknown`.
 
     Raises:
         ImportError: Ray is not installed.
@@ -85,7 +95,6 @@ def answered_by_ray(
     each = min(threads or CORES, cores)
     need = {"num_gpus": 1} if gpus else {"num_cpus": each}
     kind = ray.remote(**need, max_concurrency=2)(Worker)
-    path, options, columns, reject = settings
 
     def start() -> tuple[Any, Any]:
         worker = kind.remote(path, options, None if gpus else each, columns, reject)

@@ -2,7 +2,6 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -180,19 +179,6 @@ def to_rgb(image: Image.Image, *, white_level: int = WHITE, flatten: bool = True
 def unresized(image: Image.Image) -> Tensor:
     """Return an RGB image as a graph takes it that resizes by itself: (1, 3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-
-
-def readable_pixels(
-    path: Path, preprocess: Preprocess
-) -> np.ndarray[Any, np.dtype[np.uint8]] | str:
-    """Decode an image file: its pixels (3, S, S), or why it cannot be read."""
-    try:
-        if not path.is_file():
-            raise FileNotFoundError(f"no image file {path}")
-        image = decode_image(path.read_bytes(), str(path), preprocess)
-        return preprocess.pixels()(image)
-    except (OSError, ValueError) as error:
-        return str(error)
 
 
 def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:

@@ -33,7 +33,7 @@ from adavipro_fast.method.preprocess import Preprocess
 HOLDOUT = 0.1
 # Classes with fewer training images are named in a warning.
 FEW = 10
-# Largest class to smallest, from where on a user is told.
+# Ratio of the largest class to the smallest from which a warning is printed.
 UNBALANCED = 5
 
 
@@ -171,8 +171,8 @@ def few_note(train: Split, class_names: tuple[str, ...]) -> list[str]:
     if counts[most] >= UNBALANCED * max(counts[least], 1):
         notes.append(
             f"unbalanced: {class_names[most]!r} has {counts[most]} training images, "
-            f"{class_names[least]!r} {counts[least]}; top-1 hides how small classes do, "
-            "evaluate's `macro` and `per_class` do not"
+            f"{class_names[least]!r} {counts[least]}; top-1 hides the accuracy of "
+            "small classes; see `macro` and `per_class` of evaluate"
         )
     return notes
 

@@ -34,9 +34,9 @@ class Task:
     config: PromptConfig
     calibration: Calibration = UNCALIBRATED
     checkpoint_sha256: str = ""
-    """of the file that it was exported from; empty in files of before"""
+    """of the file that it was exported from; empty in older files"""
     bytes: int = 0
-    """of its tables; 0 in files of before they were counted"""
+    """of its tables; 0 in older files"""
 
     @classmethod
     def of(cls, name: str, checkpoint: Checkpoint, sha256: str = "", size: int = 0) -> "Task":
@@ -82,7 +82,7 @@ class Description:
     open_for: OpenFor | None = None
     """where tasks are added while it runs"""
     encoder: EncoderIdentity | None = None
-    """that is in the file; none in files of before"""
+    """that is in the file; None in older files"""
     templates: tuple[str, ...] = ()
     """texts that class names were embedded in"""
     graph: str = ""
@@ -136,8 +136,7 @@ class Description:
             "encoder": None if self.encoder is None else self.encoder.stored(),
             "tasks": [task.stored() for task in self.tasks],
         }
-        unset = {name for name in ("encoder", "open_for") if kept[name] is None}
-        return {k: v for k, v in kept.items() if k not in unset and (k != "tasks" or v)}
+        return {name: value for name, value in kept.items() if value is not None and value != []}
 
     @classmethod
     def of(cls, values: dict[str, Any], path: Path) -> "Description":

@@ -12,7 +12,7 @@ def over_probe(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare with the probe of the same seed: points of test top-1, mean and standard error.
 
     The error is that of the seeds; of a single one, that of the test images which the last epoch
-    and the probe answer differently (McNemar, 1947).
+    and the probe answer differently (McNemar, 1947), and 0 where the probe was kept.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -42,6 +42,8 @@ def over_probe(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _of_images(group: list[dict[str, Any]]) -> float:
     """Return the standard error of a single run's gain, points."""
     (row,) = group
+    if not row["kept_epoch"]:
+        return 0.0
     error = standard_error_of_difference(row["test_gained"], row["test_lost"])
     images: int = row["images"]["test"]
     return 100 * error / images
