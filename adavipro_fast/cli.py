@@ -71,7 +71,12 @@ Threads = Annotated[
     ),
 ]
 Images = Annotated[
-    Path | None, tyro.conf.arg(help="folder of images to verify with (default: procedural ones)")
+    tuple[Path, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        help="folder of images to verify with (default: procedural ones); with several tasks one "
+        "each, in their order"
+    ),
 ]
 
 

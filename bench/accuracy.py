@@ -149,7 +149,7 @@ def export(
             graph=graph,
             precision=precision,
             input=kind,
-            images=Path(config.data.data) if precision in QUANTISED else None,
+            images=(Path(config.data.data),) if precision in QUANTISED else (),
             model=config.model,
             pretrained=config.pretrained,
         )

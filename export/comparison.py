@@ -91,23 +91,26 @@ def opened(path: Path) -> OnnxArtifact | None:
         raise VerificationError(f"{path.name} was not written: {error}") from error
 
 
-def sample_batches(preprocess: Preprocess, images: Path | None) -> list[Tensor]:
+def sample_batches(preprocess: Preprocess, images: Sequence[Path] = ()) -> list[Tensor]:
     """Make batches of real images and noise: (B, 3, S, S) uint8 each.
 
     Args:
         preprocess: how images become pixels.
-        images: folder of images; none takes the demo's procedural ones.
+        images: folders of images; none takes the demo's procedural ones.
     """
     generator = torch.Generator().manual_seed(0)
     count = sum(BATCHES)
-    if images is None:
+    if not images:
         drawn, _ = world.render(count, world.DOWNSTREAM, generator)
         scaled = F.interpolate(drawn.float(), (preprocess.size,) * 2, mode="bilinear")
         real = scaled.round().to(torch.uint8)
     else:
-        files = images_in(images)
-        if not files:
-            raise ValueError(f"no image lies in {images}; name a folder of images")
+        files = []
+        for folder in images:
+            inside = images_in(folder)
+            if not inside:
+                raise ValueError(f"no image lies in {folder}; name a folder of images")
+            files += inside
         picked = tuple(files[i * len(files) // count] for i in range(count))
         real = read_pixels(picked, preprocess)
     noise = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=generator)
@@ -204,7 +207,7 @@ def compare_sizes(
     reference: Classify,
     run: Callable[[Tensor], dict[str, Tensor]],
     preprocess: Preprocess,
-    images: Path | None,
+    images: Sequence[Path] = (),
 ) -> float:
     """Compare a graph that resizes with our preprocessing: the worst cosine of embeddings.
 

@@ -16,7 +16,6 @@ from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.torch import TorchArtifact, encoder_of
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export.calibrate import judges_of, quantise_file
 from adavipro_fast.export.comparison import (
     Comparison,
     Unprompted,
@@ -26,6 +25,7 @@ from adavipro_fast.export.comparison import (
     opened,
     sample_batches,
 )
+from adavipro_fast.export.gate import QuantisationImages, quantisation_images, quantise_file
 from adavipro_fast.export.graph import Form, Graph, GraphKind, deployed, usual_form
 from adavipro_fast.export.onnx_file import check_dtypes, write
 from adavipro_fast.export.open_tasks import folded_task
@@ -33,6 +33,7 @@ from adavipro_fast.export.tasks import bytes_of
 from adavipro_fast.files.about import Description, OpenFor, Task
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.files.hub import run_name
+from adavipro_fast.files.task import stacked
 from adavipro_fast.files.whole import file_sha256, named_when_whole
 from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input
 from adavipro_fast.method.model import AdaViPro
@@ -60,14 +61,15 @@ class OnnxConfig:
     precision: ExportPrecision = "fp32"
     """of the encoder; the mask path stays in fp32. int8 and fp8 take their ranges from --images"""
     largest_loss: float = 0.5
-    """with int8 and fp8: accuracy that may be lost on --images, points; else there is no file"""
+    """with int8 and fp8: points of accuracy that a task may lose on its --images; a file that loses
+    more is not written"""
     input: Input = "float32"
     """normalised floats, RGB bytes 0-255, or bytes of any height and width, resized in the graph"""
     baseline: bool = False
     """the frozen encoder without a prompt, in the same form"""
     opset: int | None = None
     """ONNX operator set (default: 20 for fp32, 23 for half precision)"""
-    images: cli.Images = None
+    images: cli.Images = ()
     model: cli.Model = None
     pretrained: cli.Pretrained = None
 
@@ -125,19 +127,16 @@ def export(config: OnnxConfig) -> dict[str, Any]:
         config.baseline,
         "alone" if config.alone else config.tasks,
     )
-    judges = None
-    if config.precision in QUANTISED:
-        assert config.images is not None
-        first = checkpoints[0]
-        judges = judges_of(config.images, first.class_names, first.preprocess)
+    # Wrong folders are reported before anything is exported.
+    images = images_of_tasks(config, sources) if config.precision in QUANTISED else []
     with named_when_whole(config.output) as path:
         about, nodes = write_graph(path, sources, form, opset)
         trial = Trial(path, sources, form, config.images)
         sizes = trial.sizes()
         quantised = {}
         if config.precision == "int8" or config.precision == "fp8":
-            assert judges is not None
-            quantised = quantise_file(path, config.precision, judges, config.largest_loss)
+            tables = trial.tables() if config.tasks == "open" else {}
+            quantised = quantise_file(path, config.precision, images, config.largest_loss, tables)
         check_dtypes(path, config.precision)
         verdict = trial.verdict()
         size = sum(file.stat().st_size for file in path.parent.iterdir())
@@ -161,17 +160,32 @@ def check_quantisable(config: OnnxConfig) -> None:
     """Raise ValueError where int8 and fp8 are not offered, or their options mean nothing."""
     if config.precision not in QUANTISED:
         return
-    if not config.alone:
-        raise ValueError(
-            f"{config.precision} is not offered with several tasks; name one checkpoint, and leave "
-            "--tasks open out"
-        )
     if not 0 <= config.largest_loss <= 100:
         raise ValueError(f"largest_loss is {config.largest_loss}; 0 to 100 points work")
-    if config.images is None:
+    if not config.images:
         raise ValueError(
             f"{config.precision} takes its ranges from your images; name a folder with --images"
         )
+    if len(config.images) not in (1, len(config.paths)):
+        raise ValueError(
+            f"{len(config.paths)} checkpoints, but {len(config.images)} folders of --images; give "
+            "one folder for all, or one for each in the checkpoints' order"
+        )
+
+
+def images_of_tasks(config: OnnxConfig, sources: Sequence[Source]) -> list[QuantisationImages]:
+    """Read each task's images for ranges and gate; arguments and errors are `export`'s."""
+    folders = config.images * (len(sources) if len(config.images) == 1 else 1)
+    return [
+        quantisation_images(
+            folder,
+            source.checkpoint.class_names,
+            source.checkpoint.preprocess,
+            source.name,
+            tasks=len(sources),
+        )
+        for folder, source in zip(folders, sources, strict=True)
+    ]
 
 
 def task_names(config: OnnxConfig) -> list[str]:
@@ -261,8 +275,8 @@ class Trial:
     path: Path
     sources: Sequence[Source]
     form: Form
-    images: Path | None
-    """to compare on; none takes the demo's"""
+    images: Sequence[Path] = ()
+    """folders to compare on; none takes the demo's"""
 
     @property
     def references(self) -> list[TorchArtifact]:
@@ -276,6 +290,12 @@ class Trial:
         for source in self.sources:
             holder.add(folded_task(source.name, source.checkpoint, source.model))
         return holder
+
+    def tables(self) -> dict[str, Any]:
+        """Return the tables of all tasks, as a graph whose tasks are data takes them."""
+        tasks = [folded_task(s.name, s.checkpoint, s.model) for s in self.sources]
+        tables = {"numbers": torch.arange(len(tasks)), **stacked(tasks, self.form.dtype)}
+        return {name: table.detach().numpy() for name, table in tables.items()}
 
     def sizes(self) -> dict[str, Any]:
         """Compare a graph that resizes with our preprocessing, before its products are rounded.

@@ -46,7 +46,7 @@ class RelabelConfig:
     """the new names in label order; quote a name with spaces"""
     template: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """text with {} for the name; several make an ensemble (default: as in training)"""
-    images: cli.Images = None
+    images: cli.Images = ()
     model: cli.Model = None
     pretrained: cli.Pretrained = None
 

@@ -53,7 +53,7 @@ class TensorRtConfig:
     """0 builds fastest, 5 searches longest"""
     timing_cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "adavipro_fast")
     """where TensorRT's timings are kept, by version and GPU"""
-    images: cli.Images = None
+    images: cli.Images = ()
     model: cli.Model = None
     pretrained: cli.Pretrained = None
 

@@ -24,7 +24,7 @@ class VerifyConfig:
     """checkpoint.safetensors, run by PyTorch in fp32"""
     artifact: Annotated[Path, tyro.conf.Positional]
     """.onnx or .engine"""
-    images: cli.Images = None
+    images: cli.Images = ()
     task: cli.Task = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None

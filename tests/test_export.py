@@ -144,7 +144,7 @@ def checkpoint(demo_clip, tmp_path_factory):
         generator_init="avoid-edges", prompt_size=40,
     )  # fmt: skip
     model = AdaViPro(encoder, classes, config)
-    sample = torch.cat(comparison.sample_batches(encoder.preprocess, None))
+    sample = torch.cat(comparison.sample_batches(encoder.preprocess))
     model.prompt.initialise(sample)
     model.prompt.generator.policy.bias.data *= 0.5
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors"
@@ -193,7 +193,7 @@ def test_an_exported_file_is_verified_and_says_so(exported, options):
 
 
 def test_the_mask_of_the_checkpoint_is_neither_open_nor_closed(checkpoint):
-    pixels = torch.cat(comparison.sample_batches(open_artifact(checkpoint).about.preprocess, None))
+    pixels = torch.cat(comparison.sample_batches(open_artifact(checkpoint).about.preprocess))
     assert 0.2 < open_artifact(checkpoint)(pixels).mask.mean() < 0.9
 
 
@@ -569,7 +569,7 @@ def test_real_images_and_a_real_encoder_agree_through_every_file(tmp_path):
     )
     for options in ({}, {"precision": "fp16", "input": "uint8"}):
         result = onnx_export.export(
-            OnnxConfig(path, tmp_path / "f.onnx", images=tmp_path / "dtd10", **options)
+            OnnxConfig(path, tmp_path / "f.onnx", images=(tmp_path / "dtd10",), **options)
         )
         assert result["verified"] is True
         assert result["mask_agreement"] == 1

@@ -60,7 +60,7 @@ def references(small_encoder, folder, tmp_path_factory):
         bias = torch.randn(len(names)) if config.head == "linear" else None
         model = AdaViPro(small_encoder, rows, config, class_bias=bias, kernel="plain").eval()
         if name == "a":
-            sample = torch.cat(comparison.sample_batches(small_encoder.preprocess, None))
+            sample = torch.cat(comparison.sample_batches(small_encoder.preprocess))
             model.prompt.initialise(sample)
             model.prompt.generator.policy.bias.data *= 0.5
         checkpoint = checkpoint_of(model, names)
@@ -93,7 +93,7 @@ def exported(small_encoder, references, folder, tmp_path_factory):
 
 @pytest.fixture
 def pixels(small_encoder):
-    return torch.cat(comparison.sample_batches(small_encoder.preprocess, None))
+    return torch.cat(comparison.sample_batches(small_encoder.preprocess))
 
 
 # Each form is exported anew: seconds. Tests of tasks, resizing and heads open theirs by `auto`.
@@ -112,7 +112,7 @@ def test_openvino_passes_the_gate_that_exported_files_pass(exported, references,
     reference = references["a"][1]
     artifact = open_artifact(exported(**options), device="cpu", runtime="openvino")
     assert (artifact.backend, artifact.provider) == ("openvino", "CPU, fp32")
-    batches = comparison.sample_batches(reference.about.preprocess, None)
+    batches = comparison.sample_batches(reference.about.preprocess)
     compared = comparison.compare(reference.model, reference, artifact, batches)
     assert compared.complaint(options.get("precision", "fp32")) is None
     assert 0.2 < reference(pixels).mask.mean() < 0.9
@@ -147,7 +147,7 @@ def test_each_image_gets_its_own_tasks_answer(exported, references):
     path = exported("abc", input="uint8")
     artifact = open_artifact(path, device="cpu", runtime="openvino")
     own = [reference for _, reference in references.values()]
-    batches = comparison.sample_batches(own[0].about.preprocess, None)
+    batches = comparison.sample_batches(own[0].about.preprocess)
     compared = comparison.compare_tasks(own, list(references), artifact, batches)
     assert compared.complaint("fp32") is None
     alone = open_artifact(path, device="cpu", runtime="openvino", task="c")

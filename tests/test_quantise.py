@@ -1,5 +1,6 @@
 """INT8 and FP8: what is rounded, what is left, and when there is no file."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -11,13 +12,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from adavipro_fast import AdaViPro, open_artifact
+from adavipro_fast.artifact.torch import encoder_of
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import comparison, onnx_export, quantise, to_tensorrt
-from adavipro_fast.export.calibrate import quantised_products
+from adavipro_fast.export.gate import quantised_products
 from adavipro_fast.export.onnx_export import OnnxConfig
+from adavipro_fast.export.open_tasks import folded_task
 from adavipro_fast.export.quantise import Quantiser, observed, products, runner, search
-from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.method.config import PromptConfig
 
 
@@ -29,7 +32,7 @@ def checkpoint(demo_clip, folder, tmp_path_factory):
     names = tuple(sorted(path.name for path in (folder / "test").iterdir()))
     config = PromptConfig(embed_dim=4, generator_init="avoid-edges", edge="laplacian-magnitude")
     model = AdaViPro(encoder, text.class_embeddings(names, ["{}"]), config)
-    model.prompt.initialise(torch.cat(comparison.sample_batches(encoder.preprocess, None)))
+    model.prompt.initialise(torch.cat(comparison.sample_batches(encoder.preprocess)))
     path = tmp_path_factory.mktemp("quantise") / "checkpoint.safetensors"
     checkpoint_of(model, names).save(path)
     return path
@@ -41,7 +44,7 @@ def exported(checkpoint):
     path = checkpoint.with_name("fp32.onnx")
     onnx_export.export(OnnxConfig(checkpoint, path, input="uint8"))
     pixels = torch.cat(
-        comparison.sample_batches(open_artifact(path).about.preprocess, None)
+        comparison.sample_batches(open_artifact(path).about.preprocess)
     ).numpy()
     return path, [{"image": part} for part in np.array_split(pixels, 4)]
 
@@ -132,7 +135,7 @@ def test_the_product_that_rounding_hurts_is_left_wide():
 def test_a_file_is_judged_by_the_accuracy_on_labelled_images(checkpoint, folder, tmp_path, kind):
     output = tmp_path / "f.onnx"
     config = OnnxConfig(
-        checkpoint, output, precision=kind, input="uint8", images=folder, largest_loss=20.0
+        checkpoint, output, precision=kind, input="uint8", images=(folder,), largest_loss=20.0
     )
     result = onnx_export.export(config)
     assert (result["measure"], result["judged_images"], result["calibration_images"]) == (
@@ -152,10 +155,72 @@ def test_a_file_is_judged_by_the_accuracy_on_labelled_images(checkpoint, folder,
     assert stored > sum(len(w.raw_data) for w in weights) / 3
 
 
+@pytest.fixture(scope="module")
+def two_tasks(checkpoint, folder, tmp_path_factory):
+    """Another prompt for the same classes, and one for the first two, with its own folder."""
+    place = tmp_path_factory.mktemp("two")
+    first = load_checkpoint(checkpoint)
+    names = first.class_names[:2]
+    tensors = dict(first.tensors)
+    tensors["class_embeddings"] = tensors["class_embeddings"][:2].flip(0)
+    tensors["prompt"] = -tensors["prompt"]
+    replace(first, class_names=names, tensors=tensors).save(place / "other.safetensors")
+    for split in ("train", "val", "test"):
+        for name in names:
+            shutil.copytree(folder / split / name, place / "images" / split / name)
+    return (checkpoint, place / "other.safetensors"), (folder, place / "images")
+
+
+@pytest.mark.parametrize("tasks", ["baked", "open"])
+def test_several_tasks_are_judged_each_on_its_own_images(two_tasks, tmp_path, tasks):
+    (first, other), folders = two_tasks
+    output = tmp_path / "f.onnx"
+    config = OnnxConfig(
+        first, output, more=(other,), task=("a", "b"), tasks=tasks, precision="int8",
+        input="uint8", images=folders, largest_loss=40.0,
+    )  # fmt: skip
+    result = onnx_export.export(config)
+    assert set(result["losses"]) == {"a", "b"}
+    assert result["loss_points"] == max(result["losses"].values())
+    assert (result["judged_images"], result["calibration_images"]) == (9 + 6, 30 + 20)
+    assert (result["verified"], result["mask_agreement"], result["wide"]) == (True, 1, [])
+    assert quantised_products(onnx.load(output), "int8") == result["products"]
+    artifact = open_artifact(output, device="cpu")
+    if tasks == "open":
+        for name, path in (("a", first), ("b", other)):
+            task = load_checkpoint(path)
+            artifact.add(folded_task(name, task, task.model(encoder_of(task))))
+    pixels = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
+    mixed = artifact(pixels, ["a", "b", "b", "a"])
+    for name, path, rows in (("a", first, [0, 3]), ("b", other, [1, 2])):
+        own = open_artifact(path, device="cpu")(pixels[rows])
+        assert torch.equal(mixed.mask[rows], own.mask.int())
+        cosines = torch.cosine_similarity(mixed.embedding[rows], own.embedding)
+        assert 0.97 < cosines.min() < 1 - 1e-6, name
+
+
+def test_the_task_that_loses_most_is_named(two_tasks, tmp_path, monkeypatch):
+    (first, other), folders = two_tasks
+
+    def lost(gate, _):
+        gate.points = [0.1, 7.5]
+        return 7.5
+
+    monkeypatch.setattr("adavipro_fast.export.gate.Gate.loss", lost)
+    config = OnnxConfig(
+        first, tmp_path / "f.onnx", more=(other,), task=("a", "b"), precision="int8", images=folders
+    )
+    with pytest.raises(VerificationError, match="loses 7.5 points of accuracy in task 'b' on 6 im"):
+        onnx_export.export(config)
+    with pytest.raises(ValueError, match="has other classes than the checkpoint of task 'a'"):
+        onnx_export.export(replace(config, images=folders[::-1]))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_other_images_are_judged_by_agreement(checkpoint, folder, tmp_path):
     config = OnnxConfig(
-        checkpoint, tmp_path / "f.onnx", precision="int8", input="any", images=folder / "test"
+        checkpoint, tmp_path / "f.onnx", precision="int8", input="any", images=(folder,) / "test"
     )
     result = onnx_export.export(replace(config, largest_loss=50.0))
     assert (result["measure"], result["judged_images"]) == ("agreement", 6)
@@ -163,22 +228,27 @@ def test_other_images_are_judged_by_agreement(checkpoint, folder, tmp_path):
 
 
 def test_a_loss_that_is_too_large_leaves_no_file(checkpoint, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "adavipro_fast.export.calibrate.search", lambda *_: (None, 3.25, ["a", "b"])
-    )
-    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
-    with pytest.raises(VerificationError, match="loses 3.2 points of accuracy on 9 images with 2 "):
+    def lost(gate, _):
+        gate.points = [3.25]
+        return 3.25
+
+    monkeypatch.setattr("adavipro_fast.export.gate.Gate.loss", lost)
+    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=(folder,))
+    with pytest.raises(VerificationError, match=r"loses 3.2 points of accuracy on 9 images with "):
         onnx_export.export(config)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_quantised_is_refused(checkpoint, folder, tmp_path):
-    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
+    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=(folder,))
     for changed, reason in [
-        ({"images": None}, "takes its ranges from your images; name a folder with --images"),
-        ({"more": (checkpoint,)}, "not offered with several tasks"),
+        ({"images": ()}, "takes its ranges from your images; name a folder with --images"),
+        (
+            {"more": (checkpoint,), "task": ("a", "b"), "images": (folder,) * 3},
+            "2 checkpoints, but 3 folders of --images; give one folder for all, or one for each",
+        ),
         ({"largest_loss": -1.0}, "largest_loss is -1.0"),
-        ({"images": tmp_path}, "holds 0 images; some hundred are needed"),
+        ({"images": (tmp_path,)}, "holds 0 images; some hundred are needed"),
     ]:
         with pytest.raises(ValueError, match=reason):
             onnx_export.export(replace(config, **changed))
@@ -188,14 +258,14 @@ def test_what_cannot_be_quantised_is_refused(checkpoint, folder, tmp_path):
         for image in sorted((folder / "test").rglob("*.*"))[:3]:
             (place / image.name).write_bytes(image.read_bytes())
     with pytest.raises(ValueError, match="has other classes than the checkpoint"):
-        onnx_export.export(replace(config, images=tmp_path / "other"))
+        onnx_export.export(replace(config, images=(tmp_path / "other",)))
     assert not (tmp_path / "f.onnx").exists()
 
 
 @pytest.mark.slow
 def test_an_encoder_that_needs_a_second_file_is_refused(checkpoint, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("adavipro_fast.export.onnx_file.ONE_FILE_BYTES", 1)
-    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=folder)
+    config = OnnxConfig(checkpoint, tmp_path / "f.onnx", precision="int8", images=(folder,))
     with pytest.raises(ValueError, match="too large to be quantised to int8 in one file"):
         onnx_export.export(config)
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +276,7 @@ def test_an_encoder_that_needs_a_second_file_is_refused(checkpoint, folder, tmp_
 def test_an_engine_keeps_what_is_quantised(checkpoint, folder, tmp_path, kind):
     pytest.importorskip("tensorrt_rtx")
     config = OnnxConfig(
-        checkpoint, tmp_path / "f.onnx", precision=kind, images=folder, largest_loss=50.0
+        checkpoint, tmp_path / "f.onnx", precision=kind, images=(folder,), largest_loss=50.0
     )
     onnx_export.export(config)
     built = to_tensorrt.command(

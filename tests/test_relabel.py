@@ -32,7 +32,7 @@ def store(demo_clip, path, *, templates=TEMPLATES, stored=TEMPLATES, **config):
     bias = torch.zeros(len(OLD)) if config.get("head") == "linear" else None
     rows = text.class_embeddings(OLD, templates)
     model = AdaViPro(encoder, rows, PromptConfig(**settings), class_bias=bias)
-    model.prompt.initialise(torch.cat(comparison.sample_batches(encoder.preprocess, None)))
+    model.prompt.initialise(torch.cat(comparison.sample_batches(encoder.preprocess)))
     kept = replace(checkpoint_of(model, OLD, stored), calibration=Calibration(2.0))
     kept.save(path)
     return path
@@ -45,7 +45,7 @@ def checkpoint(demo_clip, tmp_path_factory):
 
 @pytest.fixture
 def pixels(encoder):
-    return comparison.sample_batches(encoder.preprocess, None)[-1]
+    return comparison.sample_batches(encoder.preprocess)[-1]
 
 
 def expected(demo_clip, path, names, templates=TEMPLATES):

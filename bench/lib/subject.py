@@ -17,7 +17,7 @@ from adavipro_fast.artifact.openvino import OpenVinoArtifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import comparison
-from adavipro_fast.export.calibrate import Judges, quantise_file
+from adavipro_fast.export.gate import QuantisationImages, quantise_file
 from adavipro_fast.export.graph import Form
 from adavipro_fast.export.onnx_export import Source, write_graph
 from adavipro_fast.export.patches import folding_obstacle
@@ -105,7 +105,7 @@ class Subject:
             region_size=next(region for region in REGIONS if side % region == 0),
         )
         self.model = AdaViPro(encoder, classes, prompt, kernel="plain").eval()
-        sample = torch.cat(comparison.sample_batches(encoder.preprocess, None))
+        sample = torch.cat(comparison.sample_batches(encoder.preprocess))
         self.model.prompt.initialise(sample)
         self.various = sample
         self.sample = sample[torch.arange(images) % len(sample)]
@@ -212,4 +212,4 @@ def write(subject: Subject, path: Path) -> None:
     if precision == "int8":
         # All products: random weights have no accuracy to lose.
         images = subject.various
-        quantise_file(path, precision, Judges(images, images, None), largest_loss=100.0)
+        quantise_file(path, precision, [QuantisationImages(images, images)], largest_loss=100.0)
