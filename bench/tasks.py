@@ -26,8 +26,9 @@ from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import comparison
+from adavipro_fast.export.gate import QuantisationImages, quantise_file
 from adavipro_fast.export.graph import Form
-from adavipro_fast.export.onnx_export import Source, write_graph
+from adavipro_fast.export.onnx_export import Source, Trial, write_graph
 from adavipro_fast.export.open_tasks import folded_task
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.model import Prediction
@@ -40,6 +41,8 @@ NAMES = tuple(map(str, range(10)))
 OPEN = 8
 # Tasks of the rows where each has a file and a session of its own.
 SEPARATE = (2, 4, 8)
+# Between two int8 files of the same weights, whose activations were observed on other images.
+LEAST_COSINE_INT8 = 0.99
 Work = Callable[[], object]
 
 
@@ -55,6 +58,8 @@ class TasksConfig:
     """images in a call"""
     prompt_size: int = 30
     """of every task, pixels"""
+    precision: Literal["fp32", "int8"] = "fp32"
+    """of all files; int8 rounds every product, and leaves out the files with one task each"""
     seconds: float = 120.0
     """longest time to measure for"""
     device: cli.Device = "auto"
@@ -75,9 +80,9 @@ def command(config: TasksConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         # All are written before one is opened: thousands of models and of sessions have no room.
-        write(subject, models[:1], folder / "single.onnx")
+        write(subject, models[:1], folder / "single.onnx", config.precision)
         for count in counts:
-            write(subject, models[:count], folder / f"{count}.onnx")
+            write(subject, models[:count], folder / f"{count}.onnx", config.precision)
         models = models[: max(OPEN, *SEPARATE)]
         single = opened(subject, folder / "single.onnx")
         size = (folder / "single.onnx").stat().st_size
@@ -86,14 +91,15 @@ def command(config: TasksConfig) -> dict[str, Any]:
         for count in counts:
             name, path = f"tasks_{count}", folder / f"{count}.onnx"
             many = opened(subject, path)
-            check(name, many(subject.sample, "0"), single(subject.sample))
+            check(name, many(subject.sample, "0"), single(subject.sample), config.precision)
             rows.append({"name": name, "tasks": count, "bytes": path.stat().st_size})
             if count > 1:
                 rows[-1]["bytes_a_task"] = (rows[-1]["bytes"] - rows[0]["bytes"]) / count
             works[name] = partial(many, subject.sample, drawn(count, config.batch))
-        files = separate(subject, models[: max(SEPARATE)], folder)
+        alone = models[: max(SEPARATE)] if config.precision == "fp32" else []
+        files = separate(subject, alone, folder)
         more = [separate_row(subject, files[:n], size) for n in SEPARATE if n <= len(files)]
-        for row, work in (open_row(subject, models, single, folder), *more):
+        for row, work in (open_row(subject, config, models, single, folder), *more):
             rows.append(row)
             works[row["name"]] = work
         bases = {name: "single" for name in works if name != "single"}
@@ -103,7 +109,8 @@ def command(config: TasksConfig) -> dict[str, Any]:
         row["images_per_s"] = 1e3 * config.batch / row["p50_ms"]
         if row["name"] in bases:
             row.update(compared(times[row["name"]], times["single"]))
-    settings = {"model": config.model, "batch": config.batch, "prompt_size": config.prompt_size}
+    kept = ("model", "batch", "prompt_size", "precision")
+    settings = {name: getattr(config, name) for name in kept}
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
     if config.plot is not None:
         draw(rows, config.plot)
@@ -135,11 +142,11 @@ def drawn(count: int, batch: int) -> list[str]:
 
 
 def open_row(
-    subject: Subject, models: list[AdaViPro], single: Artifact, folder: Path
+    subject: Subject, config: TasksConfig, models: list[AdaViPro], single: Artifact, folder: Path
 ) -> tuple[dict[str, Any], Work]:
     """Build the row of a file whose tasks are data; say how long adding one takes."""
     path = folder / "open.onnx"
-    write(subject, models[:1], path)
+    write(subject, models[:1], path, config.precision)
     artifact = opened(subject, path)
     assert isinstance(artifact, OpenArtifact)
     seconds = []
@@ -149,7 +156,7 @@ def open_row(
         began = time.perf_counter()
         artifact.add(path)
         seconds.append(time.perf_counter() - began)
-    check("open", artifact(subject.sample, "0"), single(subject.sample))
+    check("open", artifact(subject.sample, "0"), single(subject.sample), config.precision)
     size = (folder / "0.task").stat().st_size
     row = {"name": f"open_{OPEN}", "tasks": len(seconds), "bytes_a_task": size}
     work = partial(artifact, subject.sample, drawn(len(seconds), len(subject.sample)))
@@ -200,13 +207,21 @@ def opened(subject: Subject, path: Path) -> Artifact:
     return open_artifact(path, device=str(subject.device), runtime="onnxruntime")
 
 
-def write(subject: Subject, models: list[AdaViPro], path: Path, *, alone: bool = False) -> None:
+def write(
+    subject: Subject,
+    models: list[AdaViPro],
+    path: Path,
+    precision: Literal["fp32", "int8"] = "fp32",
+    *,
+    alone: bool = False,
+) -> None:
     """Export models, bytes as input.
 
     Args:
         subject: of the bench.
         models: the tasks; of one named `single` or `open` the first is all.
         path: named after what it holds.
+        precision: of the encoder.
         alone: one task without a name.
     """
     kind: Literal["alone", "baked", "open"] = "baked"
@@ -218,18 +233,26 @@ def write(subject: Subject, models: list[AdaViPro], path: Path, *, alone: bool =
         Source(checkpoint_of(model, NAMES), model, str(number))
         for number, model in enumerate(models)
     ]
-    write_graph(path, sources, Form(input="uint8", tasks=kind))
+    form = Form(precision=precision, input="uint8", tasks=kind)
+    write_graph(path, sources, form)
+    if precision == "int8":
+        # Random weights have no accuracy to lose; every task sees its share of the images.
+        share = max(len(subject.various) // len(sources), 2)
+        images = [QuantisationImages(subject.various[:share], subject.various[:1])] * len(sources)
+        tables = Trial(path, sources, form).tables() if kind == "open" else {}
+        quantise_file(path, precision, images, largest_loss=100.0, tables=tables)
 
 
-def check(name: str, got: Prediction, own: Prediction) -> None:
-    """Compare the answers for the first task with its own file's.
+def check(name: str, got: Prediction, own: Prediction, precision: str) -> None:
+    """Compare the answers for the first task with its own file's, whose ranges may differ.
 
     Raises:
         VerificationError: they differ by more than rounding.
     """
     error = (got.embedding - own.embedding).abs().max().item()
     same = torch.equal(got.mask, own.mask)
-    if not error <= comparison.LARGEST_ERROR_FP32 or not same:
+    near = (got.embedding * own.embedding).sum(1).min().item() > LEAST_COSINE_INT8
+    if not (near if precision == "int8" else error <= comparison.LARGEST_ERROR_FP32) or not same:
         raise VerificationError(f"{name}: embeddings differ by {error:.1e}, masks equal: {same}")
 
 
