@@ -11,15 +11,10 @@ import asyncio
 import io
 import json
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +31,7 @@ from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.graph import Form
 from adavipro_fast.export.onnx_export import Source, write_graph
 from adavipro_fast.files.checkpoint import checkpoint_of
+from lib.server import server
 from lib.subject import CLASS_NAMES, Subject
 from lib.table import Json, publish
 
@@ -162,23 +158,6 @@ def kserve(pixels: Any) -> bytes:
     tensor = {"name": "image", "shape": [1, *pixels.shape], "datatype": "UINT8", "parameters": size}
     head = json.dumps({"inputs": [tensor]}).encode()
     return b"".join([len(head).to_bytes(4, "little"), head, pixels.tobytes()])
-
-
-@contextmanager
-def server(path: Path, *flags: str) -> Iterator[str]:
-    """Serve a file in a process of its own; give its address."""
-    command = [sys.executable, "-m", "adavipro_fast.serve", str(path), "--port", "0", *flags]
-    command += ["--runtime", "onnxruntime"]
-    process = subprocess.Popen(
-        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    try:
-        address = next(line for line in process.stderr if line.startswith("serving"))
-        yield address.split(" at ")[1].split(";")[0]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
 
 
 def bare(artifact: Artifact, pixels: torch.Tensor, seconds: float) -> dict[str, Any]:

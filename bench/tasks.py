@@ -21,7 +21,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from adavipro_fast import AdaViPro, PromptConfig, cli, open_artifact
+from adavipro_fast import AdaViPro, cli, open_artifact
 from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.errors import VerificationError
@@ -34,9 +34,9 @@ from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.model import Prediction
 from lib.subject import Subject
 from lib.table import Json, Plot, publish
+from lib.task_models import NAMES, task_model
 from lib.timing import compared, percentiles, until_steady
 
-NAMES = tuple(map(str, range(10)))
 # Tasks of the row where they are data.
 OPEN = 8
 # Tasks of the rows where each has a file and a session of its own.
@@ -76,7 +76,7 @@ def command(config: TasksConfig) -> dict[str, Any]:
     """Export, check, then time all files in turn."""
     subject = Subject(config.model, images=config.batch, device=config.device)
     counts = config.tasks or (1, 8, 64, 512)
-    models = [task_model(subject, config, number) for number in range(max(counts))]
+    models = [task_model(subject, config.prompt_size, number) for number in range(max(counts))]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         # All are written before one is opened: thousands of models and of sessions have no room.
@@ -185,21 +185,6 @@ def separate_row(subject: Subject, files: list[Artifact], size: int) -> tuple[di
     count = len(files)
     row = {"name": f"separate_{count}", "tasks": count, "bytes": size * count, "bytes_a_task": size}
     return row, work
-
-
-def task_model(subject: Subject, config: TasksConfig, number: int) -> AdaViPro:
-    """Make a task with a prompt and classes of its own."""
-    torch.manual_seed(number)
-    width = subject.model.head.rows.shape[1]
-    prompt = PromptConfig(
-        prompt_size=config.prompt_size,
-        region_size=subject.model.config.region_size,
-        edge="laplacian-magnitude",
-        edge_padding="replicate",
-        embed_dim=8,
-    )
-    rows = torch.nn.functional.normalize(torch.randn(len(NAMES), width), dim=-1)
-    return AdaViPro(subject.model.encoder, rows, prompt).eval()
 
 
 def opened(subject: Subject, path: Path) -> Artifact:

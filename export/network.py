@@ -22,6 +22,8 @@ DTYPES = {
 }
 # TensorRT's names of the types.
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8"}
+# Smallest, usual and largest size of dynamic axes.
+Ranges = dict[str, tuple[int, int, int]]
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "ATTENTION", "ATTENTION_INPUT")
 # The mask path's convolutions, the last projection and the logits stay in fp32.
 WIDE_PRODUCTS = 5
@@ -47,6 +49,12 @@ class Network:
             kept = [a for a in node.attribute if a.name != "softmax_precision"]
             del node.attribute[:]
             node.attribute.extend(kept)
+        self.shapes = {
+            part.name: [
+                axis.dim_param or axis.dim_value for axis in part.type.tensor_type.shape.dim
+            ]
+            for part in model.graph.input
+        }
         self.dequantised = sum(node.op_type == "DequantizeLinear" for node in model.graph.node)
         if not self.parser.parse(model.SerializeToString(), str(source)):
             errors = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
@@ -54,8 +62,7 @@ class Network:
 
     def build(
         self,
-        batch: tuple[int, int, int],
-        side: int,
+        ranges: Ranges,
         capabilities: list[str],
         *,
         level: int,
@@ -63,10 +70,16 @@ class Network:
     ) -> bytes:
         """Build the engine.
 
+        Args:
+            ranges: smallest, usual and largest size of each dynamic axis, by its name.
+            capabilities: of the GPUs.
+            level: of the search.
+            timings: folder of TensorRT's timings.
+
         Raises:
             ValueError: the builder gave up.
         """
-        options = self.options(batch, side, capabilities, level)
+        options = self.options(ranges, capabilities, level)
         if self.runtime == "tensorrt-rtx":
             plan = self.builder.build_serialized_network(self.definition, options)
         else:
@@ -78,10 +91,8 @@ class Network:
             )
         return bytes(plan)
 
-    def options(
-        self, batch: tuple[int, int, int], side: int, capabilities: list[str], level: int
-    ) -> Any:
-        """Return how to build: batch sizes, GPUs, and fp32 that is fp32."""
+    def options(self, ranges: Ranges, capabilities: list[str], level: int) -> Any:
+        """Return how to build: sizes of dynamic axes, GPUs, and fp32 that is fp32."""
         trt = self.trt
         options = self.builder.create_builder_config()
         # On by default; it would turn decisions near 0.
@@ -90,9 +101,9 @@ class Network:
         options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         options.progress_monitor = progress(trt)
         profile = self.builder.create_optimization_profile()
-        profile.set_shape("image", *((size, 3, side, side) for size in batch))
-        if self.definition.num_inputs > 1:
-            profile.set_shape("task", *((size,) for size in batch))
+        for name, shape in self.shapes.items():
+            sizes = [ranges.get(str(axis), (axis,) * 3) for axis in shape]
+            profile.set_shape(name, *zip(*sizes, strict=True))
         options.add_optimization_profile(profile)
         if self.runtime == "tensorrt-rtx":
             options.num_compute_capabilities = len(capabilities)

@@ -294,7 +294,7 @@ class Trial:
     def tables(self) -> dict[str, Any]:
         """Return the tables of all tasks, as a graph whose tasks are data takes them."""
         tasks = [folded_task(s.name, s.checkpoint, s.model) for s in self.sources]
-        tables = {"numbers": torch.arange(len(tasks)), **stacked(tasks, self.form.dtype)}
+        tables = stacked(tasks, self.form.dtype)
         return {name: table.detach().numpy() for name, table in tables.items()}
 
     def sizes(self) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adavipro_fast.export.encoder import Projection
 from adavipro_fast.export.fold import MaskHead, TokenTable, constant_delta, template_of
 from adavipro_fast.export.patches import foldable, folding_obstacle
+from adavipro_fast.export.tasks import own_deltas
 from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.files.task import TABLES, TaskFile
 from adavipro_fast.method.model import AdaViPro
@@ -58,9 +58,7 @@ class Tables(NamedTuple):
     """What a call gives beside its images: the task of each, and the tables of all tasks."""
 
     task: Tensor
-    """(B,) int64, numbers of `numbers`"""
-    numbers: Tensor
-    """(T,) int64, 0 to T - 1"""
+    """(B,) int64, 0 to T - 1"""
     kernels: Tensor
     constants: Tensor
     rows: Tensor
@@ -76,7 +74,7 @@ class AsData(nn.Module):
         blank: see `blank_table`.
     """
 
-    inputs = ("task", "numbers", *TABLES)
+    inputs = ("task", *TABLES)
 
     def __init__(self, model: AdaViPro, blank: TokenTable) -> None:
         super().__init__()
@@ -91,12 +89,12 @@ class AsData(nn.Module):
         """Return inputs of two images, three tasks and five classes."""
         pairs = zip(self.shapes, self.dtypes, strict=True)
         tables = (torch.zeros(3, *shape, dtype=dtype) for shape, dtype in pairs)
-        return (torch.zeros(2, dtype=torch.int64), torch.arange(3), *tables)
+        return (torch.zeros(2, dtype=torch.int64), *tables)
 
     def dynamic(self, batch: Any) -> tuple[dict[int, Any], ...]:
         """Return which axes vary: images, tasks, and classes of the largest one."""
         tasks, classes = (torch.export.Dim(name, min=1, max=65536) for name in ("tasks", "classes"))
-        return ({0: batch}, *[{0: tasks}] * 4, *[{0: tasks, 1: classes}] * 2)
+        return ({0: batch}, *[{0: tasks}] * 3, *[{0: tasks, 1: classes}] * 2)
 
     def forward(self, *inputs: Tensor) -> tuple[Tables]:
         """Name the inputs."""
@@ -119,13 +117,11 @@ class TableMasks(nn.Module):
 
     def forward(self, images: Tensor, tables: Tables) -> Tensor:
         """Decide."""
-        chosen = (tables.task[:, None] == tables.numbers).float()
-        delta = (chosen[..., None] * tables.constants).sum(1)
+        delta = tables.constants.index_select(0, tables.task)
         if self.edge is not None:
             assert isinstance(self.edge, MaskHead)
-            region, edges = tables.kernels.shape[-1] - 2, self.edge.edges(images)
-            every = F.conv2d(edges, tables.kernels, stride=region, padding=1)
-            delta = delta + (every.flatten(2) * chosen[..., None]).sum(1)
+            edges = self.edge.edges(images)
+            delta = delta + own_deltas(edges, tables.kernels, tables.task, self.grid)
         decided: Tensor = delta.unflatten(1, (self.grid, self.grid)) > 0
         return decided
 

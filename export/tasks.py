@@ -2,8 +2,7 @@
 
 The encoder is shared; what a task adds are rows of constant tables, gathered by its number t:
 
-    Δ       the collapsed generators of all tasks are the channels of one convolution, channel t;
-            of many tasks, the product of each region's pixels and K[t]
+    Δ       the product of each region's edges and K[t]
     tokens  E(x) + Σ_r m_r T[t, r]
     logits  scores of all tasks' classes, the columns of task t; of many tasks, the scores of the
             classes of task t alone; -1e30 beyond them
@@ -31,8 +30,6 @@ from adavipro_fast.method.model import AdaViPro
 OF_TASKS = re.compile(
     r"decide\.(constant|heads\.\d+\.kernel)|prompt\.(rows\.\d+|templates)|head\.columns"
 )
-# Up to here a channel for each task costs less than the windows of each region's pixels.
-MOST_CHANNELS = 96
 # Up to here, times the largest task's classes, scores of all classes cost less than gathering.
 MOST_SCORES = 96
 
@@ -66,7 +63,6 @@ class TaskMasks(nn.Module):
     """Images (B, 3, S, S) and tasks (B,) to masks (B, G, G) bool."""
 
     constant: Tensor
-    numbers: Tensor
 
     def __init__(self, models: Sequence[AdaViPro], scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -92,25 +88,32 @@ class TaskMasks(nn.Module):
             # The generator is in the stacked kernels.
             head.kernel, head.bias = nn.Parameter(kernel), nn.Parameter(torch.zeros(len(models)))
             head.constant = None
-        self.by_channels = len(models) <= MOST_CHANNELS
         self.register_buffer("constant", constant.flatten(1))
-        self.register_buffer("numbers", torch.arange(len(models)))
 
     def forward(self, images: Tensor, task: Tensor, _absent: Tensor) -> Tensor:
         """Decide."""
         delta = self.constant.index_select(0, task)
         for head in self.heads:
             assert isinstance(head, MaskHead)
-            if self.by_channels:
-                every = head.delta(images).flatten(2)  # (B, T, G²)
-                chosen = (task[:, None] == self.numbers).float()
-                # Not as a product of matrices: the one that is chosen stays what it is.
-                delta = delta + (every * chosen[..., None]).sum(1)
-            else:
-                own = head.kernel.index_select(0, task).flatten(1)
-                delta = delta + (windows(head.edge_map(images), self.grid) @ own[..., None])[..., 0]
+            delta = delta + own_deltas(head.edge_map(images), head.kernel, task, self.grid)
         decided: Tensor = delta.unflatten(1, (self.grid, self.grid)) > 0
         return decided
+
+
+def own_deltas(edges: Tensor, kernels: Tensor, task: Tensor, grid: int) -> Tensor:
+    """Apply to each image the kernel of its own task: Δ (B, G²) without the constants.
+
+    Not a convolution with a channel for each task: engines need to know how many there are, and
+    its work grows with them.
+
+    Args:
+        edges: (B, 3, S, S).
+        kernels: (T, 3, R + 2, R + 2).
+        task: (B,).
+        grid: G.
+    """
+    own = kernels.index_select(0, task).flatten(1)
+    return torch.bmm(windows(edges, grid), own[..., None]).squeeze(2)
 
 
 def windows(edges: Tensor, grid: int) -> Tensor:
@@ -121,7 +124,9 @@ def windows(edges: Tensor, grid: int) -> Tensor:
     tall = F.pad(edges, (1, 1, 1, 1)).index_select(2, rows).unflatten(2, (grid, side))
     cut = [tall[..., start : start + side] for start in starts.tolist()]
     # (B, Gx, 3, Gy, R + 2, R + 2), rows of regions first.
-    return torch.stack(cut, 1).permute(0, 3, 1, 2, 4, 5).flatten(3).flatten(1, 2)
+    regions = torch.stack(cut, 1).permute(0, 3, 1, 2, 4, 5)
+    # Of the batch's size without a node that computes shapes.
+    return regions.reshape(-1, grid * grid, 3 * side * side)
 
 
 class TaskTokens(nn.Module):

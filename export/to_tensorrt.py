@@ -19,7 +19,13 @@ from adavipro_fast.artifact.tensorrt import EngineArtifact, compute_capability, 
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.comparison import compare, sample_batches
-from adavipro_fast.export.network import WIDE_PRODUCTS, Network, prove_precision, prove_quantised
+from adavipro_fast.export.network import (
+    WIDE_PRODUCTS,
+    Network,
+    Ranges,
+    prove_precision,
+    prove_quantised,
+)
 from adavipro_fast.export.onnx_export import OnnxConfig, export
 from adavipro_fast.files.about import Description
 from adavipro_fast.files.sealed import describe_onnx, write_sidecar
@@ -45,8 +51,14 @@ class TensorRtConfig:
     """of a checkpoint's encoder (default: fp16); an .onnx file has its own"""
     batch: str = "1,16,256"
     """smallest, usual and largest batch: MIN,OPT,MAX"""
+    image_size: str = "32,512,1024"
+    """with --input any: smallest, usual and largest height and width, pixels: MIN,OPT,MAX"""
+    tasks: str = "1,8,64"
+    """with tasks as data: smallest, usual and largest number of tasks in a call: MIN,OPT,MAX"""
+    classes: str = "1,16,1024"
+    """with tasks as data: the same of the classes of the largest task in a call"""
     input: Input = "float32"
-    """of a checkpoint: normalised floats, or RGB bytes 0-255"""
+    """of a checkpoint: normalised floats, RGB bytes 0-255, or bytes of any height and width"""
     baseline: bool = False
     """of a checkpoint: the frozen encoder without a prompt"""
     builder_level: int = 3
@@ -73,7 +85,7 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
     """
     if config.output.suffix != ".engine":
         raise ValueError(f"output {config.output} does not end in .engine; name a file F.engine")
-    batch = parse_batch(config.batch)
+    ranges = ranges_of(config)
     runtime = choose_runtime(config.runtime)
     trt = runtime_module(runtime)
     capabilities = choose_capabilities(trt, runtime, config.compute_capability)
@@ -81,21 +93,10 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             source = onnx_source(config, Path(folder))
             about = describe_onnx(source)
-            if about.open_for is not None:
-                raise ValueError(
-                    f"{config.source} takes its tasks while it runs, which an engine cannot; "
-                    "export the checkpoints without --tasks open"
-                )
-            if about.input == "any":
-                raise ValueError(
-                    "an engine's memory is planned for its largest image; export with --input "
-                    "uint8, and resize before"
-                )
             began = time.perf_counter()
             network = Network(trt, runtime, source)
             plan = network.build(
-                batch,
-                about.preprocess.size,
+                ranges,
                 capabilities,
                 level=config.builder_level,
                 timings=config.timing_cache,
@@ -113,7 +114,8 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
                 "runtime_version": trt.__version__,
                 "compute_capabilities": capabilities,
                 "tensor_dtypes": dict(types["tensors"]),
-                "batch": list(batch),
+                "batch": list(ranges["batch"]),
+                **facts_of(about, ranges),
                 "engine_sha256": file_sha256(path),
                 "verified": False,
                 "reason": "",
@@ -137,24 +139,54 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def parse_batch(text: str) -> tuple[int, int, int]:
+def ranges_of(config: TensorRtConfig) -> Ranges:
+    """Read the sizes of the dynamic axes, by the names that they have in the graph."""
+    sides = parse_range("image_size", config.image_size)
+    return {
+        "batch": parse_range("batch", config.batch),
+        "height": sides,
+        "width": sides,
+        "tasks": parse_range("tasks", config.tasks),
+        "classes": parse_range("classes", config.classes),
+    }
+
+
+def parse_range(name: str, text: str) -> tuple[int, int, int]:
     """Read MIN,OPT,MAX."""
     try:
         smallest, usual, largest = (int(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"batch {text!r} is not MIN,OPT,MAX, such as 1,16,256") from error
+        raise ValueError(f"{name} {text!r} is not MIN,OPT,MAX, such as 1,16,256") from error
     if not 1 <= smallest <= usual <= largest:
-        raise ValueError(f"batch {text!r} is out of order; 1 <= MIN <= OPT <= MAX is needed")
+        raise ValueError(f"{name} {text!r} is out of order; 1 <= MIN <= OPT <= MAX is needed")
     return smallest, usual, largest
 
 
+def facts_of(about: Description, ranges: Ranges) -> dict[str, Any]:
+    """Return what the sidecar says of an engine with more dynamic axes than the batch."""
+    facts: dict[str, Any] = {}
+    if about.input == "any":
+        largest = 3 * ranges["batch"][2] * ranges["height"][2] * ranges["width"][2]
+        # The engine holds them as bytes, and as floats on their way to the encoder's size.
+        facts["image_size"] = list(ranges["height"])
+        facts["largest_images_mib"] = round(largest * (1 + 4) / 2**20)
+    if about.open_for is not None:
+        facts["tasks_in_call"] = list(ranges["tasks"])
+        facts["classes_in_call"] = list(ranges["classes"])
+    return facts
+
+
 def wide_products(about: Description) -> int:
-    """Count the products that may be in fp32: the mask path's, the last projection, the scores."""
+    """Count the products that may be in fp32: the mask path's, the last projection, the scores.
+
+    A graph that resizes has two more.
+    """
+    resize = 2 * (about.input == "any")
     if not about.tasks:
-        return WIDE_PRODUCTS
+        return WIDE_PRODUCTS + resize
     kinds = {(task.config.edge, task.config.edge_padding) for task in about.tasks}
     # Each kind of edges has up to two filters and the kernels; scores are of two kinds.
-    return 3 * len(kinds) + 4
+    return 3 * len(kinds) + 4 + resize
 
 
 def choose_runtime(asked: Runtime) -> str:

@@ -11,7 +11,9 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adavipro_fast.artifact import onnx as artifact
 from adavipro_fast.artifact import tensorrt as engine
 from adavipro_fast.artifact.artifact import NotRunnableError
+from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import PRODUCTS, full_fp32, torch_device
@@ -29,10 +32,11 @@ from adavipro_fast.export import onnx_export
 from adavipro_fast.export.network import Network
 from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.files import sealed
-from adavipro_fast.files.about import Description
+from adavipro_fast.files.about import Description, OpenFor
 from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.files.task import TaskFile
 from adavipro_fast.method.config import PromptConfig
-from adavipro_fast.method.encoder import FrozenEncoder
+from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.training.config import OptimiserConfig
@@ -299,7 +303,7 @@ def test_engines_are_built_without_tf32(checkpoint, tmp_path):
     network = Network(trt, "tensorrt-rtx", path)
     fresh = network.builder.create_builder_config()
     assert fresh.get_flag(trt.BuilderFlag.TF32), "off by default: the line that clears it can go"
-    options = network.options((1, 2, 4), 224, ["8.6"], 3)
+    options = network.options({"batch": (1, 2, 4)}, ["8.6"], 3)
     assert not options.get_flag(trt.BuilderFlag.TF32)
 
 
@@ -430,6 +434,90 @@ def test_threads_share_an_engine(graphs):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+class DataContext(Context):
+    """Of tasks as data: logits are the image's sum and the biases of its task."""
+
+    def __init__(self, largest):
+        super().__init__()
+        self.largest, self.shapes = largest, {}
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return name not in self.largest or shape[0] <= self.largest[name]
+
+    def get_tensor_shape(self, name):
+        count, classes = self.shapes["image"][0], self.shapes["biases"][1]
+        return (count, *{"logits": (classes,), "mask": (1, 1), "embedding": (1,)}[name])
+
+    def of(self, name, kind):
+        shape = self.shapes.get(name) or self.get_tensor_shape(name)
+        count = int(np.prod(shape))
+        values = (kind * count).from_address(self.addresses[name])
+        return np.frombuffer(values, kind).reshape(shape)
+
+    def execute_async_v3(self, _):
+        totals = self.of("image", ctypes.c_uint8).reshape(self.shapes["image"][0], -1).sum(1)
+        own = self.of("biases", ctypes.c_float)[self.of("task", ctypes.c_int64)]
+        self.of("logits", ctypes.c_float)[:] = totals[:, None] + own
+        return True
+
+
+class DataEngine(FakeEngine):
+    """An engine whose tasks are data; it has no kernels, as without a mask path."""
+
+    shapes: ClassVar = {
+        "image": (-1, 3, 8, 8), "task": (-1,), "constants": (-1, 1), "rows": (-1, 1, 1, 2),
+        "classes": (-1, -1, 4), "biases": (-1, -1), "logits": (-1, -1), "mask": (-1, 1, 1),
+        "embedding": (-1, 1),
+    }  # fmt: skip
+    num_io_tensors = len(shapes)
+
+    def get_tensor_name(self, index):
+        return list(self.shapes)[index]
+
+    def get_tensor_shape(self, name):
+        return self.shapes[name]
+
+    def get_tensor_mode(self, name):
+        outputs = ("logits", "mask", "embedding")
+        return SimpleNamespace(name="OUTPUT" if name in outputs else "INPUT")
+
+    def create_execution_context(self, options=None):
+        self.contexts.append(DataContext({"biases": 2}))
+        return self.contexts[-1]
+
+
+def test_an_engine_takes_tasks_as_data_in_parts_of_its_profile(monkeypatch):
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    run = engine_artifact("tensorrt")
+    about = replace(run.about, open_for=OpenFor("0" * 64, None, "zero"), tasks=())
+    run = replace(run, engine=DataEngine(), about=about, batch=(2, 4, 8))
+    artifact = OpenArtifact(run)
+    biases = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0, 5.0])}
+    for name, values in (*biases.items(), ("c", torch.zeros(1))):
+        count = len(values)
+        tables = {
+            "kernels": torch.zeros(3, 10, 10), "constants": torch.ones(1),
+            "rows": torch.zeros(1, 1, 2), "classes": torch.zeros(count, 4), "biases": values,
+        }  # fmt: skip
+        identity = EncoderIdentity("x", "", "0" * 64)
+        config = PromptConfig(method="vp", prompt_size=2, region_size=8)
+        names = tuple("uvw"[:count])
+        artifact.add(TaskFile(name, tables, names, config, identity, about.preprocess))
+    for count in (1, 5, 19):
+        pixels = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8)
+        asked = (["a", "b", "b"] * count)[:count]
+        logits = artifact(pixels, asked).logits
+        for row, name in enumerate(asked):
+            expected = sums(pixels[row : row + 1]) + biases[name]
+            assert torch.equal(logits[row, : len(expected)], expected), (count, row)
+    # The tables lie where they were, and one context serves all calls.
+    assert len(run.engine.contexts) == 1
+    with pytest.raises(ValueError, match=r"the engine takes no biases of \(3, 3\); build it again"):
+        artifact(pixels[:3], ["a", "b", "c"])
 
 
 def test_an_engine_opens_on_the_default_device(monkeypatch, tmp_path, two_gpus):

@@ -18,8 +18,9 @@ from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.export import comparison, onnx_export
 from adavipro_fast.export.onnx_export import OnnxConfig
+from adavipro_fast.export.open_tasks import folded_task
 from adavipro_fast.files.about import OpenFor
-from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.preprocess import Preprocess
@@ -81,7 +82,7 @@ def exported(small_encoder, references, folder, tmp_path_factory):
             first, *more = [references[kind][0] for kind in kinds]
             path = place / f"{len(done)}.onnx"
             if options.get("precision") in ("int8", "fp8"):
-                options |= {"images": folder, "largest_loss": 100.0}
+                options |= {"images": (folder,), "largest_loss": 100.0}
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(onnx_export, "encoder_of", lambda *_: small_encoder)
                 onnx_export.export(OnnxConfig(first, path, tuple(more), **options))
@@ -206,11 +207,22 @@ def test_auto_takes_openvino_on_a_cpu_for_what_is_not_quantised(exported, monkey
 
 
 @pytest.mark.slow
-def test_tasks_as_data_stay_with_onnx_runtime(exported):
+def test_tasks_as_data_stay_with_onnx_runtime_unless_openvino_is_asked_for(
+    exported, references, small_encoder, pixels
+):
     path = exported(tasks="open")
-    assert open_artifact(path, device="cpu").backend == "onnxruntime"
-    with pytest.raises(ValueError, match="its tasks are data; use runtime onnxruntime"):
-        open_artifact(path, device="cpu", runtime="openvino")
+    auto = open_artifact(path, device="cpu")
+    asked = open_artifact(path, device="cpu", runtime="openvino")
+    assert (auto.backend, asked.backend) == ("onnxruntime", "openvino")
+    checkpoint = load_checkpoint(references["a"][0])
+    model = checkpoint.model(small_encoder)
+    for artifact in (auto, asked):
+        for name in ("a", "b"):
+            artifact.add(folded_task(name, checkpoint, model))
+    for tasks in ("a", (["a", "b"] * len(pixels))[: len(pixels)]):
+        expected, got = auto(pixels, tasks), asked(pixels, tasks)
+        assert torch.equal(expected.mask, got.mask)
+        assert (expected.embedding - got.embedding).abs().max() < 1e-5
 
 
 def test_a_tensor_of_several_names_is_known_by_ours():
@@ -224,9 +236,9 @@ def test_a_tensor_of_several_names_is_known_by_ours():
 def test_what_openvino_does_not_run_is_told_in_one_line(exported, tmp_path, monkeypatch):
     path = exported(input="uint8")
     about = describe_onnx(path)
-    assert "rounds fp8 otherwise" in openvino_obstacle(replace(about, precision="fp8"), CPU)
+    assert "fp8 rounding does not follow" in openvino_obstacle(replace(about, precision="fp8"), CPU)
     open_for = OpenFor("0" * 64, "laplacian", "zero")
-    assert "tasks are data" in openvino_obstacle(replace(about, open_for=open_for), CPU)
+    assert not preferred(replace(about, open_for=open_for), CPU)
     with pytest.raises(ValueError, match="says of its logits .* export it again"):
         OpenVinoArtifact.of(path, replace(about, class_names=("x",)))
     damaged = tmp_path / "damaged.onnx"

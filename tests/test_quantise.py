@@ -43,9 +43,7 @@ def exported(checkpoint):
     """An fp32 graph, and feeds for it."""
     path = checkpoint.with_name("fp32.onnx")
     onnx_export.export(OnnxConfig(checkpoint, path, input="uint8"))
-    pixels = torch.cat(
-        comparison.sample_batches(open_artifact(path).about.preprocess)
-    ).numpy()
+    pixels = torch.cat(comparison.sample_batches(open_artifact(path).about.preprocess)).numpy()
     return path, [{"image": part} for part in np.array_split(pixels, 4)]
 
 

@@ -1,5 +1,7 @@
 """Images of any size into the graph: resized as Pillow resizes them."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -99,10 +101,20 @@ def test_what_cannot_be_resized_in_the_graph_is_refused(exported, checkpoint, tm
     assert "random" in any_size_obstacle(
         Preprocess(224, (0.5,) * 3, (0.5,) * 3, "random", "shortest")
     )
+
+
+def test_an_engine_has_a_profile_of_image_sizes(exported, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    engine = TensorRtConfig(exported[0], tmp_path / "f.engine", compute_capability=("8.6",))
-    with pytest.raises(ValueError, match="planned for its largest image"):
-        to_tensorrt.command(engine)
+    config = TensorRtConfig(
+        exported[0], tmp_path / "f.engine", compute_capability=("8.6",), builder_level=0,
+        batch="1,2,4", image_size="16,200,1000",
+    )  # fmt: skip
+    built = to_tensorrt.command(config)
+    assert (built["image_size"], built["input"]) == ([16, 200, 1000], "any")
+    # As bytes and as fp32.
+    assert built["largest_images_mib"] == round(4 * 3 * 1000**2 * 5 / 2**20)
+    with pytest.raises(ValueError, match="image_size '0,2,1' is out of order"):
+        to_tensorrt.command(replace(config, image_size="0,2,1"))
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])

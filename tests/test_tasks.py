@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adavipro_fast import AdaViPro, PromptConfig, open_artifact, predict, tasks
-from adavipro_fast.export import onnx_export, to_task
+from adavipro_fast.export import onnx_export, to_task, to_tensorrt
 from adavipro_fast.export.graph import Form, deployed
 from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.to_task import TaskConfig
@@ -348,6 +348,26 @@ def test_a_file_without_a_mask_path_takes_no_task_that_decides(opened, checkpoin
     artifact.add(opened / "dtd.task")
     with pytest.raises(ValueError, match="decides on edges .*, the file forms none"):
         artifact.add(opened / "flowers.task")
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_an_engine_has_a_profile_of_tasks_and_classes(checkpoints, tmp_path, precision):
+    pytest.importorskip("tensorrt_rtx")
+    path = tmp_path / "open.onnx"
+    onnx_export.export(
+        OnnxConfig(
+            checkpoints["flowers"], path, (checkpoints["probe"],), tasks="open", input="uint8",
+            precision=precision,
+        )
+    )  # fmt: skip
+    built = to_tensorrt.command(
+        to_tensorrt.TensorRtConfig(
+            path, tmp_path / "f.engine", compute_capability=("8.6",), builder_level=0,
+            batch="1,2,4", tasks="1,2,3", classes="1,4,9",
+        )
+    )  # fmt: skip
+    assert (built["tasks_in_call"], built["classes_in_call"]) == ([1, 2, 3], [1, 4, 9])
+    assert built["precision"] == precision
 
 
 def test_the_commands_take_a_task_file(opened, folder):

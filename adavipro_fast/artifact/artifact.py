@@ -1,7 +1,9 @@
 """What every runner of a file offers."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from adavipro_fast.files.about import Description, Tasks
@@ -46,6 +48,25 @@ class Artifact(Protocol):
         top: int = 5,
     ) -> list[Any]:
         """Classify pictures; see `classify.Classifies`."""
+
+
+class Graph(Artifact, Protocol):
+    """A file with a graph that can be run on inputs of the caller's."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs lie."""
+
+    @property
+    def inputs(self) -> Mapping[str, Sequence[Any]]:
+        """Shapes of the inputs by name; dynamic axes are strings or -1."""
+
+    def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run on inputs that lie on the device; outputs lie on the CPU.
+
+        Args:
+            feeds: inputs by name; those that the graph does not have are ignored.
+        """
 
 
 class NotRunnableError(ValueError):

@@ -69,6 +69,11 @@ class OnnxArtifact(Classifies):
         about.check_shapes(shapes, path)
         return cls(session, about, place, used)
 
+    @property
+    def inputs(self) -> dict[str, list[Any]]:
+        """Shapes of the graph's inputs by name; dynamic axes are strings."""
+        return {part.name: part.shape for part in self.session.get_inputs()}
+
     def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
         numbers = self.about.numbers(task, len(pixels))
@@ -89,7 +94,7 @@ class OnnxArtifact(Classifies):
     def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on all its inputs, which lie on the artifact's device."""
         names = [output.name for output in self.session.get_outputs()]
-        known = {part.name for part in self.session.get_inputs()}
+        known = self.inputs
         # A graph of tasks without a generator takes no kernels.
         feeds = {name: fed.contiguous() for name, fed in feeds.items() if name in known}
         if self.device.type == "cpu":

@@ -103,7 +103,7 @@ def open_artifact(
         opened = replace(opened, about=replace(opened.about, preprocess=preprocess))
     if opened.about.open_for is None:
         return opened if task is None else OneTask(opened, task)
-    assert isinstance(opened, OnnxArtifact)
+    assert not isinstance(opened, TorchArtifact)
     holder = OpenArtifact(opened)
     if task is None:
         return holder

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adavipro_fast.artifact.artifact import Graph
 from adavipro_fast.artifact.classify import Classifies
-from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.files.about import Description, Task, Tasks
 from adavipro_fast.files.task import TaskFile, load_task, stacked
 from adavipro_fast.method.config import DTYPES
@@ -28,7 +28,7 @@ class OpenArtifact(Classifies):
         file: exported with `--tasks open`.
     """
 
-    def __init__(self, file: OnnxArtifact) -> None:
+    def __init__(self, file: Graph) -> None:
         self.file = file
         self._lock = threading.Lock()
         self._keep({})
@@ -94,6 +94,7 @@ class OpenArtifact(Classifies):
         feeds = {
             "image": image,
             "task": torch.tensor([present.index(name) for name in names], device=device),
+            # Of older files.
             "numbers": torch.arange(len(present), device=device),
             **stacked([known[name] for name in present], DTYPES[about.precision]),
         }
@@ -131,9 +132,11 @@ class OpenArtifact(Classifies):
                 f"task {task.name!r} decides on edges {' '.join(edges)}, the file forms "
                 + (f"{graph.edge} {graph.edge_padding}" if graph.edge else "none")
             )
-        shapes = {part.name: part.shape for part in self.file.session.get_inputs()}
+        shapes = self.file.inputs
         for name, table in task.tables.items():
             # A graph without a mask path takes no kernels.
-            sizes = [size for size in shapes.get(name, ())[1:] if isinstance(size, int)]
+            sizes = [
+                size for size in shapes.get(name, ())[1:] if isinstance(size, int) and size > 0
+            ]
             if sizes and sizes != list(table.shape)[-len(sizes) :]:
                 raise ValueError(f"table {name!r} of task {task.name!r} does not fit the graph")

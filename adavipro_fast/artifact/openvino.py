@@ -16,6 +16,7 @@ from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.about import Description, Tasks
 from adavipro_fast.files.sealed import describe_onnx
+from adavipro_fast.files.task import TABLES
 from adavipro_fast.method.config import QUANTISED
 from adavipro_fast.method.model import Prediction
 
@@ -28,8 +29,7 @@ SETTINGS = {
     # A pinned thread waits for its own core, whatever else is idle.
     "ENABLE_CPU_PINNING": False,
 }
-NAMES = ("image", "task", "logits", "mask", "embedding")
-AXES = ("batch", "channels", "height", "width")
+NAMES = ("image", "task", *TABLES, "logits", "mask", "embedding")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,16 @@ class OpenVinoArtifact(Classifies):
         provider = "CPU, int8" if about.precision == "int8" else "CPU, fp32"
         return cls(compiled.create_infer_request(), about, provider)
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs lie."""
+        return torch.device("cpu")
+
+    @property
+    def inputs(self) -> dict[str, list[Any]]:
+        """Shapes of the graph's inputs by name; dynamic axes are strings."""
+        return {name_of(part): shape_of(part) for part in self.request.model_inputs}
+
     def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels."""
         numbers = self.about.numbers(task, len(pixels))
@@ -92,12 +102,19 @@ class OpenVinoArtifact(Classifies):
             image: its input, on the CPU.
             tasks: the number of each image's task, where there are several.
         """
-        feeds = {"image": image.contiguous().numpy()}
+        feeds = {"image": image}
         if tasks:
-            feeds["task"] = torch.tensor(tasks).numpy()
+            feeds["task"] = torch.tensor(tasks)
+        return self.run_on(feeds)
+
+    def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph on all its inputs, which lie on the CPU."""
+        known = self.inputs
+        # A graph of tasks without a generator takes no kernels.
+        arrays = {name: array_of(fed) for name, fed in feeds.items() if name in known}
         with self.lock:
             # Outputs are copied: the next call writes where they lie.
-            found = self.request.infer(feeds, share_inputs=True, share_outputs=False)
+            found = self.request.infer(arrays, share_inputs=True, share_outputs=False)
         return {name_of(part): torch.from_numpy(array) for part, array in found.items()}
 
 
@@ -105,21 +122,32 @@ def openvino_obstacle(about: Description, place: torch.device) -> str | None:
     """Say what keeps OpenVINO from running a file on a device."""
     if place.type != "cpu":
         return f"it runs on the CPU, {place} was asked for"
-    if about.open_for is not None:
-        return "its tasks are data"
     if about.precision == "fp8":
         # Its answers are further from ONNX Runtime's, which were judged, than rounding explains.
-        return "it rounds fp8 otherwise than the file says"
+        return "its fp8 rounding does not follow the file"
     return None
 
 
 def preferred(about: Description, place: torch.device) -> bool:
     """Tell whether `auto` takes OpenVINO: on a CPU, where it is installed and the file runs in it.
 
-    Quantised files stay with the runtime that their accuracy was judged in.
+    Quantised files stay with the runtime that their accuracy was judged in, and tasks as data with
+    ONNX Runtime: OpenVINO compiles again for each new number of tasks or classes in a call.
     """
-    able = openvino_obstacle(about, place) is None and about.precision not in QUANTISED
+    kept = about.precision in QUANTISED or about.open_for is not None
+    able = openvino_obstacle(about, place) is None and not kept
     return able and find_spec("openvino") is not None
+
+
+def array_of(tensor: Tensor) -> Any:
+    """Give OpenVINO a tensor on the CPU without a copy; NumPy has no name for bf16."""
+    tensor = tensor.contiguous()
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    import openvino
+
+    bits = tensor.view(torch.int16).numpy()
+    return openvino.Tensor(bits, list(tensor.shape), openvino.Type.bf16)
 
 
 def name_of(part: Any) -> str:
@@ -131,6 +159,5 @@ def name_of(part: Any) -> str:
 
 
 def shape_of(part: Any) -> list[int | str]:
-    """Return the shape of an input or output; open axes have names."""
-    sizes = part.partial_shape
-    return [AXES[axis] if size.is_dynamic else size.get_length() for axis, size in enumerate(sizes)]
+    """Return the shape of an input or output; dynamic axes are `?`."""
+    return ["?" if size.is_dynamic else size.get_length() for size in part.partial_shape]

@@ -1,8 +1,13 @@
-"""Run TensorRT and TensorRT-RTX engines: CUDA graphs, pinned buffers, a sidecar that must match."""
+"""Run TensorRT and TensorRT-RTX engines: CUDA graphs, pinned buffers, a sidecar that must match.
+
+Tasks that are data come with each call, in other numbers than before: those engines run without
+CUDA graphs.
+"""
 
 import importlib
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -91,6 +96,8 @@ class EngineArtifact(Classifies):
     backend: str
     provider: str
     replays: dict[int, Replay] = field(default_factory=dict)
+    contexts: list[Any] = field(default_factory=list)
+    """one, where tasks are data"""
     lock: Any = field(default_factory=threading.Lock)
     """calls of several threads run one after the other: they share the replays' tensors"""
 
@@ -129,19 +136,63 @@ class EngineArtifact(Classifies):
             torch.cuda.get_device_name(place),
         )
 
+    @property
+    def inputs(self) -> dict[str, Sequence[int]]:
+        """Shapes of the engine's inputs by name; dynamic axes are -1."""
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        return {
+            name: tuple(self.engine.get_tensor_shape(name))
+            for name in names
+            if self.engine.get_tensor_mode(name).name == "INPUT"
+        }
+
     @torch.inference_mode()
     def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels, in parts of the profile's largest batch."""
         numbers = torch.tensor(self.about.numbers(task, len(pixels)), dtype=torch.int64)
-        cuda = self.device.type == "cuda"
-        # A thread has a current device of its own.
-        with self.lock, torch.cuda.device(self.device) if cuda else nullcontext():
+        with self._alone():
             most = self.batch[2]
             parts = [
                 self._run(part, numbers[number * most : (number + 1) * most])
                 for number, part in enumerate(pixels.split(most))
             ]
         return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @torch.inference_mode()
+    def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run on all inputs of an engine whose tasks are data; what lies on the device stays there.
+
+        Args:
+            feeds: inputs by name; `image` and `task` are cut into parts of the profile's largest
+                batch, and filled up to its smallest one.
+
+        Raises:
+            ValueError: there are more tasks or classes than the engine was built for.
+        """
+        known = self.inputs
+        fed = {n: t.to(self.device).contiguous() for n, t in feeds.items() if n in known}
+        count, (least, _, most) = len(fed["image"]), self.batch
+        parts = []
+        with self._alone():
+            if not self.contexts:
+                self.contexts.append(self._context())
+            for start in range(0, count, most):
+                size = min(most, count - start)
+                of_images = {
+                    name: filled(fed[name][start : start + size], least)
+                    for name in ("image", "task")
+                }
+                outputs = self._bind(self.contexts[0], fed | of_images)
+                self._enqueue(self.contexts[0], torch.cuda.current_stream(self.device))
+                parts.append({name: each[:size].cpu() for name, each in outputs.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out; a thread has a current device of its own."""
+        cuda = self.device.type == "cuda"
+        with self.lock, torch.cuda.device(self.device) if cuda else nullcontext():
+            yield
 
     def _run(self, pixels: Tensor, tasks: Tensor) -> Prediction:
         count = len(pixels)
@@ -178,17 +229,18 @@ class EngineArtifact(Classifies):
             )
         return context
 
-    def _capture(self, size: int) -> Replay:
-        """Allocate for a batch size and capture the engine's work on it."""
-        context, side = self._context(), self.about.preprocess.size
-        dtype = torch.uint8 if self.about.input == "uint8" else torch.float32
-        pinned = self.device.type == "cuda"
-        hosts = {"image": torch.zeros(size, 3, side, side, dtype=dtype, pin_memory=pinned)}
-        if self.about.tasks:
-            hosts["task"] = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
-        inputs = {name: host.to(self.device, copy=True) for name, host in hosts.items()}
+    def _bind(self, context: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give a context its inputs, and tensors for its outputs.
+
+        Raises:
+            ValueError: an input is larger than the engine was built for.
+        """
         for name, fed in inputs.items():
-            context.set_input_shape(name, tuple(fed.shape))
+            if context.set_input_shape(name, tuple(fed.shape)) is False:
+                raise ValueError(
+                    f"the engine takes no {name} of {tuple(fed.shape)}; build it again with larger "
+                    "--tasks, --classes or --image-size"
+                )
             context.set_tensor_address(name, fed.data_ptr())
         outputs = {}
         for index in range(self.engine.num_io_tensors):
@@ -198,6 +250,19 @@ class EngineArtifact(Classifies):
                 shape = tuple(context.get_tensor_shape(name))
                 outputs[name] = torch.empty(shape, dtype=kind, device=self.device)
                 context.set_tensor_address(name, outputs[name].data_ptr())
+        return outputs
+
+    def _capture(self, size: int) -> Replay:
+        """Allocate for a batch size and capture the engine's work on it."""
+        context, side = self._context(), self.about.preprocess.size
+        pinned = self.device.type == "cuda"
+        blank = self.about.image(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        shape = (size, *blank.shape[1:])
+        hosts = {"image": torch.zeros(shape, dtype=blank.dtype, pin_memory=pinned)}
+        if self.about.tasks:
+            hosts["task"] = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
+        inputs = {name: host.to(self.device, copy=True) for name, host in hosts.items()}
+        outputs = self._bind(context, inputs)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -213,6 +278,12 @@ class EngineArtifact(Classifies):
     def _enqueue(self, context: Any, stream: torch.cuda.Stream) -> None:
         if not context.execute_async_v3(stream.cuda_stream):
             raise NotRunnableError(f"{self.backend} could not run the engine")
+
+
+def filled(tensor: Tensor, least: int) -> Tensor:
+    """Fill a batch up with zeros to at least so many."""
+    missing = max(least - len(tensor), 0)
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
 
 def padded_size(count: int, batch: tuple[int, int, int]) -> int:

@@ -183,13 +183,15 @@ class Description:
         side, grid = self.preprocess.size, self.preprocess.size // self.config.region_size
         needed: dict[str, list[Any]] = {"image": [3, side, side]}
         if self.input == "any":
-            needed["image"] = [3, "height", "width"]
+            needed["image"] = [3, None, None]
         if self.open_for is None:
             needed["logits"] = [self.most_classes]
         if not self.baseline:
             needed["mask"] = [grid, grid]
         for name, shape in needed.items():
-            got = list(shapes.get(name, ()))[1:]
+            sizes = list(shapes.get(name, ()))[1:]
+            # Dynamic axes have a name in ONNX, and are -1 in engines.
+            got = [size if isinstance(size, int) and size >= 0 else None for size in sizes]
             if got != shape:
                 raise ValueError(
                     f"{path} says of its {name} {shape}, the graph has {got}; export it again"
