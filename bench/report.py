@@ -89,7 +89,7 @@ def tasks() -> str:
         "row": "`{name}`",
         "tasks": "{tasks}",
         "p50, ms": "{p50_ms:.0f}",
-        "to one task (95 %)": "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
+        "ratio to one task (95 %)": "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
     }
     figures = named("tasks")
     size, whole = figures["tasks_64"]["bytes_a_task"], figures["separate_8"]["bytes_a_task"]
@@ -103,7 +103,7 @@ def serving() -> str:
     forms = {
         "row": "`{name}`",
         "images/s": "{images_per_s:.1f}",
-        "of the runner": "{of_runner:.2f}",
+        "share of the runner": "{of_runner:.2f}",
         "p50, ms": "{p50_ms:.0f}",
         "p99, ms": "{p99_ms:.0f}",
         "mean batch": "{mean_batch:.1f}",
@@ -128,7 +128,7 @@ def training() -> str:
     forms = {
         "row": "`{name}`",
         "step": "{step_s:.2f} s",
-        "to vp (95 %)": "{ratio_to_vp:.2f} ({ratio_low:.2f} to {ratio_high:.2f})",
+        "ratio to vp (95 %)": "{ratio_to_vp:.2f} ({ratio_low:.2f} to {ratio_high:.2f})",
         **{f"{part}, ms": f"{{{part}_ms:.0f}}" for part in parts},
         "peak memory": "{peak_mib:.0f} MiB",
     }
@@ -175,11 +175,11 @@ def peers() -> str:
     """Tabulate what users would run instead beside the fastest of ours with a prompt."""
     found = [row for row in rows("latency") if "to_other" in row and "int8" not in row["name"]]
     forms = {
-        "instead": "`{name}`",
+        "alternative": "`{name}`",
         "batch": "{batch}",
         "p50, ms": "{p50_ms:.1f}",
-        "to ours (95 %)": TO_OTHER,
-        "ours": "`{other}`",
+        "ratio to ours (95 %)": TO_OTHER,
+        "compared with": "`{other}`",
     }
     ahead = [
         f"`{row['name']}` at batch {row['batch']}" for row in found if row["to_other_high"] < 1
@@ -201,7 +201,7 @@ def curve() -> str:
         "precision": "{precision}",
         "runtime": "{runtime}",
         "batch": "{batch}",
-        "images/s without": "{encoder_images_per_s:.1f}",
+        "images/s without a prompt": "{encoder_images_per_s:.1f}",
         "with the prompt": "{images_per_s:.1f}",
         "time ratio (95 %)": RATIO,
     }
@@ -214,11 +214,14 @@ def curve() -> str:
 def photos() -> str:
     """Tabulate what scaled decoding saves and changes, and what bulk reaches."""
     forms = {
-        "enlarged test images": "{name}",
+        "test set": "{name}",
         "images": "{images}",
         "same answers": "{answers:.3f}",
     }
-    forms |= {"same regions": "{masks:.3f}", "grey levels apart": "{grey_levels_mean:.2f}"}
+    forms |= {
+        "same regions": "{masks:.3f}",
+        "mean difference, grey levels": "{grey_levels_mean:.2f}",
+    }
     found = named("photos")
     compared = [
         row | {"name": name.removeprefix("agreement_")}

@@ -1,6 +1,7 @@
 """What imports what: a file opens without the trainer, commands are no libraries, no circles."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,47 @@ def test_no_module_comes_back_to_itself():
                 assert name != start, f"{start} imports itself through others"
                 seen.add(name)
                 waiting.append(name)
+
+
+PAGE = (ROOT / "docs" / "pages" / "architecture.md").read_text()
+SHARED = ("cores", "device", "errors")
+
+
+def package_of(module):
+    """Return what docs/pages/architecture.md calls the package of a module."""
+    names = module.split(".")
+    if module in BENCHES or names[0] == "lib":
+        return "bench"
+    if module in COMMANDS or names[-1] == "__main__":
+        return "commands"
+    return "shared" if names[1] in SHARED else names[1]
+
+
+def imported_packages():
+    """Return which of our packages each one imports."""
+    found = {}
+    for module, imported in arrows().items():
+        package = package_of(module)
+        found.setdefault(package, set()).update(map(package_of, imported))
+    return {package: imported - {package} for package, imported in found.items()}
+
+
+def test_the_table_of_packages_has_the_imports_of_the_code():
+    table = re.findall(r"^\| `(\w+)` \| .* \|(?: ([\w, ]+))? \|$", PAGE, re.MULTILINE)
+    listed = {package: set(names.split(", ")) - {""} for package, names in table}
+    found = imported_packages()
+    assert not found["shared"]
+    assert listed == {package: imported - {"shared"} for package, imported in found.items()}
+
+
+def test_imports_point_downwards_in_the_drawing_of_packages():
+    (drawing,) = re.findall(r"^```text\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    lines = [line.split() for line in drawing.splitlines() if line.strip() != "|"]
+    height = {package: -number for number, line in enumerate(lines) for package in line}
+    found = imported_packages()
+    assert height.keys() == found.keys()
+    for package, imported in found.items():
+        assert all(height[name] < height[package] for name in imported), package
 
 
 def test_commands_are_no_libraries():

@@ -7,8 +7,8 @@ from typing import Any
 
 Row = dict[str, Any]
 NONE = (
-    "No figure of this project was measured on a GPU yet; `python bench/gpu_check.py` does it in "
-    "one command."
+    "No figure of this project was measured on a GPU yet; `python bench/gpu_check.py` measures "
+    "all of them in one command."
 )
 LIMIT = (
     "- No figure was measured on a GPU yet: the kernel ran in Triton's interpreter and compiled "
@@ -22,19 +22,19 @@ KERNELS = {
     "images": "{dtype}",
     "ms": "{median_ms:.3f}",
     "GB/s": "{gb_s:.0f}",
-    "of a copy": "{share_of_copy:.2f}",
+    "share of a copy's GB/s": "{share_of_copy:.2f}",
 }
 FORMS = {
     "form": "`{name}`",
     "ms": "{median_ms:.3f}",
-    "to the fused kernel": "{ratio_to_fused:.2f}",
+    "ratio to the fused kernel": "{ratio_to_fused:.2f}",
 }
 STEPS = {
     "encoder": "{model}",
     "batch": "{batch}",
     "row": "`{name}`",
     "step, ms": "{step_ms:.1f}",
-    "to vp (95 %)": "{ratio_to_vp:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
+    "ratio to vp (95 %)": "{ratio_to_vp:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
     "peak memory": "{peak_mib:.0f} MiB",
 }
 LATENCIES = {
@@ -42,15 +42,15 @@ LATENCIES = {
     "precision": "{precision}",
     "batch": "{batch}",
     "p50, ms": "{p50_ms:.3f}",
-    "to the encoder alone (95 %)": RATIO,
+    "ratio to the encoder alone (95 %)": RATIO,
 }
 PEERS = {
-    "instead": "`{name}`",
+    "alternative": "`{name}`",
     "precision": "{precision}",
     "batch": "{batch}",
     "p50, ms": "{p50_ms:.3f}",
-    "to ours (95 %)": RATIO.replace("ratio", "to_other"),
-    "ours": "`{other}`",
+    "ratio to ours (95 %)": RATIO.replace("ratio", "to_other"),
+    "compared with": "`{other}`",
 }
 
 
