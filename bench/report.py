@@ -24,7 +24,10 @@ from lib.points import over_probe
 from lib.table import draw, scatter
 
 DOCS = ROOT / "docs" / "pages"
-PAGES = (ROOT / "README.md", DOCS / "numbers.md", DOCS / "evidence.md")
+PAGES = (
+    ROOT / "README.md",
+    *(DOCS / f"{name}.md" for name in ("numbers", "evidence", "combinations")),
+)
 RESULTS = ROOT / "bench" / "results"
 # Measured elsewhere, shown in the docs: mkdocs serves what lies beside the pages.
 FIGURE2 = RESULTS / "paper" / "figure2.png"
@@ -96,6 +99,36 @@ def tasks() -> str:
     sizes = {"kb": size / 1e3, "share": 100 * size / whole, "mb": whole / 1e6}
     compared = [row for row in figures.values() if "ratio" in row]
     return columns(compared, forms) + "\n\n" + prose()["tasks"].format(**sizes, **figures)
+
+
+def combinations() -> str:
+    """Tabulate what runs where, by precision and tasks; inputs that are refused have a note."""
+    kinds = {"one": "one", "baked": "several, baked", "data": "several, as data"}
+    runtimes = {
+        "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt-rtx": "TensorRT-RTX",
+        "triton": "Triton", "serve": "serve",
+    }  # fmt: skip
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows("combinations"):
+        groups[row["precision"], row["tasks"]].append(row)
+    notes: list[str] = []
+    body = []
+    for (precision, kind), group in groups.items():
+        cells = [cell(group, where, notes) for where in runtimes]
+        body.append([precision, kinds[kind], *cells])
+    listed = "\n".join(f"{number}. {note}." for number, note in enumerate(notes, 1))
+    return table(["precision", "tasks", *runtimes.values()], body) + "\n\n" + listed
+
+
+def cell(group: list[Row], where: str, notes: list[str]) -> str:
+    """Say which inputs of a group work somewhere; reasons are numbered in `notes`."""
+    works = [row["input"] for row in group if not row[where]]
+    for row in group:
+        if row[where] and row[where] not in notes:
+            notes.append(row[where])
+    numbers = sorted({notes.index(row[where]) + 1 for row in group if row[where]})
+    shown = "yes" if len(works) == len(group) else ", ".join(works) or "no"
+    return f"{shown} ({', '.join(map(str, numbers))})" if numbers else shown
 
 
 def serving() -> str:
@@ -388,6 +421,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
             headline,
             results,
             tasks,
+            combinations,
             serving,
             training,
             epochs,
