@@ -59,8 +59,9 @@ Task = Annotated[
 Decode = Annotated[
     preprocess.Decode | None,
     tyro.conf.arg(
-        help="scaled decodes large JPEGs at a half, a quarter or an eighth of their size: several "
-        "times faster, but about one answer in a hundred changes (default: as in training)"
+        help="fast resizes with PyTorch, within two grey levels of Pillow; scaled also decodes "
+        "large JPEGs at a part of their size, and about one answer in a hundred changes (default: "
+        "as in training)"
     ),
 ]
 Threads = Annotated[

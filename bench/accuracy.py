@@ -21,7 +21,7 @@ from adavipro_fast import cli
 from adavipro_fast.artifact.artifact import Artifact, Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open import open_artifact
-from adavipro_fast.data.images import unresized
+from adavipro_fast.data.images import decode_image, unresized
 from adavipro_fast.data.metrics import Evaluation, evaluate
 from adavipro_fast.data.sets import DataConfig, load_test, sources_of
 from adavipro_fast.data.split import Split
@@ -158,17 +158,17 @@ def export(
 
 
 def classified(artifact: Artifact, config: AccuracyConfig, test: Split) -> Evaluation:
-    """Classify the test split: as the graph wants it, resized by Pillow or as it was decoded."""
+    """Classify the test split: as the graph wants it, resized, or as it was decoded."""
     if artifact.about.input != "any":
         return evaluate_artifact(artifact, test, EVALUATED_IN)
     assert isinstance(artifact, OnnxArtifact)
-    source = sources_of(config.data).splits["test"]
+    source, preprocess = sources_of(config.data).splits["test"], artifact.about.preprocess
 
     def predict(image: Tensor) -> tuple[Tensor, Tensor]:
         return artifact.about.prediction(artifact.run(image.to(artifact.device)))[:2]
 
     decoded = (
-        (unresized(source.open(i, artifact.about.preprocess)), torch.tensor([label]))
+        (unresized(decode_image(source.read(i), source.name(i), preprocess)), torch.tensor([label]))
         for i, label in enumerate(source.labels)
     )
     return evaluate(predict, decoded)

@@ -1,4 +1,4 @@
-"""From the photograph to the answer: what scaled decoding saves and changes, and what bulk reaches.
+"""From the photograph to the answer: what the ways to decode save and change, and what bulk reaches.
 
     python bench/photos.py --data flowers --model local-dir:my_clip --json photos.json
 
@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
 import tyro
 from PIL import Image
+from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_clip, open_artifact
 from adavipro_fast.artifact.artifact import Artifact
@@ -26,9 +27,9 @@ from adavipro_fast.artifact.classify import pixels_of
 from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import BATCH, answered, classify_all
 from adavipro_fast.data.ahead import decoded_ahead
-from adavipro_fast.data.images import decode_image, images_in, read_pixels
+from adavipro_fast.data.images import decode, images_in, read_pixels
 from adavipro_fast.method.clip import DEFAULT_TEMPLATE, TextTower
-from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.method.preprocess import Decode, Preprocess
 from lib.subject import Subject, write
 from lib.table import Append, Json, Rows
 from lib.timing import compared, interleaved_ms, percentiles
@@ -38,6 +39,7 @@ MEGAPIXELS = 12e6
 # A multiple of what JPEGs are scaled by, as cameras have it.
 MULTIPLE = 16
 QUALITY = 92
+CHEAPER: tuple[Decode, ...] = ("fast", "scaled")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def command(config: PhotosConfig) -> dict[str, Any]:
     if config.calls:
         with tempfile.TemporaryDirectory() as name:
             rows += timed_rows(config, Path(name), device)
-    rows += (agreement(folder, config) for folder in config.data)
+    for folder in config.data:
+        rows += agreement(folder, config)
     return rows.published(f"photographs, {config.encoder}")
 
 
@@ -83,7 +86,7 @@ def timed_rows(config: PhotosConfig, folder: Path, device: torch.device) -> list
     subject = Subject(config.encoder, images=1, device="cpu")
     path = folder / "folded_uint8.onnx"
     write(subject, path)
-    artifacts = {how: open_artifact(path, device="cpu", decode=how) for how in ("full", "scaled")}
+    artifacts = {how: open_artifact(path, device="cpu", decode=how) for how in get_args(Decode)}
     full = artifacts["full"]
     content = encoded(subject.sample[0].permute(1, 2, 0).numpy(), PHOTOGRAPH)
     large, small = folder / "photographs", folder / "pictures"
@@ -95,17 +98,29 @@ def timed_rows(config: PhotosConfig, folder: Path, device: torch.device) -> list
     # Name, base, images of a call, work.
     plan: list[tuple[str, str | None, int, Callable[[], object]]] = [
         ("photo_full", None, 1, partial(full.classify, content)),
-        ("photo_scaled", "photo_full", 1, partial(artifacts["scaled"].classify, content)),
+        *(
+            (f"photo_{how}", "photo_full", 1, partial(artifacts[how].classify, content))
+            for how in CHEAPER
+        ),
         ("folder_full", None, config.photographs, partial(bulk, full, large, folder)),
-        (
-            "folder_scaled",
-            "folder_full",
-            config.photographs,
-            partial(bulk, artifacts["scaled"], large, folder),
+        *(
+            (
+                f"folder_{how}",
+                "folder_full",
+                config.photographs,
+                partial(bulk, artifacts[how], large, folder),
+            )
+            for how in CHEAPER
         ),
         ("decode_alone", None, config.pictures, partial(decode_alone, files, preprocess)),
         ("encoder_alone", None, BATCH, partial(full, batch)),
         ("folder", None, config.pictures, partial(bulk, full, small, folder)),
+        (
+            "pictures_fast",
+            "folder",
+            config.pictures,
+            partial(bulk, artifacts["fast"], small, folder),
+        ),
         ("tar", "folder", config.pictures, partial(bulk, full, shard(files, folder), folder)),
         ("parquet", "folder", config.pictures, partial(bulk, full, table(files, folder), folder)),
     ]
@@ -175,8 +190,8 @@ def decode_alone(files: list[Path], preprocess: Preprocess) -> None:
 
 
 @torch.no_grad()
-def agreement(folder: Path, config: PhotosConfig) -> dict[str, Any]:
-    """Compare answers and masks of enlarged test images over the two decodings."""
+def agreement(folder: Path, config: PhotosConfig) -> list[dict[str, Any]]:
+    """Compare answers and masks of enlarged test images with those of full decoding."""
     files = images_in(folder / "test")
     files = files[:: max(1, len(files) // (config.images or len(files)))]
     names = sorted({file.parent.name for file in files})
@@ -190,28 +205,34 @@ def agreement(folder: Path, config: PhotosConfig) -> dict[str, Any]:
     model = AdaViPro(encoder, rows, prompt).eval()
     full = encoder.preprocess
     model.prompt.initialise(read_pixels(tuple(files[::4]), full))
-    ways = [full, replace(full, decode="scaled")]
+    ways = [full, *(replace(full, decode=how) for how in CHEAPER)]
 
-    def both(file: Path) -> list[np.ndarray[Any, Any]]:
+    def each(file: Path) -> list[np.ndarray[Any, Any]]:
         content = enlarged(file)
-        return [how.pixels()(decode_image(content, file.name, how)) for how in ways]
+        return [how.pixels()(decode(content, file.name, how)) for how in ways]
 
-    answers, regions, apart = 0, [], []
-    for _, pairs in decoded_ahead(files, both, BATCH):
+    same: dict[str, list[Tensor]] = {how: [] for how in CHEAPER}
+    masks: dict[str, list[Tensor]] = {how: [] for how in CHEAPER}
+    apart: dict[str, list[Tensor]] = {how: [] for how in CHEAPER}
+    for _, pairs in decoded_ahead(files, each, BATCH):
         pixels = torch.from_numpy(np.stack(pairs)).transpose(0, 1)
-        before, after = model(pixels[0]), model(pixels[1])
-        answers += int((before.logits.argmax(1) == after.logits.argmax(1)).sum())
-        regions.append((before.mask == after.mask).double().mean((1, 2)))
-        apart.append((pixels[0].short() - pixels[1].short()).abs())
-    differences = torch.cat(apart)
-    return {
-        "name": f"agreement_{folder.name}",
-        "images": len(files),
-        "answers": answers / len(files),
-        "masks": torch.cat(regions).mean().item(),
-        "grey_levels_mean": differences.double().mean().item(),
-        "grey_levels_max": int(differences.max()),
-    }
+        before = model(pixels[0])
+        for how, changed in zip(CHEAPER, pixels[1:], strict=True):
+            after = model(changed)
+            same[how].append(before.logits.argmax(1) == after.logits.argmax(1))
+            masks[how].append((before.mask == after.mask).double().mean((1, 2)))
+            apart[how].append((pixels[0].short() - changed.short()).abs())
+    return [
+        {
+            "name": f"agreement_{folder.name}_{how}",
+            "images": len(files),
+            "answers": torch.cat(same[how]).double().mean().item(),
+            "masks": torch.cat(masks[how]).mean().item(),
+            "grey_levels_mean": torch.cat(apart[how]).double().mean().item(),
+            "grey_levels_max": int(torch.cat(apart[how]).max()),
+        }
+        for how in CHEAPER
+    ]
 
 
 def enlarged(file: Path) -> bytes:

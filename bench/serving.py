@@ -26,7 +26,7 @@ from PIL import Image
 
 from adavipro_fast import cli, open_artifact
 from adavipro_fast.artifact.artifact import Artifact
-from adavipro_fast.data.images import decode_image
+from adavipro_fast.data.images import decode
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.graph import Form
 from adavipro_fast.export.onnx_export import Source, write_graph
@@ -141,7 +141,7 @@ def load_of(config: ServingConfig, subject: Subject, artifact: Artifact) -> Load
             re.compile(rb'"logits".*?"data": ?\[([^\]]*)\]'),
         )
     transform = artifact.about.preprocess.pixels()
-    decoded = [transform(decode_image(c, "", artifact.about.preprocess)) for c in contents]
+    decoded = [transform(decode(c, "", artifact.about.preprocess)) for c in contents]
     logits = artifact(torch.from_numpy(np.stack(decoded))).logits
     best = artifact.about.calibration.probabilities(logits).amax(1)
     return Load(

@@ -463,9 +463,9 @@ def test_what_was_decoded_before_a_failed_start_is_not_decoded_again(copy, tmp_p
     with pytest.raises(ValueError, match="cannot read image .*bad.jpg: it is empty"):
         load(copy, tmp_path / "cache")
     Image.new("RGB", (40, 40), "red").save(bad)
-    opened, decode = [], images.decode_image
+    opened, decode = [], images.decode
     monkeypatch.setattr(
-        "adavipro_fast.data.source.decode_image",
+        "adavipro_fast.data.source.decode",
         lambda content, name, how: opened.append(name) or decode(content, name, how),
     )
     dataset = load(copy, tmp_path / "cache")
@@ -762,6 +762,44 @@ def test_12_bits_in_16_are_named_and_scaled_by_an_option(tmp_path):
     means = dataset.train.images.float().mean((1, 2, 3))
     assert means.max().item() == pytest.approx(3000 / 4095 * 255, abs=5)
     assert read(Preprocess, completed(scaled.stored())) == scaled
+
+
+FAST = replace(PREPROCESS, decode="fast")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_fast_decoding_gives_the_same_picture_within_two_grey_levels(orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for content in (photograph(203, 150, exif=exif), photograph(40, 31, "PNG"), photograph(32, 32)):
+        full = PREPROCESS.pixels()(images.decode(content, "x.jpg", PREPROCESS))
+        fast = FAST.pixels()(images.decode(content, "x.jpg", FAST))
+        assert np.abs(full.astype(int) - fast).max() <= 2
+        # Without simplejpeg Pillow decodes to the same pixels.
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "simplejpeg", None)
+            assert np.array_equal(fast, FAST.pixels()(images.decode(content, "x.jpg", FAST)))
+
+
+def test_fast_decoding_takes_plain_jpegs_as_arrays():
+    pytest.importorskip("simplejpeg")
+    content = photograph(64, 48)
+    assert isinstance(images.decode(content, "x", FAST), torch.Tensor)
+    assert isinstance(images.decode(content, "x", PREPROCESS), Image.Image)
+    grey = io.BytesIO()
+    Image.new("L", (64, 48), 7).save(grey, "JPEG")
+    assert isinstance(images.decode(grey.getvalue(), "x", FAST), Image.Image)
+
+
+def test_what_the_fast_decoder_complains_of_is_left_to_pillow():
+    content = photograph(64, 48)
+    # Bytes before a marker: a warning of libjpeg's.
+    odd = content.replace(b"\xff\xda", b"\x00\x00\xff\xda", 1)
+    full = PREPROCESS.pixels()(images.decode(odd, "x", PREPROCESS))
+    fast = FAST.pixels()(images.decode(odd, "x", FAST))
+    assert np.abs(full.astype(int) - fast).max() <= 2
+    with pytest.raises(ValueError, match="cannot read image x.jpg: .*truncated"):
+        images.decode(content[: len(content) // 2], "x.jpg", FAST)
 
 
 def test_files_without_a_decoding_are_decoded_as_when_they_were_made():

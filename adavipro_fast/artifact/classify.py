@@ -13,7 +13,7 @@ from PIL import Image
 from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers_of_tasks
 from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.data.ahead import decoded_ahead
-from adavipro_fast.data.images import converted, decode_image, read_pixels
+from adavipro_fast.data.images import converted, decode, read_pixels
 from adavipro_fast.files.about import Tasks
 from adavipro_fast.method.preprocess import Preprocess
 
@@ -109,7 +109,7 @@ def pixels_of(
         return read_pixels((Path(picture),), preprocess)[0].numpy()
     transform = preprocess.pixels()
     if isinstance(picture, bytes):
-        return transform(decode_image(picture, name, preprocess))
+        return transform(decode(picture, name, preprocess))
     if isinstance(picture, Image.Image):
         return transform(converted(picture, preprocess))
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:

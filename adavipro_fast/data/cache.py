@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.lib.format import open_memmap
+from torch import Tensor
 from tqdm import tqdm
 
 from adavipro_fast.cores import threads
@@ -193,7 +194,7 @@ def fill(path: Path, chosen: _Chosen, preprocess: Preprocess, label: str) -> dic
         try:
             image = chosen.source.open(index, preprocess)
             pixels[number] = transform(image)
-            rows["peak"][number] = image.info.get("peak", 0)
+            rows["peak"][number] = 0 if isinstance(image, Tensor) else image.info.get("peak", 0)
         except ValueError as error:
             failed[index] = str(error)
 

@@ -1,5 +1,7 @@
 """Decode image files, which may come from anyone, to RGB pixels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -10,6 +12,11 @@ from torch import Tensor
 
 from adavipro_fast.data.walk import FORMATS, described, is_raw, walk
 from adavipro_fast.method.preprocess import FIRST_DECODING, WHITE, Preprocess
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 LARGEST_IMAGE = 100_000_000
 # EXIF orientation to what makes an image upright.
@@ -53,31 +60,68 @@ def decode_image(
         ValueError: broken, unreadable, of an absurd size now or once it is resized, or of pixels
             whose range is not known.
     """
+    with read_errors(content, name):
+        return loaded(opened(content, name, preprocess, most), content, preprocess)
+
+
+def decode(
+    content: bytes, name: str, preprocess: Preprocess, most: int = LARGEST_IMAGE
+) -> Image.Image | Tensor:
+    """Decode likewise for `Preprocess.pixels`, which also takes (3, H, W) uint8.
+
+    Unless decoding is `full`, plain JPEGs are decoded by simplejpeg where it is installed: its
+    pixels are Pillow's, and lie as an array, which takes Pillow as long again. What it complains of
+    is left to Pillow to judge.
+    """
+    with read_errors(content, name):
+        image = opened(content, name, preprocess, most)
+        plain = image.format == "JPEG" and image.mode == "RGB" and "transparency" not in image.info
+        fast = simplejpeg is not None and preprocess.decode != "full"
+        if fast and plain and not scaled_part(image, preprocess):
+            with suppress(ValueError):
+                pixels = torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB"))
+                return turned(pixels.permute(2, 0, 1), orientation_of(image, preprocess))
+        return loaded(image, content, preprocess)
+
+
+@contextmanager
+def read_errors(content: bytes, name: str) -> Iterator[None]:
+    """Raise ValueError, in one line, for whatever a decoder raises."""
     try:
-        if is_raw(name):
-            raise UnidentifiedImageError
-        image = Image.open(BytesIO(content), formats=FORMATS)
-        # Both sizes are told by the header.
-        if image.width * image.height > most:
-            raise ValueError(f"{image.width}x{image.height} is more than {most} pixels")
-        width, height = preprocess.resized(image.width, image.height)
-        if not 0 < width * height <= LARGEST_RESIZED:
-            raise ValueError(
-                f"{image.width}x{image.height} would be resized to {width}x{height}; up to "
-                f"{LARGEST_RESIZED} pixels work"
-            )
-        if preprocess.decode == "scaled":
-            scale(image, width, height)
-        scale_key(image, content)
-        image.load()
-        return converted(image, preprocess)
+        yield
     except UnidentifiedImageError as error:
         raise ValueError(
             f"cannot read image {name}: {described(content, name)}; replace or remove it"
         ) from error
     # Decoders raise whatever a hostile file leads them to: struct.error, IndexError, KeyError, ...
     except Exception as error:
-        raise ValueError(f"cannot read image {name}: {error}; replace or remove it") from error
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"cannot read image {name}: {reason}; replace or remove it") from error
+
+
+def opened(content: bytes, name: str, preprocess: Preprocess, most: int) -> Image.Image:
+    """Read an image's header, and check both sizes that it tells; errors are `decode_image`'s."""
+    if is_raw(name):
+        raise UnidentifiedImageError
+    image = Image.open(BytesIO(content), formats=FORMATS)
+    if image.width * image.height > most:
+        raise ValueError(f"{image.width}x{image.height} is more than {most} pixels")
+    width, height = preprocess.resized(image.width, image.height)
+    if not 0 < width * height <= LARGEST_RESIZED:
+        raise ValueError(
+            f"{image.width}x{image.height} would be resized to {width}x{height}; up to "
+            f"{LARGEST_RESIZED} pixels work"
+        )
+    return image
+
+
+def loaded(image: Image.Image, content: bytes, preprocess: Preprocess) -> Image.Image:
+    """Decode an image that is opened."""
+    if part := scaled_part(image, preprocess):
+        image.draft(image.mode, (image.width // part, image.height // part))
+    scale_key(image, content)
+    image.load()
+    return converted(image, preprocess)
 
 
 def converted(image: Image.Image, preprocess: Preprocess) -> Image.Image:
@@ -86,29 +130,26 @@ def converted(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     Raises:
         ValueError: pixels whose range is not known.
     """
-    if preprocess.decoding == FIRST_DECODING:
-        return to_rgb(image, white_level=preprocess.white_level, flatten=False)
-    return upright(image, to_rgb(image, white_level=preprocess.white_level))
+    flatten = preprocess.decoding != FIRST_DECODING
+    rgb = to_rgb(image, white_level=preprocess.white_level, flatten=flatten)
+    turn = TURNS.get(orientation_of(image, preprocess))
+    return rgb if turn is None else rgb.transpose(turn)
 
 
-def scale(image: Image.Image, width: int, height: int) -> None:
-    """Let a JPEG be decoded at an eighth, a quarter or half of its size (libjpeg).
+def scaled_part(image: Image.Image, preprocess: Preprocess) -> int:
+    """Return by how much a JPEG is scaled while it is decoded: 8, 4 or 2, or 0 for not at all.
 
     What is left is at least twice as large as it will be resized to; and the scale divides both
     sides, as it does those of cameras, so that the resized image shows exactly the same.
-
-    Args:
-        image: opened, not loaded.
-        width: of the resized image.
-        height: of the resized image.
     """
-    if image.format not in ("JPEG", "MPO"):
-        return
+    if preprocess.decode != "scaled" or image.format not in ("JPEG", "MPO"):
+        return 0
+    width, height = preprocess.resized(image.width, image.height)
     for part in (8, 4, 2):
         divides = image.width % part == image.height % part == 0
         if divides and image.width >= 2 * width * part and image.height >= 2 * height * part:
-            image.draft(image.mode, (image.width // part, image.height // part))
-            return
+            return part
+    return 0
 
 
 def scale_key(image: Image.Image, content: bytes) -> None:
@@ -123,15 +164,26 @@ def scale_key(image: Image.Image, content: bytes) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def upright(image: Image.Image, converted: Image.Image) -> Image.Image:
-    """Turn a converted image as the file's EXIF orientation says."""
+def orientation_of(image: Image.Image, preprocess: Preprocess) -> int:
+    """Return an image's EXIF orientation; 1, upright, where it has none or it is ignored."""
+    if preprocess.decoding == FIRST_DECODING:
+        return 1
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     # Cameras and editors write EXIF that cannot be read; the pixels can.
     except Exception:
-        return converted
-    turn = TURNS.get(orientation)
-    return converted if turn is None else converted.transpose(turn)
+        return 1
+
+
+def turned(pixels: Tensor, orientation: int) -> Tensor:
+    """Turn (C, H, W) upright."""
+    turn, names = TURNS.get(orientation), Image.Transpose
+    if turn in (names.ROTATE_90, names.ROTATE_180, names.ROTATE_270):
+        return pixels.rot90({names.ROTATE_90: 1, names.ROTATE_180: 2}.get(turn, 3), (1, 2))
+    if turn in (names.TRANSPOSE, names.TRANSVERSE):
+        pixels = pixels.transpose(1, 2)
+    flipped = {names.FLIP_LEFT_RIGHT: [2], names.FLIP_TOP_BOTTOM: [1], names.TRANSVERSE: [1, 2]}
+    return pixels.flip(flipped[turn]) if turn in flipped else pixels
 
 
 def to_rgb(image: Image.Image, *, white_level: int = WHITE, flatten: bool = True) -> Image.Image:
@@ -172,6 +224,9 @@ def to_rgb(image: Image.Image, *, white_level: int = WHITE, flatten: bool = True
         straight = image.convert("LA") if image.mode == "La" else image
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
+    if image.mode == "RGB" and not transparent:
+        # Converted, it would be copied.
+        return image
     # Without this, Pillow warns of palettes that are transparent in part.
     return (image.convert("RGBA") if transparent else image).convert("RGB")
 
@@ -193,7 +248,5 @@ def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
         if not path.is_file():
             raise FileNotFoundError(f"no image file {path}")
     return torch.from_numpy(
-        np.stack(
-            [transform(decode_image(path.read_bytes(), str(path), preprocess)) for path in paths]
-        )
+        np.stack([transform(decode(path.read_bytes(), str(path), preprocess)) for path in paths])
     )

@@ -4,15 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from adavipro_fast.data.images import decode_image
-from adavipro_fast.method.preprocess import Preprocess
-
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+from adavipro_fast.data.images import decode
+from adavipro_fast.method.preprocess import Pixels, Preprocess
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,12 @@ class Source:
     left_out: Mapping[str, int] = field(default_factory=dict)
     """files in class folders that are no images: how many of each suffix"""
 
-    def open(self, index: int, preprocess: Preprocess) -> Image.Image:
-        """Decode image i."""
+    def open(self, index: int, preprocess: Preprocess) -> Image.Image | Tensor:
+        """Decode image i, for `Preprocess.pixels`."""
         content = self.read(index)
         if self.shape is not None:
             return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.shape))
-        return decode_image(content, self.name(index), preprocess)
+        return decode(content, self.name(index), preprocess)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import open_clip
 import open_clip.transform
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -16,7 +18,8 @@ from adavipro_fast.method.config import LARGEST_SIDE
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
-Decode = Literal["full", "scaled"]
+Decode = Literal["full", "fast", "scaled"]
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 # How files become RGB pixels. 3 turns images upright by their EXIF orientation and puts transparent
 # ones on white; 2 ignored orientation and transparency, and is that of files without a number.
 DECODING, FIRST_DECODING = 3, 2
@@ -48,7 +51,8 @@ class Preprocess:
     decoding: int = DECODING
     """how image files become RGB pixels, 2 or 3"""
     decode: Decode = "full"
-    """scaled: JPEGs that are large enough at a half, a quarter or an eighth of their size"""
+    """full resizes with Pillow; fast with PyTorch, in a tenth of the time and within two grey
+    levels; scaled also decodes large JPEGs at a half, a quarter or an eighth of their size"""
     white_level: int = WHITE
     """value of white in 16-bit grey images; 4095 for cameras of 12 bits"""
 
@@ -120,32 +124,52 @@ class Preprocess:
         by = min(width, height)
         return side * width // by, side * height // by
 
-    def pixels(self) -> Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]]:
-        """Return open_clip's preprocessing, then the margin: image to (3, S, S) uint8 pixels."""
-        inner = replace(self, size=self.inner, margin=0, crop=1.0)
-        names = ("size", "mean", "std", "interpolation", "resize_mode")
-        config = open_clip.transform.PreprocessCfg(**{n: getattr(inner, n) for n in names})
-        whole = open_clip.transform.image_transform_v2(config, is_train=False)
-        # The first step resizes, which is done here; the last two are ToTensor and Normalize,
-        # which run later and on the device.
-        fit, last = whole.transforms[1:-2], [type(t).__name__ for t in whole.transforms[-2:]]
-        assert last[0].endswith("ToTensor"), last
-        assert last[1] == "Normalize", last
+    def pixels(self) -> Callable[[Image.Image | Tensor], Pixels]:
+        """Return open_clip's preprocessing, then the margin.
+
+        It takes an RGB image, of Pillow or (3, H, W) uint8, and returns (3, S, S).
+        """
+        return _transform(self)
+
+    def scaled(self, image: Image.Image | Tensor, width: int, height: int) -> Image.Image:
+        """Resize an RGB image, antialiased."""
         bilinear = self.interpolation == "bilinear"
+        if self.decode != "full":
+            if isinstance(image, Image.Image):
+                image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            mode = "bilinear" if bilinear else "bicubic"
+            resized = F.interpolate(image[None], size=(height, width), mode=mode, antialias=True)[0]
+            return Image.fromarray(resized.permute(1, 2, 0).numpy())
+        if isinstance(image, Tensor):
+            image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         kernel = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-        colour = tuple(self.colour.tolist())
+        # In two steps, since Pillow 13 goes down the columns first where that is less work,
+        # rounds to bytes in between and gives other pixels than Pillow 12 and our graphs.
+        return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
-        def apply(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-            width, height = self.resized(image.width, image.height)
-            # In two steps, since Pillow 13 goes down the columns first where that is less work,
-            # rounds to bytes in between and gives other pixels than Pillow 12 and our graphs.
-            image = image.resize((width, image.height), kernel).resize((width, height), kernel)
-            for step in fit:
-                image = step(image)
-            image = ImageOps.expand(image, self.margin, colour)
-            return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
 
-        return apply
+@cache
+def _transform(preprocess: Preprocess) -> Callable[[Image.Image | Tensor], Pixels]:
+    inner = replace(preprocess, size=preprocess.inner, margin=0, crop=1.0)
+    names = ("size", "mean", "std", "interpolation", "resize_mode")
+    config = open_clip.transform.PreprocessCfg(**{n: getattr(inner, n) for n in names})
+    whole = open_clip.transform.image_transform_v2(config, is_train=False)
+    # The first step resizes, which is done here; the last two are ToTensor and Normalize, which
+    # run later and on the device.
+    fit, last = whole.transforms[1:-2], [type(t).__name__ for t in whole.transforms[-2:]]
+    assert last[0].endswith("ToTensor"), last
+    assert last[1] == "Normalize", last
+    colour = tuple(preprocess.colour.tolist())
+
+    def apply(image: Image.Image | Tensor) -> Pixels:
+        size = (image.shape[2], image.shape[1]) if isinstance(image, Tensor) else image.size
+        resized = preprocess.scaled(image, *preprocess.resized(*size))
+        for step in fit:
+            resized = step(resized)
+        resized = ImageOps.expand(resized, preprocess.margin, colour)
+        return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)
+
+    return apply
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

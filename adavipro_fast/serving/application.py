@@ -16,7 +16,7 @@ from torch import Tensor
 from adavipro_fast.artifact.answers import answers_of_tasks
 from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.cores import threads
-from adavipro_fast.data.images import decode_image
+from adavipro_fast.data.images import decode
 from adavipro_fast.files.about import Description
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.serving.batcher import Batcher, Job, StoppingError
@@ -132,13 +132,13 @@ class Application:
         """Decode image files: for each (3, S, S) uint8, or the ValueError that says why not."""
         transform, most = about.preprocess.pixels(), self.limits.image_pixels
 
-        def decode(name: str, content: bytes | ValueError) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        def prepare(name: str, content: bytes | ValueError) -> np.ndarray[Any, np.dtype[np.uint8]]:
             if isinstance(content, ValueError):
                 raise content
-            return transform(decode_image(content, repr(name), about.preprocess, most))
+            return transform(decode(content, repr(name), about.preprocess, most))
 
         loop = asyncio.get_running_loop()
-        work = [loop.run_in_executor(self.decoders, decode, *file) for file in files]
+        work = [loop.run_in_executor(self.decoders, prepare, *file) for file in files]
         found = await asyncio.gather(*work, return_exceptions=True)
         for error in found:
             if isinstance(error, BaseException) and not isinstance(error, ValueError):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from adavipro_fast.cores import threads
-from adavipro_fast.data.images import decode_image
+from adavipro_fast.data.images import decode
 from adavipro_fast.data.sets import DataConfig, load_dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.method.preprocess import Preprocess
@@ -48,7 +48,7 @@ def decoded_batches(
         for start in range(0, len(files), size):
             paths = files[start : start + size]
             arrays = pool.map(
-                lambda p: transform(decode_image(p.read_bytes(), str(p), preprocess)), paths
+                lambda p: transform(decode(p.read_bytes(), str(p), preprocess)), paths
             )
             yield torch.from_numpy(np.stack(list(arrays))).to(device)
 

@@ -16,7 +16,7 @@ from adavipro_fast import AdaViPro
 from adavipro_fast.artifact.artifact import Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.tensorrt import EngineArtifact, compute_capability, runtime_module
-from adavipro_fast.data.images import decode_image, unresized
+from adavipro_fast.data.images import decode, decode_image, unresized
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import to_tensorrt
 from adavipro_fast.method.prompt import fused_obstacle
@@ -136,7 +136,7 @@ def file_row(
 def pipeline_rows(subject: Subject, count: int, folder: Path, *, quick: bool) -> list[Row]:
     """Build the rows from JPEG bytes to a class name, one image at a time.
 
-    Files whose input is `any` resize in the graph, the others by Pillow.
+    Files whose input is `any` resize in the graph, the others before it.
     """
     rows = []
     transform = subject.model.preprocess.pixels()
@@ -168,9 +168,10 @@ def class_name(
 ) -> dict[str, Any]:
     """Run the whole pipeline: JPEG bytes to the name of the likeliest class."""
     about = artifact.about
-    image = decode_image(content, "bench", about.preprocess)
-    resized = about.input != "any"
-    pixels = torch.from_numpy(transform(image))[None] if resized else unresized(image)
+    if about.input == "any":
+        pixels = unresized(decode_image(content, "bench", about.preprocess))
+    else:
+        pixels = torch.from_numpy(transform(decode(content, "bench", about.preprocess)))[None]
     logits = artifact.run(pixels.to(artifact.device))["logits"]
     return {"class": about.class_names[int(logits[0].argmax())]}
 
@@ -179,8 +180,7 @@ def class_name(
 def expected_name(subject: Subject, content: bytes, *, prompted: bool) -> str:
     """Return what PyTorch in fp32 answers to a JPEG."""
     preprocess = subject.model.encoder.preprocess
-    image = decode_image(content, "bench", preprocess)
-    pixels = torch.from_numpy(preprocess.pixels()(image))[None]
+    pixels = torch.from_numpy(preprocess.pixels()(decode(content, "bench", preprocess)))[None]
     if prompted:
         logits = subject.model(pixels).logits
     else:

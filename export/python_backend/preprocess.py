@@ -15,12 +15,12 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Read how images are prepared."""
         # Not above: Triton imports this file twice, once to complete its configuration.
-        from adavipro_fast.data.images import decode_image
+        from adavipro_fast.data.images import decode
         from adavipro_fast.method.preprocess import Preprocess, completed
 
         folder = Path(args["model_repository"], args["model_version"])
         about = json.loads((folder / "about.json").read_text())
-        self.tasks, self.decode_image = about["tasks"], decode_image
+        self.tasks, self.decode = about["tasks"], decode
         self.preprocess = Preprocess(**completed(about["preprocess"]))
         self.transform = self.preprocess.pixels()
 
@@ -33,7 +33,7 @@ class TritonPythonModel:
         try:
             encoded = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()
             images = [
-                self.transform(self.decode_image(content, str(number), self.preprocess))
+                self.transform(self.decode(content, str(number), self.preprocess))
                 for number, content in enumerate(encoded[:, 0])
             ]
             outputs = [pb_utils.Tensor("image", np.stack(images))]
