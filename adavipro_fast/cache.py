@@ -21,7 +21,7 @@ class CacheConfig:
     cache_dir: Path = DEFAULT_DIR
     """where decoded images are kept"""
     clear: bool = False
-    """remove all files that no process is opening"""
+    """remove all files that no process has open"""
 
 
 def command(config: CacheConfig) -> dict[str, Any]:

@@ -51,14 +51,14 @@ def judges_of(images: Path, class_names: tuple[str, ...], preprocess: Preprocess
     if split_folders(images)[0]:
         data = load_dataset(DataConfig(str(images)), preprocess)
         if data.class_names != class_names:
-            raise ValueError(f"{images} has other classes than the checkpoint")
+            raise ValueError(f"the classes in {images} differ from the checkpoint's")
         cpu = torch.device("cpu")
         ranges, _ = data.train.batch(spread(len(data.train), CALIBRATED_ON), cpu)
         judged, labels = data.val.batch(spread(len(data.val), JUDGED_ON), cpu)
         return Judges(ranges, judged, labels)
     files = images_in(images)
     if len(files) < 2:
-        raise ValueError(f"{images} holds {len(files)} images; some hundred are needed")
+        raise ValueError(f"{images} contains {len(files)} images; use several hundred")
     chosen = spread(len(files), CALIBRATED_ON + JUDGED_ON).tolist()
     pixels = read_pixels(tuple(files[number] for number in chosen), preprocess)
     return Judges(pixels[::2][:CALIBRATED_ON], pixels[1::2], None)
@@ -87,7 +87,10 @@ def quantise_file(path: Path, kind: Kind, judges: Judges, largest_loss: float) -
     """
     about = describe_onnx(path)
     if path.with_name(path.name + ".data").exists():
-        raise ValueError(f"this encoder is too large to be quantised to {kind} in one file")
+        raise ValueError(
+            f"this encoder is too large to quantise to {kind}: its file would exceed ONNX's "
+            "size limit"
+        )
     quantiser = Quantiser(onnx.load(path), kind, feeds_of(judges.ranges, about))
     exact = answers(quantiser.model, "fp32", judges, about)
     right = exact if judges.labels is None else judges.labels.numpy()
@@ -106,7 +109,7 @@ def quantise_file(path: Path, kind: Kind, judges: Judges, largest_loss: float) -
             f"--largest-loss is {largest_loss}"
         )
     if (count := quantised_products(found, kind)) != len(quantiser.products) - len(wide):
-        raise VerificationError(f"{path.name} was not written: {count} products are in {kind}")
+        raise VerificationError(f"{path.name} was not written: only {count} products are in {kind}")
     save_sealed(found, path, metadata_of(found))
     return {
         "products": len(quantiser.products),

@@ -31,28 +31,29 @@ Runtime = Literal["auto", "tensorrt", "tensorrt-rtx"]
 
 @dataclass(frozen=True)
 class TensorRtConfig:
-    """Build a TensorRT or TensorRT-RTX engine."""
+    """Build a TensorRT or TensorRT-RTX engine from a checkpoint or ONNX file."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors or .onnx"""
     output: Path
-    """file to write, F.engine; F.engine.json lies beside it"""
+    """output file, F.engine; F.engine.json is written beside it"""
     runtime: Runtime = "auto"
-    """tensorrt builds on the GPU it is for; tensorrt-rtx for any; auto: tensorrt with a GPU"""
+    """tensorrt builds for the GPU of this machine, tensorrt-rtx for any; auto: tensorrt if there
+    is a GPU"""
     compute_capability: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """GPU to build for, such as 8.6 (RTX 3090); repeatable; tensorrt-rtx (default: this GPU)"""
+    """GPU to build for with tensorrt-rtx, such as 8.6 (RTX 3090); repeatable (default: this GPU)"""
     precision: ExportPrecision | None = None
-    """of a checkpoint's encoder (default: fp16); an .onnx file has its own"""
+    """precision of a checkpoint's encoder (default: fp16); an .onnx file keeps its own"""
     batch: str = "1,16,256"
-    """smallest, usual and largest batch: MIN,OPT,MAX"""
+    """smallest, most frequent and largest batch: MIN,OPT,MAX"""
     input: Input = "float32"
-    """of a checkpoint: normalised floats, or RGB bytes 0-255"""
+    """for a checkpoint: float32 (normalised) or uint8 (RGB bytes)"""
     baseline: bool = False
-    """of a checkpoint: the frozen encoder without a prompt"""
+    """for a checkpoint: build the frozen encoder without a prompt"""
     builder_level: int = 3
-    """0 builds fastest, 5 searches longest"""
+    """optimisation level: 0 builds fastest, 5 searches longest"""
     timing_cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "adavipro_fast")
-    """where TensorRT's timings are kept, by version and GPU"""
+    """folder of TensorRT's timing caches, one per version and GPU"""
     images: cli.Images = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
@@ -72,7 +73,7 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
         VerificationError: the engine is not what was asked for.
     """
     if config.output.suffix != ".engine":
-        raise ValueError(f"output {config.output} does not end in .engine; name a file F.engine")
+        raise ValueError(f"output {config.output} must end in .engine")
     batch = parse_batch(config.batch)
     runtime = choose_runtime(config.runtime)
     trt = runtime_module(runtime)
@@ -83,13 +84,14 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
             about = describe_onnx(source)
             if about.open_for is not None:
                 raise ValueError(
-                    f"{config.source} takes its tasks while it runs, which an engine cannot; "
-                    "export the checkpoints without --tasks open"
+                    f"{config.source} was exported with --tasks open, which engines do not "
+                    "support; "
+                    "export the checkpoints without it"
                 )
             if about.input == "any":
                 raise ValueError(
-                    "an engine's memory is planned for its largest image; export with --input "
-                    "uint8, and resize before"
+                    "engines do not support --input any; export with --input uint8 and resize the "
+                    "images first"
                 )
             began = time.perf_counter()
             network = Network(trt, runtime, source)
@@ -144,7 +146,7 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     except ValueError as error:
         raise ValueError(f"batch {text!r} is not MIN,OPT,MAX, such as 1,16,256") from error
     if not 1 <= smallest <= usual <= largest:
-        raise ValueError(f"batch {text!r} is out of order; 1 <= MIN <= OPT <= MAX is needed")
+        raise ValueError(f"batch {text!r} is out of order; use 1 <= MIN <= OPT <= MAX")
     return smallest, usual, largest
 
 
@@ -180,7 +182,7 @@ def choose_capabilities(trt: ModuleType, runtime: str, asked: tuple[str, ...]) -
     if runtime == "tensorrt":
         if here is None:
             raise ValueError(
-                "tensorrt builds on the GPU it is for, and torch sees no CUDA device; "
+                "tensorrt builds for the GPU of this machine, and PyTorch finds no CUDA device; "
                 "use --runtime tensorrt-rtx with --compute-capability"
             )
         if set(asked) - {here}:
@@ -190,7 +192,9 @@ def choose_capabilities(trt: ModuleType, runtime: str, asked: tuple[str, ...]) -
             )
         return [here]
     if not asked and here is None:
-        raise ValueError("no GPU here to build for; name one, such as --compute-capability 8.6")
+        raise ValueError(
+            "this machine has no GPU; choose one to build for, such as --compute-capability 8.6"
+        )
     known = {
         f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name[:2] == "SM"
     }
@@ -210,7 +214,7 @@ def onnx_source(config: TensorRtConfig, folder: Path) -> Path:
         about = describe_onnx(config.source)
         if config.precision not in (None, about.precision):
             raise ValueError(
-                f"{config.source} holds {about.precision}, {config.precision} was asked for; "
+                f"{config.source} is {about.precision}, but --precision is {config.precision}; "
                 f"export it again with --precision {config.precision}"
             )
         return config.source
@@ -250,7 +254,7 @@ def verify(path: Path, config: TensorRtConfig, capabilities: list[str]) -> dict[
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)
     if complaint := comparison.complaint(candidate.about.precision):
-        raise VerificationError(f"the engine is not its checkpoint: {complaint}")
+        raise VerificationError(f"the engine does not match its checkpoint: {complaint}")
     return {"verified": True, "reason": "", **asdict(comparison)}
 
 

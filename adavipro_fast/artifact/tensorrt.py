@@ -53,13 +53,15 @@ def check_runs_here(values: dict[str, Any], version: str, capability: str | None
         raise ValueError("running an engine needs a CUDA device; use the .onnx file on a CPU")
     if values["runtime_version"] != version:
         raise ValueError(
-            f"the engine was built by {values['runtime']} {values['runtime_version']}, here is "
-            f"{version}; build it again with adavipro-to-tensorrt or install that version"
+            f"the engine was built by {values['runtime']} {values['runtime_version']}, but "
+            f"{version} is "
+            "installed; build it again with adavipro-to-tensorrt or install that version"
         )
     if capability not in values["compute_capabilities"]:
         raise ValueError(
             f"the engine was built for compute capability "
-            f"{', '.join(values['compute_capabilities'])}, here is {capability}; build it again "
+            f"{', '.join(values['compute_capabilities'])}, but this GPU has {capability}; "
+            "build it again "
             f"with adavipro-to-tensorrt --compute-capability {capability}"
         )
 
@@ -174,7 +176,8 @@ class EngineArtifact(Classifies):
             context = self.engine.create_execution_context()
         if context is None:
             raise NotRunnableError(
-                f"{self.backend} has no memory for another execution context; use smaller batches"
+                f"{self.backend} ran out of memory for another execution context; use smaller "
+                "batches"
             )
         return context
 
@@ -212,7 +215,9 @@ class EngineArtifact(Classifies):
 
     def _enqueue(self, context: Any, stream: torch.cuda.Stream) -> None:
         if not context.execute_async_v3(stream.cuda_stream):
-            raise NotRunnableError(f"{self.backend} could not run the engine")
+            raise NotRunnableError(
+                f"{self.backend} failed to run the engine; see its messages above"
+            )
 
 
 def padded_size(count: int, batch: tuple[int, int, int]) -> int:
