@@ -1,4 +1,4 @@
-"""Try a file in the browser: `python -m adavipro_fast.app ARTIFACT`.
+"""Classify images in the browser: `python -m adavipro_fast.app ARTIFACT`.
 
 The server's page, on this machine alone: drop a picture and see classes, mask and prompted picture.
 """

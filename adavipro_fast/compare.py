@@ -1,4 +1,4 @@
-"""Find which method fits your data, in the time that you have: `python -m adavipro_fast.compare`.
+"""Compare methods on your data within a time budget: `python -m adavipro_fast.compare`.
 
 Zero-shot, a linear probe, prompts with either head and full fine-tuning are tried on your data;
 the best one's checkpoint is left for the exporters.

@@ -1,4 +1,4 @@
-"""The embedded demo: procedural images and the small CLIP that is trained on them.
+"""The built-in demo: generated images and the small CLIP that is trained on them.
 
 A photo shows one speckled shape on a smooth coloured ground. The small CLIP first learned shapes,
 on photos like those of the downstream task. Then colour and shape went together in most photos,

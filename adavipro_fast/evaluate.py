@@ -1,4 +1,4 @@
-"""Measure a trained prompt on a test split: `python -m adavipro_fast.evaluate ARTIFACT`."""
+"""Evaluate a checkpoint or exported file: `python -m adavipro_fast.evaluate ARTIFACT`."""
 
 import time
 from dataclasses import dataclass, field

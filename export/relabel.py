@@ -1,4 +1,4 @@
-"""Give a checkpoint other classes: `python export/relabel.py FILE --classes A B --output F`.
+"""Give a checkpoint new class names: `python export/relabel.py FILE --classes A B --output F`.
 
 The names are embedded by the encoder's own text tower and take the place of the old rows; nothing
 is trained. Export the new checkpoint again, which takes seconds.

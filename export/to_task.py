@@ -1,4 +1,4 @@
-"""Fold a checkpoint into one task's tables: `python export/to_task.py CHECKPOINT --output F.task`.
+"""Write a checkpoint as a task file: `python export/to_task.py CHECKPOINT --output F.task`.
 
 The file is added to a running artifact that was exported with `--tasks open`.
 """

@@ -1,4 +1,4 @@
-"""A model repository for Triton Inference Server: `python export/to_triton.py F.onnx --output R`.
+"""Write a Triton Inference Server repository: `python export/to_triton.py F.onnx --output R`.
 
 Four models: the graph, and around it an ensemble from image files to class names, with the two
 Python models that it needs. Another export of the same name is the next version.

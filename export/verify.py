@@ -1,4 +1,4 @@
-"""Compare two backends on the same images: `python export/verify.py CHECKPOINT ARTIFACT`.
+"""Compare an exported file with its checkpoint: `python export/verify.py CHECKPOINT ARTIFACT`.
 
 Masks must agree everywhere but where Δ is within rounding of 0, and those ties are counted.
 """
