@@ -1,4 +1,4 @@
-"""Try a file in the browser: `python -m adavipro_fast.app ARTIFACT`.
+"""Classify images in the browser: `python -m adavipro_fast.app ARTIFACT`.
 
 The server's page, on this machine alone: drop a picture and see classes, mask and prompted picture.
 """
@@ -28,29 +28,29 @@ LONGEST_STOP_S = 1
 
 @dataclass(frozen=True)
 class AppConfig:
-    """Open a page to drop pictures on; it shows classes, mask and prompted picture."""
+    """Open a page that classifies the images you drop on it."""
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine"""
     beside: Path | None = None
-    """another file whose answers are shown too (default: a checkpoint's encoder without prompt)"""
+    """second file whose answers are also shown (default: the checkpoint without its prompt)"""
     host: str = "127.0.0.1"
-    """address to listen on, of this machine alone"""
+    """address to listen on; only addresses of this machine are allowed"""
     port: int = 7860
-    """0 takes a free one"""
+    """port to listen on; 0 chooses a free one"""
     reject: cli.Reject = None
     task: cli.Task = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
-    """of a checkpoint's encoder"""
+    """precision of a checkpoint's encoder"""
     device: cli.Device = "auto"
     runtime: cli.Runtime = "auto"
     threads: cli.Threads = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
-            raise ValueError(f"port is {self.port}; 0 to {2**16 - 1} works")
+            raise ValueError(f"port is {self.port}; use 0 to {2**16 - 1}")
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def command(config: AppConfig) -> dict[str, Any]:
     """
     page = prepared(config)
     address = page.address
-    print(f"{printable(str(config.artifact))} at {address}; Ctrl-C ends it", file=sys.stderr)
+    print(f"{printable(str(config.artifact))} at {address}; press Ctrl-C to stop", file=sys.stderr)
     page.run_until_signal()
     return {"address": address, "pictures": page.metrics.pictures}
 
@@ -76,8 +76,9 @@ def prepared(config: AppConfig) -> Server:
     """Listen, and open the files; errors are `command`'s."""
     if not is_loopback(config.host):
         raise ValueError(
-            f"{config.host} can be reached by others; the page is for this machine, `python -m "
-            "adavipro_fast.serve` answers others"
+            f"{config.host} is reachable from other machines; use `python -m "
+            "adavipro_fast.serve` to "
+            "serve others"
         )
     check_installed()
     from adavipro_fast.serving.application import Limits
@@ -126,7 +127,9 @@ def opened(config: AppConfig) -> tuple[Served, Artifact | None]:
         return served, None
     beside = open_artifact(config.beside, device=config.device, **options)
     if beside.about.tasks or beside.about.open_for is not None:
-        raise ValueError(f"{config.beside} is of several tasks; --beside takes a file of one")
+        raise ValueError(
+            f"{config.beside} holds several tasks; --beside needs a file with one task"
+        )
     return served, beside
 
 

@@ -1,4 +1,4 @@
-"""The decoded-image cache: `python -m adavipro_fast.cache` lists it, `--clear` empties it.
+"""List or clear the cache of decoded images: `python -m adavipro_fast.cache`.
 
 Images are decoded and resized once, by the encoder's own preprocessing, into a memory-mapped
 uint8 file. Its name is a hash of the images' bytes and of the preprocessing, so a changed image or
@@ -21,7 +21,7 @@ class CacheConfig:
     cache_dir: Path = DEFAULT_DIR
     """where decoded images are kept"""
     clear: bool = False
-    """remove all files that no process is opening"""
+    """remove all files that no process has open"""
 
 
 def command(config: CacheConfig) -> dict[str, Any]:

@@ -33,50 +33,51 @@ INTERRUPTED = 128 + signal.SIGINT
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1, ...")]
 Model = Annotated[
     str | None,
-    tyro.conf.arg(help="where a checkpoint's encoder now lies (default: as in training)"),
+    tyro.conf.arg(help="encoder of the checkpoint, if it has moved (default: as in training)"),
 ]
 Pretrained = Annotated[
     str | None,
-    tyro.conf.arg(help="open_clip tag or path of its weights (default: as in training)"),
+    tyro.conf.arg(help="tag or path of the encoder's weights (default: as in training)"),
 ]
 Runtime = Annotated[
     artifact.Runtime,
     tyro.conf.arg(
-        help="of an .onnx file; auto takes OpenVINO on a CPU where the extra `openvino` is "
-        "installed, but for int8, fp8 and tasks as data, else ONNX Runtime"
+        help="runtime for an .onnx file; auto: OpenVINO on a CPU if it is installed, except for "
+        "int8, fp8 and tasks as data; otherwise ONNX Runtime"
     ),
 ]
 Reject = Annotated[
     float | None,
     tyro.conf.arg(
-        help="share of known images that may be answered `unknown`, such as 0.05: those of the "
-        "least confidence, by validation (default: every image is given a class)"
+        help="answer `unknown` when the confidence is below that of this share of the validation "
+        "images, such as 0.05 (default: always give a class)"
     ),
 ]
 Task = Annotated[
-    str | None, tyro.conf.arg(help="one of a file that holds several; `tasks FILE` lists them")
+    str | None,
+    tyro.conf.arg(help="name of the task, if the file holds several; adavipro-tasks lists them"),
 ]
 Decode = Annotated[
     preprocess.Decode | None,
     tyro.conf.arg(
-        help="fast resizes with PyTorch, within two grey levels of Pillow; scaled also decodes "
-        "large JPEGs at a part of their size, and about one answer in a hundred changes (default: "
-        "as in training)"
+        help="fast resizes with PyTorch instead of Pillow: pixels differ by at most two grey "
+        "levels; scaled also decodes large JPEGs at 1/2, 1/4 or 1/8 of their size, which changes "
+        "about one answer in a hundred (default: as in training)"
     ),
 ]
 Threads = Annotated[
     int | None,
     tyro.conf.arg(
-        help="of PyTorch, ONNX Runtime, OpenVINO and the decoders (default: the cores that the "
-        "process may use, by its affinity and its container's quota)"
+        help="threads of PyTorch, ONNX Runtime, OpenVINO and the decoders (default: the cores that "
+        "this process may use)"
     ),
 ]
 Images = Annotated[
     tuple[Path, ...],
     tyro.conf.UseAppendAction,
     tyro.conf.arg(
-        help="folder of images to verify with (default: procedural ones); with several tasks one "
-        "each, in their order"
+        help="folder of images for the verification (default: generated images); repeatable, one "
+        "per task in the order of the checkpoints"
     ),
 ]
 
@@ -187,7 +188,10 @@ def run(
         fail(error, 1)
     except Exception as error:
         if lacks_memory(error):
-            fail(f"out of memory: {error}; give it fewer images at once, as by --batch-size")
+            fail(
+                f"out of memory: {error}; process fewer images at once, for example with "
+                "--batch-size"
+            )
         if not isinstance(error, ValueError | TypeError | OSError | ImportError):
             raise
         if isinstance(error, OSError) and sys.stdout is not None and not _flushed():

@@ -1,4 +1,4 @@
-"""Find which method fits your data, in the time that you have: `python -m adavipro_fast.compare`.
+"""Compare methods on your data within a time budget: `python -m adavipro_fast.compare`.
 
 Zero-shot, a linear probe, prompts with either head and full fine-tuning are tried on your data;
 the best one's checkpoint is left for the exporters.
@@ -98,15 +98,15 @@ PROPOSALS = (
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Try methods on your data within a budget of time; flags given are held fixed."""
+    """Compare methods on your data within a time budget; flags that you set are held fixed."""
 
     minutes: float | None = None
-    """of wall-clock time (default: 30; 2 for the demo)"""
+    """time budget in minutes (default: 30; 2 for the demo)"""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         if self.minutes is not None and not 0 < self.minutes < 1e6:
-            raise ValueError(f"minutes is {self.minutes}; a number above 0 is needed")
+            raise ValueError(f"minutes is {self.minutes}; use a number above 0")
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def command() -> dict[str, Any]:
     config = cli.parse(CompareConfig, CompareConfig(train=recipe("best")), flags)
     use_threads(config.train.threads)
     if config.train.recipe != "best":
-        raise ValueError("compare tries variants of the default recipe; leave --recipe out")
+        raise ValueError("compare only supports the default recipe; leave --recipe out")
     folder, made = place.resume or place.output, list[Path]()
     if folder is None:
         folder, made = make_folder(f"{Path(config.train.data.data).name}-compare")
@@ -148,7 +148,7 @@ def keep_flags(folder: Path) -> None:
     """
     path = folder / FLAGS
     if path.exists():
-        raise ValueError(f"{folder} already holds a search; go on with --resume {folder}")
+        raise ValueError(f"{folder} already contains a search; continue it with --resume {folder}")
     write_whole(path, json.dumps(sys.argv[1:]).encode())
 
 
@@ -161,9 +161,9 @@ def kept_flags(folder: Path) -> list[str]:
     """
     path = folder / FLAGS
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no search; start one with --output {folder}")
+        raise FileNotFoundError(f"{folder} contains no search; start one with --output {folder}")
     if sys.argv[1:] not in (["--resume", str(folder)], [f"--resume={folder}"]):
-        raise ValueError("--resume goes on with a search's own flags; leave the others out")
+        raise ValueError("--resume uses the flags of the search; leave all other flags out")
     return list(json.loads(path.read_text()))
 
 
@@ -227,9 +227,9 @@ def markdown(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"Winner: {result['winner']}, {result['rule']}. The test split chose nothing; it was read "
-        "for the winner, the best and the two references. Inference: time to the encoder alone, in "
-        "PyTorch; exported, a prompt is folded into the encoder.",
+        f"Winner: {result['winner']}, {result['rule']}. The test split did not influence the "
+        "choice; it was read for the winner, the best candidate and the two references. "
+        "Inference: time relative to the encoder alone in PyTorch, before a prompt is folded.",
     ]
     return "\n".join(lines) + "\n"
 

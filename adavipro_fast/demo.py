@@ -1,4 +1,4 @@
-"""The embedded demo: procedural images and the small CLIP that is trained on them.
+"""The built-in demo: generated images and the small CLIP that is trained on them.
 
 A photo shows one speckled shape on a smooth coloured ground. The small CLIP first learned shapes,
 on photos like those of the downstream task. Then colour and shape went together in most photos,
@@ -124,12 +124,12 @@ def write_model(output: Path) -> None:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Make the embedded demo's small CLIP, or write its images as folders."""
+    """Train the small CLIP of the built-in demo, or write the demo's images as folders."""
 
     what: Annotated[Literal["model", "images"], tyro.conf.Positional]
-    """which of the two"""
+    """what to create: the model or the images"""
     output: Path
-    """folder to write"""
+    """output folder"""
 
 
 def command(config: DemoConfig) -> dict[str, Any]:

@@ -52,12 +52,15 @@ def torch_device(name: str) -> torch.device:
     if device.type != "cuda":
         raise ValueError(f"device {name!r} is not supported; use auto, cpu or cuda")
     if not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device; use cpu")
+        raise ValueError(
+            f"device {name!r} was requested, but PyTorch finds no CUDA device; use cpu"
+        )
     # TensorRT, ONNX Runtime and events want a number: "cuda" alone means the current one.
     number = torch.cuda.current_device() if device.index is None else device.index
     if number >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices, "
+            f"device {name!r} does not exist; PyTorch finds {torch.cuda.device_count()} CUDA "
+            "devices, "
             "counted from 0"
         )
     return torch.device("cuda", number)
@@ -139,7 +142,7 @@ def slow_precision(precision: str, device: torch.device) -> str | None:
     if device.type != "cpu":
         return None
     if precision == "fp16":
-        return "fp16 runs without the CPU's fast paths and takes many times longer than fp32"
+        return "fp16 has no fast path on a CPU and takes many times longer than fp32"
     if precision == "bf16" and not fast_bf16(device):
         return "this processor emulates bf16, which takes many times longer than fp32"
     return None

@@ -1,4 +1,4 @@
-"""Measure a trained prompt on a test split: `python -m adavipro_fast.evaluate ARTIFACT`."""
+"""Evaluate a checkpoint or exported file: `python -m adavipro_fast.evaluate ARTIFACT`."""
 
 import time
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ DRAWN = 24
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure a trained prompt on the test split of a data set."""
+    """Evaluate a checkpoint or exported file on the test split of a data set."""
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine"""
@@ -46,32 +46,32 @@ class EvaluateConfig:
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
-    """of a checkpoint's encoder"""
+    """precision of a checkpoint's encoder"""
     device: cli.Device = "auto"
     runtime: cli.Runtime = "auto"
     decode: cli.Decode = None
     threads: cli.Threads = None
     batch_size: int = 64
-    """images at once"""
+    """images per batch"""
     reject: cli.Reject = None
     task: cli.Task = None
     errors: Path | None = None
-    """write the wrong answers, F.csv: path, label, answer, confidence, the least certain first"""
+    """F.csv for the wrong answers: path, label, answer, confidence; least confident first"""
     confusion: Path | None = None
-    """write how often each class (down) is answered as each (across), F.csv, or draw it, F.png"""
+    """F.csv or F.png for the confusion matrix; rows are the true classes"""
     worst: Path | None = None
-    """draw the wrong answers that are most certain, F.png"""
+    """F.png for the most confident wrong answers"""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; 1 or more is needed")
+            raise ValueError(f"batch_size is {self.batch_size}; use 1 or more")
         for path, endings in (
             (self.errors, (".csv",)),
             (self.confusion, (".csv", *PICTURES)),
             (self.worst, PICTURES),
         ):
             if path is not None and path.suffix not in endings:
-                raise ValueError(f"{path} does not end in {' or '.join(endings)}")
+                raise ValueError(f"{path} must end in {' or '.join(endings)}")
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
     for note in notes:
         cli.warn(note)
     if trained_on(config.artifact, Path(config.data.data)):
-        cli.warn("the model was trained on these images; others say how good it is")
+        cli.warn("the model was trained on these images; use other images to measure its accuracy")
     calibration = artifact.about.calibration
     least = None if config.reject is None else calibration.threshold(config.reject)
     began = time.perf_counter()
@@ -140,7 +140,7 @@ def write_mistakes(
     if config.errors is not None:
         write_errors(config.errors, found)
     if config.worst is not None and not found:
-        cli.warn(f"no answer is wrong, so {config.worst} is not drawn")
+        cli.warn(f"no answer is wrong, so {config.worst} was not written")
     elif config.worst is not None:
         drawn = found[: -DRAWN - 1 : -1]
         rows = torch.tensor([each.row for each in drawn])
@@ -174,7 +174,7 @@ def summary(result: dict[str, Any]) -> str:
     shares = [(name, top1) for name, top1 in result["per_class"].items() if top1 is not None]
     worst = sorted(shares, key=lambda entry: entry[1])[:SHOWN_CLASSES]
     return (
-        f"top-1 {result['top1']:.1f} % of {result['n']} test images (mean of the classes "
+        f"top-1 {result['top1']:.1f} % of {result['n']} test images (mean over classes "
         f"{result['macro']:.1f} %), by {result['backend']} "
         f"({result['provider']}), {result['images_per_s']:.0f} images/s\n"
         f"worst classes: {', '.join(f'{name} {top1:.0f} %' for name, top1 in worst)}"

@@ -32,7 +32,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Classify images; prints class names, probabilities and the mask of each."""
+    """Classify images: print the class names, probabilities and mask of each."""
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine"""
@@ -40,23 +40,23 @@ class PredictConfig:
     """image files; with --output also folders, - (a list of paths on stdin), .tar shards and
     .parquet files with a column of encoded images"""
     picture: Path | None = None
-    """save a picture: each image, and a copy that shows where the prompt is open"""
+    """save a plot of each image and of the regions that get the prompt"""
     output: Path | None = None
-    """write a row for each image: F.csv, F.jsonl, F.parquet, or a folder of Parquet files"""
+    """write one row per image to F.csv, F.jsonl, F.parquet, or a folder of Parquet files"""
     embeddings: bool = False
-    """with --output: also the unit embedding of each image"""
+    """with --output: also write the embedding of each image"""
     reject: cli.Reject = None
     task: cli.Task = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
-    """of a checkpoint's encoder"""
+    """precision of a checkpoint's encoder"""
     device: cli.Device = "auto"
     runtime: cli.Runtime = "auto"
     decode: cli.Decode = None
     threads: cli.Threads = None
     ray: str | None = None
-    """with --output: address of a Ray cluster whose machines classify, or auto"""
+    """with --output: address of a Ray cluster to run on, or auto"""
 
 
 def main() -> None:
@@ -67,9 +67,9 @@ def main() -> None:
 def command(config: PredictConfig) -> dict[str, Any]:
     """Predict and return what was found, image by image."""
     if not config.images:
-        raise ValueError("no image was named; use predict ARTIFACT IMAGE [IMAGE ...]")
+        raise ValueError("no image given; use predict ARTIFACT IMAGE [IMAGE ...]")
     if config.ray is not None and config.output is None:
-        raise ValueError("--ray is for many images; add --output F.csv, .jsonl or .parquet")
+        raise ValueError("--ray needs --output F.csv, .jsonl or .parquet")
     options = {
         name: getattr(config, name)
         for name in ("model", "pretrained", "precision", "device", "runtime", "task", "decode")
@@ -81,7 +81,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         return write_rows(artifact, options, config, config.output)
     for path in config.images:
         if path.is_dir() or str(path) == "-" or path.suffix in (".tar", ".parquet"):
-            raise ValueError(f"{path} holds many images; add --output F.csv, .jsonl or .parquet")
+            raise ValueError(f"{path} contains many images; add --output F.csv, .jsonl or .parquet")
     predictions: list[dict[str, Any]] = []
     drawn = []
     decode = partial(decoded, preprocess=artifact.about.preprocess)
@@ -129,7 +129,7 @@ def write_rows(
         output: of the rows.
     """
     if config.picture is not None:
-        raise ValueError("--picture is for a few images; leave it out beside --output")
+        raise ValueError("--picture cannot be combined with --output; leave one of them out")
     plan = {
         "artifact": file_sha256(config.artifact),
         "task": config.task,

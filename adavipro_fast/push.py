@@ -25,16 +25,16 @@ from adavipro_fast.training.state import read_state
 
 @dataclass(frozen=True)
 class PushConfig:
-    """Send a checkpoint to the Hub, with a model card written from its run."""
+    """Upload a checkpoint to the Hugging Face Hub, with a model card."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """checkpoint.safetensors; the card's figures come from last.safetensors beside it"""
+    """checkpoint.safetensors; the accuracy on the card comes from last.safetensors beside it"""
     repository: Annotated[str, tyro.conf.Positional]
-    """owner/name on the Hub; made where it is not there"""
+    """owner/name on the Hub; created if it does not exist"""
     private: bool = False
-    """for you and your organisation alone"""
+    """make the repository private"""
     license: str | None = None
-    """that you give what was trained, such as apache-2.0 (default: none is named)"""
+    """licence of the trained part, such as apache-2.0 (default: none stated)"""
 
 
 def main() -> None:
@@ -55,13 +55,14 @@ def command(config: PushConfig) -> dict[str, Any]:
     checkpoint = load_checkpoint(config.checkpoint)
     run = run_of(config.checkpoint, checkpoint)
     if run is None:
-        cli.warn("no finished run lies beside the checkpoint, so the card tells no figures")
+        cli.warn("there is no finished run beside the checkpoint, so the card states no accuracy")
     if flags := source_of(checkpoint.encoder).flags:
         names = " and ".join(f"--{name}" for name, _ in flags)
         cli.warn(
-            f"the encoder is a file of yours ({checkpoint.encoder.name}, "
-            f"{checkpoint.encoder.pretrained or 'no tag'}), and its path is in the checkpoint; "
-            f"others need that encoder, and {names}"
+            f"the encoder is a local file ({checkpoint.encoder.name}, "
+            f"{checkpoint.encoder.pretrained or 'no tag'}), and its path is stored in the "
+            "checkpoint; "
+            f"other users need that encoder and {names}"
         )
     pictures = [name for name in PICTURES if config.checkpoint.with_name(name).is_file()]
     with TemporaryDirectory() as name:

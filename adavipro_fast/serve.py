@@ -27,29 +27,29 @@ from adavipro_fast.serving.server import Server, check_installed, server
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Serve trained prompts over HTTP, requests gathered into batches."""
+    """Serve checkpoints or exported files over HTTP, with dynamic batching."""
 
     artifact: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """checkpoint.safetensors, .onnx or .engine; NAME=PATH gives its name in addresses"""
+    """checkpoint.safetensors, .onnx or .engine; NAME=PATH sets the model's name in URLs"""
     host: str = "127.0.0.1"
-    """address to listen on; others than this machine's own need --token-file"""
+    """address to listen on; addresses reachable from other machines need --token-file"""
     port: int = 8000
-    """0 takes a free one"""
+    """port to listen on; 0 chooses a free one"""
     token_file: Path | None = None
-    """file with the token that clients must show"""
+    """file with the bearer token that clients must send"""
     allow_origin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """address of a page whose scripts may ask from a browser, such as https://example.org;
+    """origin that may send requests from a browser (CORS), such as https://example.org;
     repeatable (* allows all)"""
     tasks_folder: Path | None = None
-    """folder of .task files for a file whose tasks are data; they may come and go"""
+    """folder of .task files for a file exported with --tasks open; they may change at any time"""
     batch: int = 32
-    """most images in a batch"""
+    """largest batch, images"""
     delay_ms: float = 2.0
-    """longest wait for other requests while a device is idle"""
+    """longest time to wait for more requests while a device is idle"""
     queue: int = 256
-    """images that may wait or run at once; more are refused with 503 and Retry-After"""
+    """images that may wait or run at once; further requests get 503 with Retry-After"""
     images: int = 64
-    """most images in a request"""
+    """largest number of images per request"""
     body_mb: float = 16.0
     """largest request, 10^6 bytes"""
     image_megapixels: float = 50.0
@@ -57,30 +57,33 @@ class ServeConfig:
     seconds: float = 30.0
     """longest time for a request to arrive"""
     device: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """where to run; repeatable, each runs batches of its own (default: auto)"""
+    """device to run on; repeatable, each device runs its own batches (default: auto)"""
     runtime: cli.Runtime = "auto"
     decode: cli.Decode = None
     threads: cli.Threads = None
     model: cli.Model = None
     pretrained: cli.Pretrained = None
     precision: Precision = "fp32"
-    """of a checkpoint's encoder"""
+    """precision of a checkpoint's encoder"""
 
     def __post_init__(self) -> None:
         for name in ("batch", "queue", "images", "body_mb", "image_megapixels", "seconds"):
             if not 0 < getattr(self, name) < 1e9:
-                raise ValueError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
+                raise ValueError(f"{name} is {getattr(self, name)}; use a number above 0")
         if not 0 <= self.delay_ms <= 1000:
-            raise ValueError(f"delay_ms is {self.delay_ms}; 0 to 1000 works")
+            raise ValueError(f"delay_ms is {self.delay_ms}; use 0 to 1000")
         if not 0 <= self.port < 2**16:
-            raise ValueError(f"port is {self.port}; 0 to {2**16 - 1} works")
+            raise ValueError(f"port is {self.port}; use 0 to {2**16 - 1}")
         for origin in self.allow_origin:
             if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
                 raise ValueError(
-                    f"allow_origin is {origin!r}; give scheme and host (https://example.org) or *"
+                    f"allow_origin is {origin!r}; use scheme and host (https://example.org) or *"
                 )
         if self.images > self.queue:
-            raise ValueError(f"{self.images} images in a request find no room in {self.queue}")
+            raise ValueError(
+                f"images is {self.images}, more than queue ({self.queue}); lower --images or "
+                "raise --queue"
+            )
 
 
 def main() -> None:
@@ -109,7 +112,7 @@ def prepared(config: ServeConfig) -> Server:
 
     token = read_token(config.token_file)
     if token is None and not is_loopback(config.host):
-        raise ValueError(f"{config.host} can be reached by others; give --token-file")
+        raise ValueError(f"{config.host} is reachable from other machines; add --token-file")
     listening = listen(config.host, config.port)
     devices = config.device or ("auto",)
     return server(
@@ -137,7 +140,7 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
         ValueError: none, two of one name, or no file takes tasks.
     """
     if not config.artifact:
-        raise ValueError("no file was named; use serve ARTIFACT [ARTIFACT ...]")
+        raise ValueError("no file given; use serve ARTIFACT [ARTIFACT ...]")
     options: dict[str, Any] = {
         "model": config.model,
         "pretrained": config.pretrained,
@@ -147,15 +150,15 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
         "say": say,
     }
     if config.tasks_folder is not None and not config.tasks_folder.is_dir():
-        raise ValueError(f"there is no folder {config.tasks_folder}")
+        raise ValueError(f"no such folder: {config.tasks_folder}")
     served: dict[str, Served] = {}
     for text in config.artifact:
         name, path = named(text)
         if name in served:
-            raise ValueError(f"two files are called {name!r}; name one as NAME=PATH")
+            raise ValueError(f"two files have the name {name!r}; rename one with NAME=PATH")
         served[name] = Served(name, path, devices, tasks=config.tasks_folder, **options)
     if config.tasks_folder is not None and not any(each.open for each in served.values()):
-        raise ValueError("no file has its tasks as data; leave --tasks-folder out")
+        raise ValueError("--tasks-folder needs a file that was exported with --tasks open")
     return list(served.values())
 
 
@@ -171,7 +174,7 @@ def named(text: str) -> tuple[str, Path]:
         name = run_name(path) if path.suffix == ".safetensors" else path.stem
     plain = all(letter.isalnum() or letter in "-_." for letter in name)
     if not plain or not name.strip(".") or name.endswith(CLASSIFY):
-        raise ValueError(f"{name!r} is no name for an address; give letters, as NAME={path}")
+        raise ValueError(f"{name!r} cannot be used in a URL; choose a name with NAME={path}")
     return name, path
 
 
@@ -185,7 +188,9 @@ def read_token(path: Path | None) -> str | None:
         return None
     token = path.read_text().strip()
     if len(token) < 16 or not (token.isascii() and token.isprintable()) or " " in token:
-        raise ValueError(f"{path} holds no token; write 16 or more letters and digits into it")
+        raise ValueError(
+            f"{path} contains no valid token; write at least 16 letters and digits into it"
+        )
     return token
 
 

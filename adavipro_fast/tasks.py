@@ -12,7 +12,7 @@ from adavipro_fast.files.sealed import describe
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """List the tasks of a file that holds several."""
+    """List the tasks of an exported file."""
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """.onnx or .engine"""
@@ -40,7 +40,7 @@ def command(config: TasksConfig) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> str:
     """List the tasks, a line each."""
     if not result["tasks"]:
-        return f"{result['path']} holds one task, without a name"
+        return f"{result['path']} holds one unnamed task"
     return "\n".join(
         f"{task['name']}: {task['classes']} classes, {task['method']}, {task['head']} head, prompt "
         f"size {task['prompt_size']}, {task['bytes'] / 1e3:.0f} kB"

@@ -45,7 +45,7 @@ def parse() -> TrainConfig:
 
 def summary(result: dict[str, Any]) -> str:
     """Say what was reached, where it lies, and what to do next."""
-    path, before = result["checkpoint"], "no text tower, so no zero-shot"
+    path, before = result["checkpoint"], "no zero-shot without a text encoder"
     reached = f"validation top-1 {result['val_top1']:.1f} % (no test split"
     if result["test_top1"] is not None:
         if result["zero_shot_top1"] is not None:

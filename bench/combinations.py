@@ -42,8 +42,8 @@ REASONS = {
     "on cpu: ": "ONNX Runtime has bf16 on CUDA devices only",
     "on auto: ": "ONNX Runtime has bf16 on CUDA devices only",
     "its fp8 rounding": "OpenVINO's fp8 rounding does not follow the file",
-    "takes normalised floats": "Triton's clients send bytes: export with --input uint8",
-    "takes its tasks while it runs": "Triton cannot keep tables: bake the tasks",
+    "needs normalised floats": "Triton's clients send bytes: export with --input uint8",
+    "was exported with --tasks open": "Triton cannot keep tables: bake the tasks",
 }
 LEAST_COSINE = 0.97
 PROMPT_SIZE = 30

@@ -1,4 +1,4 @@
-"""From the photograph to the answer: what the ways to decode save and change, and what bulk reaches.
+"""From the photograph to the answer: what each way to decode saves and changes, and bulk.
 
     python bench/photos.py --data flowers --model local-dir:my_clip --json photos.json
 

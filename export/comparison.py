@@ -59,14 +59,14 @@ class Comparison:
     def complaint(self, precision: str) -> str | None:
         """Say what is worse than rounding in `precision` explains."""
         if self.mask_agreement < 1:
-            return f"masks agree on {self.mask_agreement:.4%} of the regions only"
+            return f"masks agree on only {self.mask_agreement:.4%} of the regions"
         if precision in QUANTISED:
             # What rounding costs was judged on images, by accuracy.
             return None
         if precision == "fp32" and not self.max_abs_error <= LARGEST_ERROR_FP32:
             return f"embeddings differ by {self.max_abs_error:.1e}, more than {LARGEST_ERROR_FP32}"
         if precision == "fp32" and not self.max_logit_error <= LARGEST_LOGIT_ERROR_FP32:
-            return f"logits differ by a share of {self.max_logit_error:.1e} of the largest one"
+            return f"logits differ by {self.max_logit_error:.1e} relative to the largest one"
         if not self.min_cosine >= SMALLEST_COSINE:
             return f"the worst cosine is {self.min_cosine:.6f}, less than {SMALLEST_COSINE}"
         return None
@@ -109,7 +109,7 @@ def sample_batches(preprocess: Preprocess, images: Sequence[Path] = ()) -> list[
         for folder in images:
             inside = images_in(folder)
             if not inside:
-                raise ValueError(f"no image lies in {folder}; name a folder of images")
+                raise ValueError(f"{folder} contains no images; use a folder of images")
             files += inside
         picked = tuple(files[i * len(files) // count] for i in range(count))
         real = read_pixels(picked, preprocess)
@@ -228,7 +228,8 @@ def compare_sizes(
         cosines.append(F.cosine_similarity(resized.embedding, got, dim=-1).item())
     if not min(cosines) >= SMALLEST_COSINE:
         raise VerificationError(
-            f"the graph resizes otherwise than our preprocessing: worst cosine {min(cosines):.6f}"
+            "the graph's resizing does not match the preprocessing: worst cosine "
+            f"{min(cosines):.6f}"
         )
     return min(cosines)
 

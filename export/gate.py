@@ -66,14 +66,14 @@ def quantisation_images(
         data = load_dataset(DataConfig(str(images)), preprocess)
         if data.class_names != class_names:
             of = f" of task {name!r}" if name else ""
-            raise ValueError(f"{images} has other classes than the checkpoint{of}")
+            raise ValueError(f"the classes in {images} differ from the checkpoint's{of}")
         cpu = torch.device("cpu")
         ranges, _ = data.train.batch(spread(len(data.train), most), cpu)
         held_out, labels = data.val.batch(spread(len(data.val), JUDGED_ON), cpu)
         return QuantisationImages(ranges, held_out, labels, name)
     files = images_in(images)
     if len(files) < 2:
-        raise ValueError(f"{images} holds {len(files)} images; some hundred are needed")
+        raise ValueError(f"{images} contains {len(files)} images; use several hundred")
     chosen = spread(len(files), most + JUDGED_ON).tolist()
     pixels = read_pixels(tuple(files[number] for number in chosen), preprocess)
     return QuantisationImages(pixels[::2][:most], pixels[1::2], name=name)
@@ -186,7 +186,10 @@ def quantise_file(
     """
     about = describe_onnx(path)
     if path.with_name(path.name + ".data").exists():
-        raise ValueError(f"this encoder is too large to be quantised to {kind} in one file")
+        raise ValueError(
+            f"this encoder is too large to quantise to {kind}: its file would exceed ONNX's "
+            "size limit"
+        )
     model = onnx.load(path)
     inputs = GraphInputs(about, frozenset(part.name for part in model.graph.input), tables or {})
     ranges = torch.cat([task.ranges for task in tasks])
@@ -206,7 +209,7 @@ def quantise_file(
             f"products in fp32; --largest-loss is {largest_loss}"
         )
     if (count := quantised_products(found, kind)) != len(quantiser.products) - len(wide):
-        raise VerificationError(f"{path.name} was not written: {count} products are in {kind}")
+        raise VerificationError(f"{path.name} was not written: only {count} products are in {kind}")
     save_sealed(found, path, metadata_of(found))
     losses = {task.name: points for task, points in zip(tasks, gate.points, strict=True)}
     return {

@@ -221,9 +221,9 @@ def deployed(models: Sequence[AdaViPro], form: Form) -> Graph:
     if form.tasks != "alone" and (obstacle := tasks_obstacle(models)):
         raise ValueError(f"the checkpoints cannot share one graph: {obstacle}; export each alone")
     if form.tasks == "open" and not form.folded:
-        raise ValueError("--tasks open has its prompts as tokens; use --graph folded")
+        raise ValueError("--tasks open needs --graph folded")
     if form.input == "any" and (obstacle := any_size_obstacle(first.preprocess)):
-        raise ValueError(f"--input any is not offered here: {obstacle}; use --input uint8")
+        raise ValueError(f"--input any is not supported here: {obstacle}; use --input uint8")
     own = copy.deepcopy(first).cpu().eval().requires_grad_(False)
     # Tables are of the tower's own weights, before `Graph` casts them.
     parts = PARTS[form.tasks]([own, *models[1:]], form)

@@ -122,7 +122,7 @@ class Network:
         path = folder / f"{self.trt.__version__}-{gpu}.timings"
         cache = options.create_timing_cache(read_timings(path))
         if cache is None or not options.set_timing_cache(cache, ignore_mismatch=False):
-            raise ValueError(f"{self.runtime} does not take the timings in {path}; remove it")
+            raise ValueError(f"{self.runtime} rejects the timing cache {path}; remove it")
         plan = self.builder.build_serialized_network(self.definition, options)
         write_timings(path, bytes(options.get_timing_cache().serialize()))
         return plan
@@ -200,8 +200,7 @@ def prove_quantised(types: dict[str, Counter[str]], precision: str, dequantised:
     dtype = DTYPES[precision]
     if not dequantised or types["quantised"] != {dtype: dequantised}:
         raise VerificationError(
-            f"the engine dequantises {dict(types['quantised'])}; {dequantised} of {dtype} were "
-            "asked for"
+            f"the engine dequantises {dict(types['quantised'])}; expected {dequantised} of {dtype}"
         )
 
 
@@ -211,5 +210,5 @@ def prove_precision(products: Counter[str], precision: str, wide: int = WIDE_PRO
     others = sum(products.values()) - products[dtype]
     if products[dtype] == 0 or (dtype != "float32" and others > wide):
         raise VerificationError(
-            f"the engine's matrix products are {dict(products)}; {precision} was asked for"
+            f"the engine's matrix products are {dict(products)}; expected {precision}"
         )

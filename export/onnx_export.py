@@ -44,29 +44,31 @@ OPSETS = {"fp32": 20, "fp16": 23, "bf16": 23, "int8": 20, "fp8": 20}
 
 @dataclass(frozen=True)
 class OnnxConfig:
-    """Export a checkpoint with its frozen encoder as ONNX."""
+    """Export checkpoints with their frozen encoder as one verified ONNX file."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors"""
     output: Path
-    """file to write, F.onnx"""
+    """output file, F.onnx"""
     more: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """checkpoints of further tasks for the same encoder; the graph then takes each image's task"""
+    """checkpoints of further tasks with the same encoder; the graph gets a second input, `task`"""
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """name of a task; repeatable, in the checkpoints' order (default: their folders' names)"""
     tasks: Literal["baked", "open"] = "baked"
-    """tasks in the file, or as inputs: then they are data that export/to_task.py writes"""
+    """baked: tasks are part of the file; open: tasks are .task files, added while it runs"""
     graph: GraphKind | None = None
-    """prompt folded into the tokens, or on the pixels (default: folded for ViTs)"""
+    """folded: add the prompt to the patch tokens; pixel: to the pixels (default: folded for
+    ViTs)"""
     precision: ExportPrecision = "fp32"
-    """of the encoder; the mask path stays in fp32. int8 and fp8 take their ranges from --images"""
+    """precision of the encoder; the mask generator stays in fp32. int8 and fp8 need --images"""
     largest_loss: float = 0.5
-    """with int8 and fp8: points of accuracy that a task may lose on its --images; a file that loses
-    more is not written"""
+    """with int8 and fp8: largest loss of accuracy of a task on its --images, points; else no file
+    is written"""
     input: Input = "float32"
-    """normalised floats, RGB bytes 0-255, or bytes of any height and width, resized in the graph"""
+    """float32: normalised floats; uint8: RGB bytes; any: RGB bytes of any size, resized in the
+    graph"""
     baseline: bool = False
-    """the frozen encoder without a prompt, in the same form"""
+    """export the frozen encoder without a prompt"""
     opset: int | None = None
     """ONNX operator set (default: 20 for fp32, 23 for half precision)"""
     images: cli.Images = ()
@@ -110,7 +112,7 @@ def export(config: OnnxConfig) -> dict[str, Any]:
         )
     check_quantisable(config)
     if config.output.suffix != ".onnx":
-        raise ValueError(f"output {config.output} does not end in .onnx; name a file F.onnx")
+        raise ValueError(f"output {config.output} must end in .onnx")
     checkpoints = [load_checkpoint(path) for path in config.paths]
     encoder = encoder_of(checkpoints[0], config.model, config.pretrained)
     encoder = encoder.with_(precision="fp32")
@@ -161,10 +163,10 @@ def check_quantisable(config: OnnxConfig) -> None:
     if config.precision not in QUANTISED:
         return
     if not 0 <= config.largest_loss <= 100:
-        raise ValueError(f"largest_loss is {config.largest_loss}; 0 to 100 points work")
+        raise ValueError(f"largest_loss is {config.largest_loss}; use 0 to 100 points")
     if not config.images:
         raise ValueError(
-            f"{config.precision} takes its ranges from your images; name a folder with --images"
+            f"{config.precision} needs images for its calibration; add --images FOLDER"
         )
     if len(config.images) not in (1, len(config.paths)):
         raise ValueError(
@@ -196,18 +198,20 @@ def task_names(config: OnnxConfig) -> list[str]:
     """
     if config.alone:
         if config.task:
-            raise ValueError("--task names one of several checkpoints; leave it out for one")
+            raise ValueError("--task needs several checkpoints; leave it out for one")
         return []
     if config.baseline:
-        raise ValueError("--baseline is the encoder of one checkpoint; name one")
+        raise ValueError("--baseline needs exactly one checkpoint")
     names = list(config.task) or [run_name(path) for path in config.paths]
     if len(names) != len(config.paths):
         raise ValueError(
-            f"{len(config.paths)} checkpoints, but {len(names)} times --task; name each"
+            f"got {len(config.paths)} checkpoints and {len(names)} --task; give one per checkpoint"
         )
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or "" in names:
-        raise ValueError(f"task {(twice or [''])[0]!r} stands twice or is empty; give --task names")
+        raise ValueError(
+            f"task name {(twice or [''])[0]!r} is repeated or empty; set names with --task"
+        )
     return names
 
 
@@ -262,7 +266,7 @@ def open_for(checkpoints: Sequence[Checkpoint]) -> OpenFor:
     configs = [c.config for c in checkpoints if c.config.method == "adavipro"]
     kinds = {(config.edge, config.edge_padding) for config in configs}
     if len(kinds) > 1:
-        raise ValueError("--tasks open forms edges of one kind; the checkpoints have several")
+        raise ValueError("--tasks open needs checkpoints with the same edge detector")
     first = (configs or [checkpoints[0].config])[0]
     edge = first.edge if configs else None
     return OpenFor(checkpoints[0].encoder.sha256, edge, first.edge_padding)
@@ -328,7 +332,8 @@ class Trial:
         if candidate is None:
             return {
                 "verified": False,
-                "reason": "no ONNX Runtime here runs bf16; structure and dtypes were checked",
+                "reason": "ONNX Runtime cannot run bf16 here; only structure and dtypes were "
+                "checked",
                 **dict.fromkeys(Comparison.__dataclass_fields__),
             }
         references, names = self.references, [source.name for source in self.sources]

@@ -167,4 +167,4 @@ def check_dtypes(path: Path, precision: ExportPrecision) -> None:
             products[kind or 0] += 1
     if set(products) != {ELEMENTS[precision]}:
         names = {TensorProto.DataType.Name(k): n for k, n in products.items()}
-        raise VerificationError(f"matrix products are {names}; {precision} was asked for")
+        raise VerificationError(f"matrix products are {names}; expected {precision}")

@@ -22,12 +22,12 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
     """
     prompt, config = model.prompt, model.config
     if config.activation != "none":
-        raise ValueError(f"activation {config.activation} does not collapse; it is no table")
+        raise ValueError(f"activation {config.activation} is not supported in a task file")
     visual = model.encoder.visual
     if obstacle := folding_obstacle(visual):
-        raise ValueError(f"this encoder's prompts are no tables: {obstacle}")
+        raise ValueError(f"this encoder does not support task files: {obstacle}")
     if config.method == "full_finetune":
-        raise ValueError("a fine-tuned tower is no table; export it alone")
+        raise ValueError("a fine-tuned encoder cannot be a task; export it alone")
     kernel = torch.zeros(3, config.region_size + 2, config.region_size + 2)
     constant = torch.tensor(constant_delta(model))
     if prompt.generator is not None:

@@ -45,7 +45,9 @@ def foldable(visual: nn.Module) -> nn.Conv2d:
         ValueError: the tower has none.
     """
     if obstacle := folding_obstacle(visual):
-        raise ValueError(f"this encoder cannot be folded: {obstacle}; use --graph pixel")
+        raise ValueError(
+            f"the prompt cannot be folded into this encoder: {obstacle}; use --graph pixel"
+        )
     convolution = patch_convolution(visual)
     assert convolution is not None
     return convolution

@@ -57,7 +57,7 @@ class Quantiser:
         self.model, self.kind = model, kind
         self.products = {node.name: node for node in products(model)}
         if not self.products:
-            raise ValueError(f"this encoder has no matrix product to compute in {kind}")
+            raise ValueError(f"this encoder has no matrix product that can be quantised to {kind}")
         read = {node.input[0] for node in self.products.values()}
         norms = norms_of(model)
         channels, tokens = observed(model, read, read - norms.keys(), feeds)

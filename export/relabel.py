@@ -1,4 +1,4 @@
-"""Give a checkpoint other classes: `python export/relabel.py FILE --classes A B --output F`.
+"""Give a checkpoint new class names: `python export/relabel.py FILE --classes A B --output F`.
 
 The names are embedded by the encoder's own text tower and take the place of the old rows; nothing
 is trained. Export the new checkpoint again, which takes seconds.
@@ -41,11 +41,11 @@ class RelabelConfig:
     file: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors"""
     output: Path
-    """file to write, F.safetensors"""
+    """output file, F.safetensors"""
     classes: tuple[str, ...]
-    """the new names in label order; quote a name with spaces"""
+    """new class names in label order; quote a name with spaces"""
     template: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """text with {} for the name; several make an ensemble (default: as in training)"""
+    """text with {} for the class name; repeat for an ensemble (default: as in training)"""
     images: cli.Images = ()
     model: cli.Model = None
     pretrained: cli.Pretrained = None
@@ -67,12 +67,14 @@ def command(config: RelabelConfig) -> dict[str, Any]:
     check_names(config.classes)
     check_templates(config.template)
     if file.suffix in (".onnx", ".engine"):
-        raise ValueError(f"{file} has its classes built in; relabel its checkpoint, export that")
+        raise ValueError(f"{file} cannot be relabelled; relabel its checkpoint and export it again")
     if output.suffix != ".safetensors":
-        raise ValueError(f"output {output} does not end in .safetensors")
+        raise ValueError(f"output {output} must end in .safetensors")
     old = load_checkpoint(file)
     if old.config.head != "text":
-        raise ValueError(f"{file} has a learned head, no names to embed; train it on the classes")
+        raise ValueError(
+            f"{file} has a linear head, which cannot be relabelled; train it on the new classes"
+        )
     encoder, text = clip_of(old, config.model, config.pretrained)
     before = old.model(encoder)
     new = relabelled(old, text, config)
@@ -107,13 +109,13 @@ def command(config: RelabelConfig) -> dict[str, Any]:
 def check_names(names: Sequence[str]) -> None:
     """Raise ValueError unless there are names, and the text tower reads each as another one."""
     if not names:
-        raise ValueError("no class was named; use --classes NAME [NAME ...]")
+        raise ValueError("no class given; use --classes NAME [NAME ...]")
     texts = [" ".join(readable(name).split()) for name in names]
     if "" in texts:
-        raise ValueError(f"class {texts.index('') + 1} of {len(names)} has an empty name; give one")
+        raise ValueError(f"class {texts.index('') + 1} of {len(names)} has an empty name")
     text, count = Counter(texts).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"{count} classes are read as {text!r}; give each a name of its own")
+        raise ValueError(f"{count} class names are all read as {text!r}; make them different")
 
 
 def relabelled(old: Checkpoint, text: TextTower | NoText, config: RelabelConfig) -> Checkpoint:
@@ -123,15 +125,15 @@ def relabelled(old: Checkpoint, text: TextTower | NoText, config: RelabelConfig)
         ValueError: no text tower, or one that did not embed the old names.
     """
     if isinstance(text, NoText):
-        raise ValueError(f"encoder {text.name!r} has no text tower to embed names with")
+        raise ValueError(f"encoder {text.name!r} has no text encoder to embed class names")
     templates = config.template or old.templates or (DEFAULT_TEMPLATE,)
     if not config.template:
         names, rows = old.class_names[:PROBED], old.tensors["class_embeddings"][:PROBED]
         again = text.class_embeddings(names, templates)
         if again.shape != rows.shape or F.cosine_similarity(again, rows).min() < SMALLEST_COSINE:
             raise ValueError(
-                f"{config.file} has other rows than its names have in {' | '.join(templates)!r}: "
-                "other texts or a text tower of another kind; give --template, or --model"
+                f"the class embeddings in {config.file} do not match its names in the templates "
+                f"{' | '.join(templates)!r}; set --template, or the encoder with --model"
             )
     rows = text.class_embeddings(config.classes, templates)
     return replace(
@@ -159,7 +161,7 @@ def summary(result: dict[str, Any]) -> str:
     """Say what the file now tells apart."""
     return (
         f"{result['path']}: {result['classes']} classes in place of {result['classes_before']}, "
-        "verified; probabilities are uncalibrated, for the temperature was of the old classes"
+        "verified; probabilities are not calibrated for the new classes"
     )
 
 

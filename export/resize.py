@@ -26,7 +26,7 @@ def any_size_obstacle(preprocess: Preprocess) -> str | None:
     if preprocess.interpolation not in REACH:
         return f"interpolation {preprocess.interpolation!r} is not {' or '.join(REACH)}"
     if preprocess.resize_mode == "longest":
-        return "resize mode 'longest' pads images, which the graph does not know"
+        return "resize mode 'longest' pads images, which the graph does not support"
     return None
 
 

@@ -38,7 +38,7 @@ def difference(first: AdaViPro, other: AdaViPro) -> str:
     """Name the settings in which the images of two models are prepared differently."""
     before, after = asdict(first.preprocess), asdict(other.preprocess)
     changed = [f"{k} {before[k]} and {after[k]}" for k in before if before[k] != after[k]]
-    older = "; decoding 2 is of an older version: train that one again"
+    older = "; decoding 2 comes from an older version: train that checkpoint again"
     return ", ".join(changed) + (older if before["decoding"] != after["decoding"] else "")
 
 
@@ -47,15 +47,15 @@ def tasks_obstacle(models: Sequence[AdaViPro]) -> str | None:
     first = models[0]
     for model in models:
         if model.encoder.sha256 != first.encoder.sha256:
-            return "they are of different encoders"
+            return "they have different encoders"
         if model.preprocess != first.preprocess:
-            return f"their images are prepared differently: {difference(first, model)}"
+            return f"their preprocessing differs: {difference(first, model)}"
         if model.config.region_size != first.config.region_size:
-            return "their regions are of different sizes"
+            return "their region sizes differ"
         if model.config.method == "full_finetune":
-            return "a fine-tuned tower is not shared"
+            return "a fine-tuned encoder cannot be shared"
         if model.config.activation != "none":
-            return f"activation {model.config.activation} does not collapse"
+            return f"activation {model.config.activation} is not supported"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Fold a checkpoint into one task's tables: `python export/to_task.py CHECKPOINT --output F.task`.
+"""Write a checkpoint as a task file: `python export/to_task.py CHECKPOINT --output F.task`.
 
 The file is added to a running artifact that was exported with `--tasks open`.
 """
@@ -17,14 +17,14 @@ from adavipro_fast.files.checkpoint import load_checkpoint
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Fold a checkpoint into the tables of one task."""
+    """Write a checkpoint as a .task file for a file exported with --tasks open."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors"""
     output: Path
-    """file to write, F.task"""
+    """output file, F.task"""
     task: str | None = None
-    """the task's name (default: F)"""
+    """name of the task (default: F)"""
     model: cli.Model = None
     pretrained: cli.Pretrained = None
 
@@ -41,7 +41,7 @@ def command(config: TaskConfig) -> dict[str, Any]:
         ValueError: the checkpoint is no table, or the file's name is none of a task.
     """
     if config.output.suffix != ".task":
-        raise ValueError(f"output {config.output} does not end in .task; name a file F.task")
+        raise ValueError(f"output {config.output} must end in .task")
     checkpoint = load_checkpoint(config.checkpoint)
     model = checkpoint.model(encoder_of(checkpoint, config.model, config.pretrained))
     task = folded_task(config.task or config.output.stem, checkpoint, model)

@@ -37,34 +37,35 @@ Runtime = Literal["auto", "tensorrt", "tensorrt-rtx"]
 
 @dataclass(frozen=True)
 class TensorRtConfig:
-    """Build a TensorRT or TensorRT-RTX engine."""
+    """Build a TensorRT or TensorRT-RTX engine from a checkpoint or ONNX file."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors or .onnx"""
     output: Path
-    """file to write, F.engine; F.engine.json lies beside it"""
+    """output file, F.engine; F.engine.json is written beside it"""
     runtime: Runtime = "auto"
-    """tensorrt builds on the GPU it is for; tensorrt-rtx for any; auto: tensorrt with a GPU"""
+    """tensorrt builds for the GPU of this machine, tensorrt-rtx for any; auto: tensorrt if there
+    is a GPU"""
     compute_capability: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """GPU to build for, such as 8.6 (RTX 3090); repeatable; tensorrt-rtx (default: this GPU)"""
+    """GPU to build for with tensorrt-rtx, such as 8.6 (RTX 3090); repeatable (default: this GPU)"""
     precision: ExportPrecision | None = None
-    """of a checkpoint's encoder (default: fp16); an .onnx file has its own"""
+    """precision of a checkpoint's encoder (default: fp16); an .onnx file keeps its own"""
     batch: str = "1,16,256"
-    """smallest, usual and largest batch: MIN,OPT,MAX"""
+    """smallest, most frequent and largest batch: MIN,OPT,MAX"""
     image_size: str = "32,512,1024"
-    """with --input any: smallest, usual and largest height and width, pixels: MIN,OPT,MAX"""
+    """with --input any: smallest, most frequent and largest height and width, pixels"""
     tasks: str = "1,8,64"
-    """with tasks as data: smallest, usual and largest number of tasks in a call: MIN,OPT,MAX"""
+    """with tasks as data: smallest, most frequent and largest number of tasks in a call"""
     classes: str = "1,16,1024"
-    """with tasks as data: the same of the classes of the largest task in a call"""
+    """with tasks as data: the same for the number of classes of the largest task in a call"""
     input: Input = "float32"
-    """of a checkpoint: normalised floats, RGB bytes 0-255, or bytes of any height and width"""
+    """for a checkpoint: float32 (normalised), uint8 (RGB bytes) or any (RGB bytes of any size)"""
     baseline: bool = False
-    """of a checkpoint: the frozen encoder without a prompt"""
+    """for a checkpoint: build the frozen encoder without a prompt"""
     builder_level: int = 3
-    """0 builds fastest, 5 searches longest"""
+    """optimisation level: 0 builds fastest, 5 searches longest"""
     timing_cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "adavipro_fast")
-    """where TensorRT's timings are kept, by version and GPU"""
+    """folder of TensorRT's timing caches, one per version and GPU"""
     images: cli.Images = ()
     model: cli.Model = None
     pretrained: cli.Pretrained = None
@@ -84,7 +85,7 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
         VerificationError: the engine is not what was asked for.
     """
     if config.output.suffix != ".engine":
-        raise ValueError(f"output {config.output} does not end in .engine; name a file F.engine")
+        raise ValueError(f"output {config.output} must end in .engine")
     ranges = ranges_of(config)
     runtime = choose_runtime(config.runtime)
     trt = runtime_module(runtime)
@@ -158,7 +159,7 @@ def parse_range(name: str, text: str) -> tuple[int, int, int]:
     except ValueError as error:
         raise ValueError(f"{name} {text!r} is not MIN,OPT,MAX, such as 1,16,256") from error
     if not 1 <= smallest <= usual <= largest:
-        raise ValueError(f"{name} {text!r} is out of order; 1 <= MIN <= OPT <= MAX is needed")
+        raise ValueError(f"{name} {text!r} is out of order; use 1 <= MIN <= OPT <= MAX")
     return smallest, usual, largest
 
 
@@ -212,7 +213,7 @@ def choose_capabilities(trt: ModuleType, runtime: str, asked: tuple[str, ...]) -
     if runtime == "tensorrt":
         if here is None:
             raise ValueError(
-                "tensorrt builds on the GPU it is for, and torch sees no CUDA device; "
+                "tensorrt builds for the GPU of this machine, and PyTorch finds no CUDA device; "
                 "use --runtime tensorrt-rtx with --compute-capability"
             )
         if set(asked) - {here}:
@@ -222,7 +223,9 @@ def choose_capabilities(trt: ModuleType, runtime: str, asked: tuple[str, ...]) -
             )
         return [here]
     if not asked and here is None:
-        raise ValueError("no GPU here to build for; name one, such as --compute-capability 8.6")
+        raise ValueError(
+            "this machine has no GPU; choose one to build for, such as --compute-capability 8.6"
+        )
     known = {
         f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name[:2] == "SM"
     }
@@ -242,7 +245,7 @@ def onnx_source(config: TensorRtConfig, folder: Path) -> Path:
         about = describe_onnx(config.source)
         if config.precision not in (None, about.precision):
             raise ValueError(
-                f"{config.source} holds {about.precision}, {config.precision} was asked for; "
+                f"{config.source} is {about.precision}, but --precision is {config.precision}; "
                 f"export it again with --precision {config.precision}"
             )
         return config.source
@@ -282,7 +285,7 @@ def verify(path: Path, config: TensorRtConfig, capabilities: list[str]) -> dict[
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)
     if complaint := comparison.complaint(candidate.about.precision):
-        raise VerificationError(f"the engine is not its checkpoint: {complaint}")
+        raise VerificationError(f"the engine does not match its checkpoint: {complaint}")
     return {"verified": True, "reason": "", **asdict(comparison)}
 
 

@@ -1,4 +1,4 @@
-"""A model repository for Triton Inference Server: `python export/to_triton.py F.onnx --output R`.
+"""Write a Triton Inference Server repository: `python export/to_triton.py F.onnx --output R`.
 
 Four models: the graph, and around it an ensemble from image files to class names, with the two
 Python models that it needs. Another export of the same name is the next version.
@@ -26,27 +26,27 @@ LETTERS = "-_."
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """Write a model repository that Triton Inference Server loads as it is."""
+    """Write a model repository for Triton Inference Server."""
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """.onnx (exported with --input uint8) or TensorRT .engine"""
     output: Path
-    """model repository, a folder"""
+    """folder of the model repository"""
     name: str | None = None
-    """of the model (default: the file's)"""
+    """name of the model (default: the file's)"""
     batch: int = 32
-    """most images in a batch; an engine has its profile's"""
+    """largest batch, images; engines use their own"""
     delay_us: int = 2000
-    """longest wait for other requests, microseconds"""
+    """longest time to wait for more requests, microseconds"""
     instances: int = 1
-    """of the graph, on each device"""
+    """model instances per device"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where the graph runs"""
+    """device of the graph"""
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("instances", 1), ("delay_us", 0)):
             if not least <= getattr(self, name) < 10**6:
-                raise ValueError(f"{name} is {getattr(self, name)}; {least} or more is needed")
+                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def command(config: TritonConfig) -> dict[str, Any]:
     graph, name = graph_of(config), config.name or config.artifact.stem
     plain = all(letter.isalnum() or letter in LETTERS for letter in name)
     if not plain or not name.strip("."):
-        raise ValueError(f"{name!r} is no name for a model; give letters with --name")
+        raise ValueError(f"{name!r} is not a valid model name; choose one with --name")
     about, repository = graph.about, config.output
     facts = about.facts()
     folders = {kind: repository / (name + kind) for kind in ("_preprocess", "_postprocess", "")}
@@ -133,12 +133,14 @@ def graph_of(config: TritonConfig) -> Served:
         values = read_sidecar(path)
         if values["runtime"] != "tensorrt":
             raise ValueError(
-                f"{path} is an engine of {values['runtime']}, which Triton does not load; serve "
+                f"{path} is an engine of {values['runtime']}, which Triton does not support; use "
                 "the .onnx file, or build with --runtime tensorrt"
             )
         smallest, usual, largest = values["batch"]
         if smallest > 1:
-            raise ValueError(f"{path} takes {smallest} images or more; build with --batch 1,...")
+            raise ValueError(
+                f"{path} needs batches of {smallest} or more; build it with --batch 1,OPT,MAX"
+            )
         about = Description.of(values, path)
         graph = Served(about, "tensorrt", "model.plan", largest, usual, None)
     elif path.suffix == ".onnx":
@@ -146,12 +148,13 @@ def graph_of(config: TritonConfig) -> Served:
         width = embedding_width(path)
         graph = Served(about, "onnxruntime", "model.onnx", config.batch, config.batch, width)
     else:
-        raise ValueError(f"{path} is no .onnx or .engine file; export it with adavipro-to-onnx")
+        raise ValueError(f"{path} is not an .onnx or .engine file; export it with adavipro-to-onnx")
     if about.input == "float32":
-        raise ValueError(f"{path} takes normalised floats; export it with --input uint8")
+        raise ValueError(f"{path} needs normalised floats; export it with --input uint8")
     if about.open_for is not None:
         raise ValueError(
-            f"{path} takes its tasks while it runs; Triton serves tasks that are baked"
+            f"{path} was exported with --tasks open, which Triton does not support; export it "
+            "without"
         )
     return graph
 
@@ -172,7 +175,9 @@ def check_same(path: Path, facts: dict[str, Any]) -> None:
     for what in ("tasks", "class_names", "preprocess"):
         if known[what] != facts[what]:
             model = path.parent.name
-            raise ValueError(f"{model} has other {what.replace('_', ' ')}; give another --name")
+            raise ValueError(
+                f"{model} exists with other {what.replace('_', ' ')}; choose another --name"
+            )
 
 
 def next_version(folders: Sequence[Path]) -> int:

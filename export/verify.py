@@ -1,4 +1,4 @@
-"""Compare two backends on the same images: `python export/verify.py CHECKPOINT ARTIFACT`.
+"""Compare an exported file with its checkpoint: `python export/verify.py CHECKPOINT ARTIFACT`.
 
 Masks must agree everywhere but where Δ is within rounding of 0, and those ties are counted.
 """
@@ -18,10 +18,10 @@ from adavipro_fast.export.comparison import compare, sample_batches
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Compare an exported artifact with the checkpoint it was made of."""
+    """Compare an exported file with its checkpoint."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """checkpoint.safetensors, run by PyTorch in fp32"""
+    """checkpoint.safetensors, run in PyTorch in fp32"""
     artifact: Annotated[Path, tyro.conf.Positional]
     """.onnx or .engine"""
     images: cli.Images = ()
@@ -53,7 +53,7 @@ def command(config: VerifyConfig) -> dict[str, Any]:
     batches = sample_batches(reference.about.preprocess, config.images)
     comparison = compare(reference.model, reference, candidate, batches)
     if complaint := comparison.complaint(candidate.about.precision):
-        raise VerificationError(f"{config.artifact} is not its checkpoint: {complaint}")
+        raise VerificationError(f"{config.artifact} does not match its checkpoint: {complaint}")
     return {"backend": candidate.backend, "provider": candidate.provider, **vars(comparison)}
 
 
@@ -62,7 +62,7 @@ def summary(result: dict[str, Any]) -> str:
     return (
         f"the same: embeddings within {result['max_abs_error']:.1e}, worst cosine "
         f"{result['min_cosine']:.6f}, top-1 of {result['top1_agreement']:.1f} % of the images, "
-        f"masks but for {result['mask_ties']} ties"
+        f"masks equal except {result['mask_ties']} ties"
     )
 
 

@@ -231,11 +231,11 @@ def _check(images: Tensor, template: Tensor, kernel: Tensor, mode: str, edge: st
     """Raise ValueError where the fused kernel cannot do what is asked."""
     side, region = images.shape[-1], kernel.shape[-1] - 2
     if images.ndim != 4 or images.shape[1:] != (3, side, side):
-        raise ValueError(f"images have shape {tuple(images.shape)}; (B, 3, S, S) is needed")
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, S, S)")
     if template.shape != (3, side, side) or kernel.shape != (3, region + 2, region + 2):
         raise ValueError(
             f"template {tuple(template.shape)} or kernel {tuple(kernel.shape)} does not fit images "
-            f"of side {side}; (3, S, S) and (3, R + 2, R + 2) are needed"
+            f"of side {side}; expected (3, S, S) and (3, R + 2, R + 2)"
         )
     if region < 2 or side % region:
         raise ValueError(f"region size {region} does not divide image side {side}, or is below 2")

@@ -194,9 +194,9 @@ def test_names_of_other_hosts_are_refused_and_the_page_asks_nobody_else(files, p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"host": "0.0.0.0"}, "0.0.0.0 can be reached by others; .*adavipro_fast.serve"),
-        ({"host": "example.org"}, "example.org can be reached by others"),
-        ({"beside": "both"}, "both.onnx is of several tasks; --beside takes a file of one"),
+        ({"host": "0.0.0.0"}, "0.0.0.0 is reachable from other machines; .*adavipro_fast.serve"),
+        ({"host": "example.org"}, "example.org is reachable from other machines"),
+        ({"beside": "both"}, "both.onnx holds several tasks; --beside needs a file with one"),
         ({"reject": 1.5}, "reject is 1.5"),
         ({"task": "cats"}, "one task without a name, not 'cats'"),
     ],
@@ -214,7 +214,7 @@ def test_without_a_web_server_the_extra_is_named(files, monkeypatch, capsys):
         cli.run(lambda: app.command(AppConfig(files["shapes"], port=0, device="cpu")))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: serving needs its extra: pip install 'adavipro_fast[serve]'")
+    assert line.startswith("error: serving needs more packages: pip install 'adavipro_fast[serve]'")
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def address(files):
     )
     try:
         line = process.stderr.readline()
-        assert "Ctrl-C ends it" in line, line + process.stderr.read()
+        assert "press Ctrl-C to stop" in line, line + process.stderr.read()
         address = line.split(" at ")[1].split(";")[0]
         yield address
         process.send_signal(signal.SIGTERM)
@@ -261,7 +261,7 @@ def test_a_browser_shows_classes_masks_errors_and_tasks(address, files, image, t
         expect(page.get_by_test_id("beside")).to_be_visible()
         expect(page.get_by_role("listitem")).to_have_count(6)
         expect(page.get_by_alt_text("Where the prompt is added")).to_be_visible()
-        expect(page.get_by_text("An exported file gives no prompted picture")).to_be_visible()
+        expect(page.get_by_text("An exported file cannot show the prompted image")).to_be_visible()
         expect(page.get_by_alt_text("The prompted picture")).not_to_be_visible()
         # The place is empty again, for the next one.
         drop.set_input_files(tmp_path / "notes.txt")

@@ -81,4 +81,4 @@ def test_an_artefact_of_another_encoder_is_refused(run, capsys):
     _, result = run("linear_probe")
     with pytest.raises(SystemExit):
         cli.run(lambda: open_artifact(result["checkpoint"], model="ViT-S-32-alt"))
-    assert "name that one with --model" in capsys.readouterr().err
+    assert "select that one with --model" in capsys.readouterr().err

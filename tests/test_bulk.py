@@ -160,18 +160,22 @@ def test_names_that_are_not_utf_8_are_escaped(checkpoint, tmp_path):
 
 def test_what_does_not_go_together_is_refused(checkpoint, pictures, tmp_path):
     output = tmp_path / "f.csv"
-    with pytest.raises(ValueError, match=r"holds many images; add --output F.csv"):
+    with pytest.raises(ValueError, match=r"contains many images; add --output F.csv"):
         predict.command(PredictConfig(checkpoint, (pictures,), device="cpu"))
-    with pytest.raises(FileNotFoundError, match="no image, folder or shard"):
+    with pytest.raises(FileNotFoundError, match="no such image, folder or shard"):
         classified(checkpoint, output, tmp_path / "none")
     output.with_name("f.csv.json").unlink()
     classified(checkpoint, output, pictures)
-    with pytest.raises(ValueError, match=r"f.csv was made with other reject; name another"):
+    with pytest.raises(
+        ValueError, match=r"f.csv was written with different reject; choose another"
+    ):
         classified(checkpoint, output, pictures, reject=0.1)
-    with pytest.raises(ValueError, match=r"f.csv was made with other decode; name another"):
+    with pytest.raises(
+        ValueError, match=r"f.csv was written with different decode; choose another"
+    ):
         classified(checkpoint, output, pictures, decode="scaled")
     output.with_name("f.csv.json").unlink()
-    with pytest.raises(ValueError, match="is there already; name another"):
+    with pytest.raises(ValueError, match="already exists; choose another"):
         classified(checkpoint, output, pictures)
 
 
@@ -188,12 +192,12 @@ def test_sources_that_changed_meanwhile_are_noticed(checkpoint, pictures, tmp_pa
         return real(*arguments)
 
     monkeypatch.setattr(run, "values_of", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
         classified(checkpoint, output, pictures)
     monkeypatch.setattr(run, "values_of", real)
     first = min(pictures.rglob("*.*g"))
     moved = first.rename(tmp_path / "away")
-    with pytest.raises(ValueError, match="the sources have changed since the output was begun"):
+    with pytest.raises(ValueError, match="the sources changed since the output was started"):
         classified(checkpoint, output, pictures)
     moved.rename(first)
     result = classified(checkpoint, output, pictures)
@@ -214,7 +218,7 @@ def test_a_classifier_is_pickled_by_its_settings_and_takes_columns(checkpoint, p
     (bad,) = [n for n, error in enumerate(by_path["error"]) if error]
     assert paths[bad].endswith("bad.jpg")
     assert by_path["answer"][bad] is by_path["embedding"][bad] is None
-    with pytest.raises(KeyError, match="image .bytes. or path is needed"):
+    with pytest.raises(KeyError, match="one must be `image` .encoded bytes. or `path`"):
         classifier({"picture": []})
 
 
@@ -253,7 +257,7 @@ def test_killed_at_any_moment_no_row_is_lost_or_doubled(checkpoint, tmp_path):
 
 def test_ray_needs_an_output_and_its_extra(checkpoint, pictures, tmp_path, monkeypatch):
     first = next(pictures.rglob("*.*g"))
-    with pytest.raises(ValueError, match="--ray is for many images; add --output"):
+    with pytest.raises(ValueError, match="--ray needs --output"):
         predict.command(PredictConfig(checkpoint, (first,), ray="auto", device="cpu"))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'adavipro_fast\[ray\]'"):

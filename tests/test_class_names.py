@@ -35,14 +35,14 @@ def test_names_that_are_read_alike_are_refused(named):
 
 
 def test_names_that_are_cut_to_the_same_text_are_refused(named, capsys):
-    with pytest.raises(ValueError, match="have the same embedding: both are too long"):
+    with pytest.raises(ValueError, match="have the same embedding: both are truncated"):
         named(LONG + "good", LONG + "broken")
-    assert "warning: the text tower reads only the beginning of" in capsys.readouterr().err
+    assert "warning: the text encoder truncates" in capsys.readouterr().err
 
 
 def test_a_learned_head_only_warns(named, capsys):
     named("Red_Fox", "red fox", prompt={"head": "linear"})
-    assert "zero-shot figures cannot tell them apart" in capsys.readouterr().err
+    assert "zero-shot cannot tell them apart" in capsys.readouterr().err
 
 
 def test_a_name_that_just_fits_is_not_called_cut(demo_clip):
@@ -62,4 +62,4 @@ def test_equal_rows_of_a_file_are_refused(named, tmp_path):
 
 def test_numbers_as_names_hint_at_a_learned_head(named, capsys):
     named("0", "1", "2")
-    assert "numbers say little to a text tower" in capsys.readouterr().err
+    assert "numbers mean little to a text encoder" in capsys.readouterr().err

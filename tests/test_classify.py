@@ -107,13 +107,15 @@ def test_what_cannot_be_classified_is_named(files, picture, tmp_path):
         artifact.classify(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match="cannot read image of bytes: it is empty"):
         artifact.classify(b"")
-    with pytest.raises(ValueError, match=r"float32 values of shape \(4, 4, 3\); \(H, W, 3\) uint8"):
+    with pytest.raises(
+        ValueError, match=r"dtype .*float32 and shape \(4, 4, 3\); use \(H, W, 3\) uint8"
+    ):
         artifact.classify(np.zeros((4, 4, 3), np.float32))
     with pytest.raises(ValueError, match="top is 0"):
         artifact.classify(picture, top=0)
     both = open_artifact(files / "both.onnx", device="cpu")
     with pytest.raises(ValueError, match="names no task; the file holds shapes, signs"):
         both.classify(picture)
-    with pytest.raises(ValueError, match="1 tasks are given for 2 pictures"):
+    with pytest.raises(ValueError, match="got 1 tasks for 2 images"):
         both.classify([picture, picture], task=["signs"])
     assert artifact.classify([]) == []

@@ -26,7 +26,7 @@ def test_the_table_has_every_cell_and_a_short_reason_for_each_that_is_refused():
 
 
 def test_a_refusal_without_a_reason_is_a_hole():
-    assert combinations.explained("f.onnx takes normalised floats; export") in set(
+    assert combinations.explained("f.onnx needs normalised floats; export") in set(
         combinations.REASONS.values()
     )
     assert combinations.explained("the dog ate it") == "the dog ate it"

@@ -113,7 +113,7 @@ def test_a_run_stopped_in_epoch_3_and_resumed_ends_in_the_same_bytes(
     _, complaint = process.communicate(timeout=60)
     assert process.returncode in (-signal.SIGKILL, 130)
     if stop == signal.SIGINT:
-        assert f"go on with --resume {cut}" in complaint
+        assert f"continue with --resume {cut}" in complaint
     result = resume_run_from_command_line(cut)
     name = "checkpoint.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
@@ -147,12 +147,12 @@ def test_resuming_with_other_settings_shows_the_difference(trained):
 
 
 def test_a_folder_with_a_run_is_not_overwritten(trained, small):
-    with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
+    with pytest.raises(ValueError, match="already contains a run; continue it with --resume"):
         start_run(small(trained[0]))
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no last.safetensors"):
+    with pytest.raises(FileNotFoundError, match="contains no last.safetensors"):
         resume_run(tmp_path)
 
 
@@ -160,7 +160,7 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(
     small, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("adavipro_fast.training.trainer.lr_factor", lambda *_: 1e32)
-    with pytest.raises(NonFiniteLossError, match="try a lower --lr-prompt than 1e"):
+    with pytest.raises(NonFiniteLossError, match="use a lower --lr-prompt than 1e"):
         start_run(small(tmp_path, lr_prompt=1e6, epochs=9))
     saved = load_file(tmp_path / "last.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
@@ -174,7 +174,7 @@ def test_a_run_that_helps_no_one_gives_the_untrained_prompt_back(small, tmp_path
     config = small(tmp_path / "run", epochs=1, lr_prompt=0.0)
     config = replace(config, prompt=replace(config.prompt, prompt_init="zero"))
     result = start_run(config)
-    assert "the untrained one is kept" in capsys.readouterr().err
+    assert "the untrained prompt is kept" in capsys.readouterr().err
     assert result["test_top1"] == result["zero_shot_top1"]
     assert not load_file(result["checkpoint"])["prompt"].any()
 
@@ -187,7 +187,7 @@ def test_zero_shot_is_of_whole_images_whatever_the_margin(trained, small, tmp_pa
     # The untrained prompt is 0: what differs is the margin.
     assert result["test_top1"] != result["zero_shot_top1"]
     assert "the untrained prompt of the shrunk images" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="zero_shot has no prompt to leave a --margin for"):
+    with pytest.raises(ValueError, match="--margin needs a prompt, and method zero_shot has none"):
         with_margin(small(tmp_path / "other", method="zero_shot"), 56)
 
 
@@ -238,7 +238,7 @@ def test_evaluate_writes_where_the_model_is_wrong(trained, folder, cache, tmp_pa
     drawn = replace(EvaluateConfig(checkpoint, settings), confusion=tmp_path / "c.png")
     evaluate.command(drawn)
     assert Image.open(tmp_path / "c.png").width > 100
-    with pytest.raises(ValueError, match="errors.txt does not end in .csv"):
+    with pytest.raises(ValueError, match="errors.txt must end in .csv"):
         EvaluateConfig(checkpoint, settings, errors=tmp_path / "errors.txt")
 
 
@@ -259,14 +259,14 @@ def test_predict_names_classes_and_draws_the_mask(trained, folder, tmp_path):
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("train", ["--data", "nowhere"], "no data folder nowhere"),
+        ("train", ["--data", "nowhere"], "no such folder: nowhere"),
         ("train", ["--region-size", "48"], "48 does not divide image side 224"),
         ("train", ["--prompt-size", "113"], "113 does not fit an image of side 224"),
         ("train", ["--margin", "112"], "margin 112 leaves no image of side 224; use 0 to 111"),
-        ("train", ["--model", "ViT-Q-7"], "'ViT-Q-7' is unknown to open_clip"),
+        ("train", ["--model", "ViT-Q-7"], "open_clip has no model 'ViT-Q-7'"),
         ("train", ["--model", "local-dir:nowhere"], "'local-dir:nowhere' .* cannot be loaded"),
         ("train", ["--pretrained", "x", "--model", "RN50"], "'RN50' .* cannot be loaded"),
-        ("train", ["--device", "cuda:9"], "torch sees no CUDA device"),
+        ("train", ["--device", "cuda:9"], "PyTorch finds no CUDA device"),
         ("train", ["--device", "gpu"], "device 'gpu' is unknown"),
         ("train", ["--device", "mps"], "device 'mps' is not supported; use auto, cpu or cuda"),
         ("train", ["--device", "meta"], "device 'meta' is not supported"),
@@ -277,8 +277,8 @@ def test_predict_names_classes_and_draws_the_mask(trained, folder, tmp_path):
         ("train", ["--lr-prompt", "nan"], "lr_prompt is nan"),
         ("train", ["--batch-size", "-3"], "batch_size is -3"),
         ("train", ["--batch-size", "0"], "batch_size is 0"),
-        ("evaluate", ["a.onnx", "--batch-size", "0"], "batch_size is 0; 1 or more is needed"),
-        ("evaluate", ["a.onnx", "--batch-size", "-3"], "batch_size is -3; 1 or more is needed"),
+        ("evaluate", ["a.onnx", "--batch-size", "0"], "batch_size is 0; use 1 or more"),
+        ("evaluate", ["a.onnx", "--batch-size", "-3"], "batch_size is -3; use 1 or more"),
         ("train", ["--template", "a photo"], "no {} for the class name"),
         ("train", ["--epochs", "0"], "epochs is 0"),
         ("train", ["--promt-size", "3"], "--promt-size"),
@@ -328,7 +328,7 @@ def test_slow_precision_is_told(trained, folder, cache, capsys):
     data = DataConfig(str(folder), cache_dir=cache)
     path = trained[0] / "checkpoint.safetensors"
     evaluate.command(EvaluateConfig(path, data, precision="fp16", device="cpu"))
-    assert "warning: fp16 runs without the CPU's fast paths" in capsys.readouterr().err
+    assert "warning: fp16 has no fast path on a CPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_training_without_a_test_split_says_so(small, folder, tmp_path, capsys):
 def test_class_embeddings_of_another_width_are_refused(small, tmp_path):
     path = tmp_path / "classes.safetensors"
     save_file({"class_embeddings": torch.randn(3, 5)}, path)
-    with pytest.raises(ValueError, match="have 5 numbers each, the encoder's have 64"):
+    with pytest.raises(ValueError, match="have 5 elements, but the encoder's output has 64"):
         start_run(replace(small(tmp_path / "run"), class_embeddings=path))
 
 
@@ -530,5 +530,5 @@ def test_a_run_of_an_older_version_is_not_continued_in_silence(small, tmp_path):
     metadata["settings"].pop("white_level")
     metadata["progress"]["result"] = {}
     path.write_bytes(safetensors_bytes(tensors, metadata))
-    with pytest.raises(ValueError, match="begun by an older version, which decoded images and"):
+    with pytest.raises(ValueError, match="started by an older version, which decoded and split"):
         resume_run(tmp_path)

@@ -65,7 +65,7 @@ def test_a_search_is_stopped_goes_on_and_leaves_the_winner(
         patch.setattr(Search, "advance", stopped)
         with pytest.raises(KeyboardInterrupt):
             compare.command()
-    with pytest.raises(ValueError, match="already holds a search; go on with --resume"):
+    with pytest.raises(ValueError, match="already contains a search; continue it with --resume"):
         compare.command()
     monkeypatch.setattr(sys, "argv", ["compare", "--resume", str(tmp_path / "search")])
     fits = []
@@ -96,7 +96,7 @@ def test_a_candidate_that_fails_is_left_out(monkeypatch, tmp_path, capsys):
     search_of = Search(every, 60, tmp_path)
     monkeypatch.setattr(Search, "advance", lambda *_: (_ for _ in ()).throw(ValueError("too wide")))
     search_of.attempt(every[2], 1, 60.0)
-    assert "adavipro-linear-30 is left out: too wide" in capsys.readouterr().err
+    assert "adavipro-linear-30 is skipped: too wide" in capsys.readouterr().err
     # Another start knows it.
     assert Search(every, 60, tmp_path).plan["failed"] == {"adavipro-linear-30": "too wide"}
 
@@ -106,5 +106,5 @@ def test_a_budget_of_nothing_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         compare.main()
     assert stop.value.code == 2
-    assert "minutes is 0.0; a number above 0 is needed" in capsys.readouterr().err
+    assert "minutes is 0.0; use a number above 0" in capsys.readouterr().err
     assert torch.is_grad_enabled()

@@ -28,7 +28,7 @@ def test_the_default_precision_is_what_the_processor_does_fast_and_stays_in_the_
 def test_a_slow_choice_warns(monkeypatch):
     monkeypatch.setattr(device, "fast_bf16", lambda _: False)
     assert "emulates bf16" in device.slow_precision("bf16", CPU)
-    assert "fp16 runs without" in device.slow_precision("fp16", CPU)
+    assert "fp16 has no fast path" in device.slow_precision("fp16", CPU)
     assert device.slow_precision("fp32", CPU) is None
 
 

@@ -128,7 +128,9 @@ def test_a_tower_without_patches_is_not_folded(visual, reason):
     assert reason in folding_obstacle(encoder.visual)
     config = PromptConfig(region_size=encoder.preprocess.size // 4, prompt_size=3)
     model = AdaViPro(encoder, torch.randn(5, 16), config)
-    with pytest.raises(ValueError, match=f"cannot be folded: {reason}.* use --graph pixel"):
+    with pytest.raises(
+        ValueError, match=f"cannot be folded into this encoder: {reason}.* use --graph pixel"
+    ):
         deployed([model], Form())
 
 
@@ -216,7 +218,7 @@ def test_bf16_is_checked_in_structure_where_no_backend_runs_it(exported):
     if not torch.cuda.is_available():
         assert result["verified"] is False
         assert "bf16" in result["reason"]
-    with pytest.raises(VerificationError, match="fp16 was asked for"):
+    with pytest.raises(VerificationError, match="expected fp16"):
         onnx_file.check_dtypes(path, "fp16")
 
 
@@ -307,7 +309,9 @@ def test_weights_beyond_one_file_lie_beside_it(checkpoint, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="exported as model.onnx with its weights in model.onnx.d"):
         open_artifact(renamed[0])
     renamed[0].rename(path)
-    with pytest.raises(FileNotFoundError, match="model.onnx.data is missing; it holds the weights"):
+    with pytest.raises(
+        FileNotFoundError, match="model.onnx.data is missing; it contains the weights"
+    ):
         open_artifact(path)
     data.write_bytes(renamed[1].read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match="is damaged"):
@@ -344,7 +348,7 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path):
     ("arguments", "words"),
     [
         (["no.safetensors", "--output", "f.onnx"], "no such file"),
-        (["{checkpoint}", "--output", "f.txt"], "does not end in .onnx"),
+        (["{checkpoint}", "--output", "f.txt"], "must end in .onnx"),
         (
             ["{checkpoint}", "--output", "f.onnx", "--precision", "fp16", "--opset", "20"],
             "opset 20",
@@ -375,10 +379,10 @@ def test_what_cannot_be_exported_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c[: len(c) // 2], "is cut short or was not exported"),
+        (lambda c: c[: len(c) // 2], "is truncated or was not exported"),
         (lambda c: c[:5000] + bytes([c[5000] ^ 1]) + c[5001:], "is damaged"),
         (lambda c: c.replace(b'"prompt_size": 40', b'"prompt_size": 41'), "is damaged"),
-        (lambda _: b"", "is cut short or was not exported"),
+        (lambda _: b"", "is truncated or was not exported"),
     ],
 )
 def test_a_tampered_onnx_file_is_refused(exported, tmp_path, change, message):
@@ -451,7 +455,7 @@ def test_an_engine_costs_hardly_more_than_its_baseline(built):
 def test_a_fake_fp16_engine_is_an_error(exported):
     trt = pytest.importorskip("tensorrt_rtx")
     parsed = network.Network(trt, "tensorrt-rtx", exported()[0])
-    with pytest.raises(VerificationError, match="fp16 was asked for"):
+    with pytest.raises(VerificationError, match="expected fp16"):
         network.prove_precision(parsed.types()["products"], "fp16")
 
 
@@ -460,9 +464,11 @@ def test_an_engine_is_refused_where_it_cannot_run(built):
     values = sealed.read_sidecar(path)
     version = values["runtime_version"]
     engine.check_runs_here(values, version, "8.6")
-    with pytest.raises(ValueError, match=r"built for compute capability 8\.6, here is 9\.0"):
+    with pytest.raises(
+        ValueError, match=r"built for compute capability 8\.6, but this GPU has 9\.0"
+    ):
         engine.check_runs_here(values, version, "9.0")
-    with pytest.raises(ValueError, match=r"here is 0\.1; build it again"):
+    with pytest.raises(ValueError, match=r"but 0\.1 is installed; build it again"):
         engine.check_runs_here(values, "0.1", "8.6")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA device"):
@@ -479,7 +485,7 @@ def test_tampered_engines_and_sidecars_are_refused(built, tmp_path):
     with pytest.raises(FileNotFoundError, match="json"):
         sealed.read_sidecar(path)
     sealed.sidecar_path(path).write_text(text)
-    with pytest.raises(ValueError, match="is not the engine that"):
+    with pytest.raises(ValueError, match="describes another engine than"):
         sealed.read_sidecar(path)
     path.write_bytes(content)
     assert sealed.read_sidecar(path)["precision"] == "fp16"
@@ -495,7 +501,7 @@ def test_tampered_engines_and_sidecars_are_refused(built, tmp_path):
         ({"batch": "4,2,8"}, "out of order"),
         ({"batch": "1,2"}, "is not MIN,OPT,MAX"),
         ({"compute_capability": ("9.9",)}, "'9.9' is unknown to tensorrt-rtx"),
-        ({"output": Path("f.onnx")}, "does not end in .engine"),
+        ({"output": Path("f.onnx")}, "must end in .engine"),
         ({"source": Path("no.onnx")}, "no such file"),
         ({"runtime": "tensorrt"}, "tensorrt"),
     ],
@@ -517,7 +523,7 @@ def test_an_onnx_files_precision_is_not_rewritten(exported, tmp_path):
         exported()[0], tmp_path / "f.engine", runtime="tensorrt-rtx",
         compute_capability=("8.6",), precision="fp16",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="holds fp32, fp16 was asked for"):
+    with pytest.raises(ValueError, match="is fp32, but --precision is fp16"):
         to_tensorrt.command(config)
     assert list(tmp_path.iterdir()) == []
 

@@ -146,7 +146,7 @@ def test_changed_data_is_refused_unless_accepted(finished, monkeypatch, capsys):
     more = ["--resume", run, "--epochs", 2, "--accept-change", "epochs"]
     code, printed = run_train(monkeypatch, capsys, *more)
     assert code == 2
-    assert "data changed since the run began" in printed.err
+    assert "data changed since the run started" in printed.err
     assert "--accept-change data" in printed.err
     code, printed = run_train(monkeypatch, capsys, *more, "--accept-change", "data")
     assert code == 0
@@ -217,7 +217,7 @@ def test_a_folder_that_a_run_holds_is_refused_and_its_leftovers_go(small, tmp_pa
     with held(output):
         (output / "metrics.jsonl.0123abcd.partial").write_bytes(b"half")
         (output / "kept").write_bytes(b"whole")
-        with pytest.raises(ValueError, match="another run is writing .*run; wait for it, or"):
+        with pytest.raises(ValueError, match="another run is using .*run; wait for it, or"):
             train.start_run(small(output))
     with held(output):
         assert sorted(p.name for p in output.iterdir()) == [".lock", "kept"]
@@ -254,7 +254,7 @@ def test_a_restart_goes_on_in_its_own_folder_alone(finished, small, monkeypatch)
     config = small(run, epochs=1)
     own = replace(config, data=replace(config.data, data=str(data)))
     assert train.start_run(own)["epochs"] == 1
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         train.start_run(replace(own, prompt=replace(own.prompt, margin=3)))
 
 
@@ -271,7 +271,7 @@ def test_lost_data_is_told_at_resume(finished, monkeypatch, capsys):
     more = ["--resume", run, "--epochs", 2, "--accept-change", "epochs"]
     code, printed = run_train(monkeypatch, capsys, *more)
     assert code == 2
-    assert f"no data folder {data}" in printed.err
+    assert f"no such folder: {data}" in printed.err
 
 
 @pytest.mark.slow

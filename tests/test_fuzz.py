@@ -306,7 +306,7 @@ def fuzz(name, parts, folder, tmp, count, seed):
 
 def test_cases_found_before_stay_found():
     values = asdict(Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest"))
-    with pytest.raises(ValueError, match="mean holds a number too large"):
+    with pytest.raises(ValueError, match="mean contains a number that is too large"):
         read(Preprocess, values | {"mean": [10**400, 0.5, 0.5]})
     colours = read(Preprocess, values | {"mean": [1e306, -1e306, 0.5], "margin": 8}).pixels()
     assert colours(Image.new("RGB", (9, 9)))[:, 0, 0].tolist() == [255, 0, 128]

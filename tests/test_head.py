@@ -113,12 +113,14 @@ def test_a_probes_file_gives_scikit_learns_answers(run, tmp_path):
 
 
 def test_bad_heads_are_told_in_one_line(run, small, tmp_path):
-    with pytest.raises(ValueError, match="zero_shot learns no head; use --method linear_probe"):
+    with pytest.raises(
+        ValueError, match="zero_shot does not train a head; use --method linear_probe"
+    ):
         PromptConfig(method="zero_shot", head="linear")
     probe = Path(run("linear_probe")[1]["checkpoint"])
     config = small(tmp_path / "run", epochs=1)
     prompt = replace(config.prompt, head="linear", head_input="embedding")
-    with pytest.raises(ValueError, match="holds no linear head that reads embedding"):
+    with pytest.raises(ValueError, match="contains no linear head for embedding"):
         start_run(replace(config, prompt=prompt, head_from=probe))
     assert recipe("best", 30, "linear").optimiser.lr_prompt == 4
 
@@ -130,7 +132,7 @@ def test_the_rows_that_a_head_starts_from_stay_what_they_were(encoder):
     before = rows.clone()
     model.head.rows.data.add_(1)
     assert torch.equal(rows, before)
-    with pytest.raises(ValueError, match="a text head reads embeddings"):
+    with pytest.raises(ValueError, match="a text head only supports embeddings"):
         PromptConfig(head_input="features")
 
 
@@ -152,9 +154,9 @@ def test_a_temperature_mends_confidence_and_changes_no_answer():
 
 
 def test_a_threshold_needs_a_calibration_and_a_share():
-    with pytest.raises(ValueError, match="holds no calibration; train it again"):
+    with pytest.raises(ValueError, match="contains no calibration; train it again"):
         Calibration().threshold(0.1)
-    with pytest.raises(ValueError, match="reject is 1.5; use a share of images"):
+    with pytest.raises(ValueError, match="reject is 1.5; use a share between"):
         Calibration().threshold(1.5)
 
 

@@ -151,12 +151,15 @@ def test_what_was_fetched_once_opens_offline(published, monkeypatch):
 @pytest.mark.parametrize(
     ("address", "line"),
     [
-        ("hub:owner/nothing", "owner/nothing is no repository of the Hub, or not for you; check"),
-        ("hub:owner/name@no", "owner/name has no such revision; give a branch, a tag or a commit"),
-        ("hub:owner/empty", "owner/empty holds no checkpoint.safetensors; name another file as"),
-        ("hub:owner/name/x.onnx", "owner/name holds no x.onnx; name another file as"),
+        (
+            "hub:owner/nothing",
+            "owner/nothing does not exist on the Hub, or you have no access to it; check",
+        ),
+        ("hub:owner/name@no", "owner/name has no such revision; use a branch, a tag or a commit"),
+        ("hub:owner/empty", "owner/empty has no checkpoint.safetensors; choose another file with"),
+        ("hub:owner/name/x.onnx", "owner/name has no x.onnx; choose another file with"),
         ("hub:owner/name/x.engine", "x.engine of owner/name: only .safetensors and .onnx files"),
-        ("hub:name", "hub:name is no file of the Hub; write hub:owner/name"),
+        ("hub:name", "hub:name is not a Hub address; use hub:owner/name"),
         ("hub:owner/na--me", "Cannot have -- or .. in repo_id"),
     ],
 )
@@ -179,9 +182,9 @@ def other_format(content):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (damaged, "is not a whole safetensors file of ours"),
-        (other_format, "has format 'adavipro-slow/1'; 'adavipro-fast/1' is needed"),
-        (lambda _: b"<html>", "is not a whole safetensors file of ours"),
+        (damaged, "is truncated or not a safetensors file of adavipro_fast"),
+        (other_format, "has format 'adavipro-slow/1'; expected 'adavipro-fast/1'"),
+        (lambda _: b"<html>", "is truncated or not a safetensors file of adavipro_fast"),
     ],
 )
 def test_a_file_that_is_not_ours_is_refused(published, change, line):
@@ -209,7 +212,7 @@ def test_who_may_not_write_is_told_so(hub, trained, token, status, capsys, monke
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", "nothing")
     line = refused(push, capsys, monkeypatch, trained[0], "owner/name")
-    assert f"you may not write to owner/name ({status}); log in with `hf auth login`" in line
+    assert f"no permission to write to owner/name ({status}); log in with `hf auth login`" in line
     assert not hub.repositories
 
 
@@ -223,7 +226,7 @@ def test_without_a_network_the_way_out_is_named(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="not in the cache, and HF_HUB_OFFLINE is set"):
         open_artifact("hub:owner/name")
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set; unset it to ask for owner/n"):
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set; unset it to access owner/n"):
         addresses.send(tmp_path, "owner/name")
 
 
@@ -232,7 +235,7 @@ def test_private_means_private(hub, trained, capsys, monkeypatch):
     assert hub.private == {"owner/mine"}
     hub.repositories["owner/public"] = {}
     line = refused(push, capsys, monkeypatch, trained[0], "owner/public", "--private")
-    assert "owner/public exists and is public; make it private, or name another" in line
+    assert "owner/public exists and is public; make it private, or choose another" in line
     assert not hub.repositories["owner/public"]
 
 
@@ -248,7 +251,7 @@ def test_a_card_that_the_hub_does_not_take_is_told_with_its_reason(
 def test_a_hub_in_trouble_is_told_by_its_answer(hub, tmp_path):
     hub.repositories["owner/name"] = {}
     hub.trouble = 418
-    with pytest.raises(ConnectionError, match="the Hub answers 418 for owner/name: in trouble"):
+    with pytest.raises(ConnectionError, match="the Hub answered 418 for owner/name: in trouble"):
         addresses.send(tmp_path, "owner/name")
 
 
@@ -257,7 +260,7 @@ def test_a_name_that_is_no_repository_is_refused_before_anything_is_sent(
     hub, trained, name, capsys, monkeypatch
 ):
     line = refused(push, capsys, monkeypatch, trained[0], name)
-    assert f"{name!r} is no repository of the Hub; write OWNER/NAME" in line
+    assert f"{name!r} is not a repository name; use OWNER/NAME" in line
     assert not hub.requests
 
 
@@ -288,7 +291,7 @@ def test_a_graph_s_second_file_of_weights_is_fetched_with_it(published):
     assert path.with_name("large.onnx.data").read_bytes() == b"weights"
     del files["large.onnx.data"]
     files["alone.onnx"] = b"another graph with data_sha256"
-    with pytest.raises(FileNotFoundError, match="owner/name holds no alone.onnx.data"):
+    with pytest.raises(FileNotFoundError, match="owner/name has no alone.onnx.data"):
         addresses.on_disk(Path("hub:owner/name/alone.onnx"))
 
 
@@ -310,13 +313,13 @@ def test_the_card_tells_the_runs_figures_with_split_and_seed(hub, trained, capsy
     assert f"| This model | 9 validation | {result['val_top1']:.1f} |" in card.text
     assert f"| This model | 12 test | {result['test_top1']:.1f} |" in card.text
     assert f"| 12 test | {result['zero_shot_top1']:.1f} |" in card.text
-    assert "(30 training images), with seed 0; another seed gives other figures" in card.text
+    assert "(30 training images), with seed 0; another seed gives another accuracy" in card.text
     for name in load_checkpoint(path).class_names:
         assert f"`{name}`" in card.text
     assert "](masks.png)" in card.text
     assert "`--reject 0.05`" in card.text
     assert 'open_artifact("hub:owner/name")' in card.text
-    assert "under apache-2.0" in card.text
+    assert "its licence is apache-2.0" in card.text
     assert str(path.parent) not in str(card)
 
 
@@ -324,12 +327,12 @@ def test_a_card_without_a_run_invents_no_figure(hub, trained, tmp_path, capsys, 
     path = tmp_path / "alone.safetensors"
     path.write_bytes(trained[0].read_bytes())
     _, _, complaint = call(push, capsys, monkeypatch, path, "owner/name")
-    assert "no finished run lies beside the checkpoint" in complaint
+    assert "no finished run beside the checkpoint" in complaint
     card = card_of(hub)
     assert not card.data.eval_results
     assert "model" not in card.data.to_yaml()
-    assert "No figures came with this file" in card.text
-    assert "its author named no licence for it" in card.text
+    assert "No accuracy is known" in card.text
+    assert "its author stated no licence" in card.text
     assert card.data.license is None
 
 
@@ -348,9 +351,9 @@ def test_the_cards_python_runs_as_it_stands(published, folder, tmp_path, monkeyp
             *("ViT-B-32", "openai", "`ViT-B-32` of open_clip, weights `openai`"),
             *("timm/vit_base_patch32_clip_224.openai", None),
         ),
-        ("ViT-B-32", "secret/w.pt", "`ViT-B-32` of open_clip, weights of the a", None, None),
+        ("ViT-B-32", "secret/w.pt", "`ViT-B-32` of open_clip, weights from the a", None, None),
         ("hf-hub:owner/clip", "", "`hf-hub:owner/clip` of open_clip", "owner/clip", None),
-        ("local-dir:secret/clip", "", "one of the author's own", None, None),
+        ("local-dir:secret/clip", "", "one from the author", None, None),
         (
             *("timm:vit_small_patch14_dinov2", "lvd142m"),
             "`timm:vit_small_patch14_dinov2` of timm, weights `lvd142m`",
@@ -394,7 +397,7 @@ def test_every_method_has_a_card(checkpoint, method):
     assert card.data.datasets == "cifar10"
     assert card.data.tags[-1] == method
     assert "| This model | test | 40.0 |" in card.text
-    assert ("The encoder alone" in card.text) == (method != "zero_shot")
+    assert ("Zero-shot: the encoder" in card.text) == (method != "zero_shot")
     assert ("As it was before this training" in card.text) == (method == "full_finetune")
 
 
@@ -406,14 +409,14 @@ def test_a_card_without_a_test_split_has_validations_figure(checkpoint):
     assert (result.dataset_split, result.metric_value) == ("validation", 0.5)
     assert "| This model | 3 validation | 50.0 |" in card.text
     assert "test |" not in card.text
-    assert "mean over the validation images" in card.text
+    assert "average over the validation images" in card.text
 
 
 def test_an_encoder_of_ones_own_is_warned_of(hub, checkpoint, tmp_path, capsys, monkeypatch):
     path = tmp_path / "checkpoint.safetensors"
     replace(checkpoint, encoder=EncoderIdentity("local-dir:own", "", "0" * 64)).save(path)
     _, _, complaint = call(push, capsys, monkeypatch, path, "owner/name")
-    assert "the encoder is a file of yours (local-dir:own, no tag)" in complaint
+    assert "the encoder is a local file (local-dir:own, no tag)" in complaint
     assert 'open_artifact("hub:owner/name", model="local-dir:FOLDER")' in card_of(hub).text
 
 

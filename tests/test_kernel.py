@@ -376,7 +376,7 @@ def test_fused_and_plain_module_agree_through_to_the_weights(edge):
         (lambda p: p.__setitem__(0, p[0].transpose(2, 3)), "must be contiguous"),
         (lambda p: p.__setitem__(1, p[1][:, :-1]), "does not fit images of side 16"),
         (lambda p: p.__setitem__(2, torch.zeros(3, 9, 9)), "region size 7 does not divide"),
-        (lambda p: p.__setitem__(0, p[0][:, :2]), r"\(B, 3, S, S\) is needed"),
+        (lambda p: p.__setitem__(0, p[0][:, :2]), r"expected \(B, 3, S, S\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
@@ -389,8 +389,8 @@ def test_what_does_not_fit_is_refused(change, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (PromptConfig(activation="relu"), "activation relu does not collapse"),
-        (PromptConfig(edge="sobel"), "edge sobel is not in it"),
+        (PromptConfig(activation="relu"), "it does not support activation relu"),
+        (PromptConfig(edge="sobel"), "it does not support edge sobel"),
         (PromptConfig(method="vp"), "method vp has no mask"),
     ],
 )

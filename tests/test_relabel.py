@@ -124,17 +124,17 @@ def test_a_file_of_before_templates_were_kept_is_probed(demo_clip, tmp_path):
     relabel.command(RelabelConfig(ours, output, FEWER))
     assert load_checkpoint(output).templates == (DEFAULT_TEMPLATE,)
     other = store(demo_clip, tmp_path / "b.safetensors", stored=())
-    with pytest.raises(ValueError, match="other rows than its names .*; give --template"):
+    with pytest.raises(ValueError, match="do not match its names .*; set --template"):
         relabel.command(RelabelConfig(other, output, FEWER))
     assert relabel.command(RelabelConfig(other, output, FEWER, template=TEMPLATES))["verified"]
 
 
 REFUSED = [
-    ((), "no class was named; use --classes"),
-    (("a", ""), "class 2 of 2 has an empty name; give one"),
+    ((), "no class given; use --classes"),
+    (("a", ""), "class 2 of 2 has an empty name"),
     (("_", "a"), "class 1 of 2 has an empty name"),
-    (("a", "b", "a"), "2 classes are read as 'a'; give each a name"),
-    (("Red_fox", "owl", "red-fox"), "2 classes are read as 'red fox'"),
+    (("a", "b", "a"), "2 class names are all read as 'a'; make"),
+    (("Red_fox", "owl", "red-fox"), "2 class names are all read as 'red fox'"),
 ]
 
 
@@ -153,11 +153,11 @@ def test_files_whose_rows_are_not_embedded_names_are_refused(checkpoint, demo_cl
         assert not path.exists()
 
     for name in ("f.engine", "f.onnx"):
-        refused(tmp_path / name, f"{name} has its classes built in; relabel its checkpoint, exp")
-    refused(checkpoint, "new.onnx does not end in .safetensors", tmp_path / "new.onnx")
+        refused(tmp_path / name, f"{name} cannot be relabelled; relabel its checkpoint and exp")
+    refused(checkpoint, "new.onnx must end in .safetensors", tmp_path / "new.onnx")
     refused(checkpoint, "template 'a photo' has no {}", template=("a photo",))
     linear = store(demo_clip, tmp_path / "l.safetensors", head="linear", head_input="embedding")
-    refused(linear, "has a learned head, no names to embed")
+    refused(linear, "has a linear head, which cannot be relabelled")
 
 
 def test_a_checkpoint_that_classifies_otherwise_gets_no_name(checkpoint, tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_another_encoder_and_one_without_text_are_refused(
     monkeypatch.setattr(
         "adavipro_fast.artifact.torch.load_clip", lambda *_, **__: (demo_clip[0], none)
     )
-    with pytest.raises(ValueError, match="'timm:x' has no text tower to embed names with"):
+    with pytest.raises(ValueError, match="'timm:x' has no text encoder to embed class names"):
         relabel.command(RelabelConfig(checkpoint, tmp_path / "new.safetensors", FEWER))
     assert list(tmp_path.iterdir()) == [source]
 
@@ -209,4 +209,4 @@ def test_the_command_takes_names_with_spaces_and_ends_with_json(
     result = json.loads(out.splitlines()[-1])
     assert (result["path"], result["classes"], result["verified"]) == (str(path), 2, True)
     assert load_checkpoint(path).class_names == ("a red ring", "star")
-    assert "2 classes in place of 3, verified; probabilities are uncalibrated" in err
+    assert "2 classes in place of 3, verified; probabilities are not calibrated" in err

@@ -138,9 +138,11 @@ def test_the_commands_take_a_task(exported, tmp_path, folder, capsys):
     image = next((folder / "test").rglob("*.*"))
     answer = predict.command(PredictConfig(path, (image,), task="dtd", device="cpu"))
     assert answer["predictions"][0]["classes"][0]["name"].startswith("dtd ")
-    with pytest.raises(ValueError, match="holds the tasks flowers, dtd, .*; name one with --task"):
+    with pytest.raises(
+        ValueError, match="holds the tasks flowers, dtd, .*; choose one with --task"
+    ):
         predict.command(PredictConfig(path, (image,), device="cpu"))
-    with pytest.raises(ValueError, match="asks for 'cats'; the file holds flowers, dtd"):
+    with pytest.raises(ValueError, match="requests 'cats'; the file holds flowers, dtd"):
         predict.command(PredictConfig(path, (image,), task="cats", device="cpu"))
 
 
@@ -161,21 +163,21 @@ def test_names_are_given_or_are_the_folders(checkpoints, tmp_path):
     config = OnnxConfig(first, tmp_path / "f.onnx", (second,), input="uint8")
     onnx_export.export(replace(config, task=("a", "b")))
     assert [task.name for task in describe_onnx(config.output).tasks] == ["a", "b"]
-    with pytest.raises(ValueError, match="2 checkpoints, but 1 times --task"):
+    with pytest.raises(ValueError, match="got 2 checkpoints and 1 --task"):
         onnx_export.export(replace(config, task=("a",)))
-    with pytest.raises(ValueError, match="task 'flowers' stands twice"):
+    with pytest.raises(ValueError, match="task name 'flowers' is repeated"):
         onnx_export.export(replace(config, more=(first,)))
-    with pytest.raises(ValueError, match="--baseline is the encoder of one checkpoint"):
+    with pytest.raises(ValueError, match="--baseline needs exactly one checkpoint"):
         onnx_export.export(replace(config, baseline=True))
-    with pytest.raises(ValueError, match="--task names one of several checkpoints"):
+    with pytest.raises(ValueError, match="--task needs several checkpoints"):
         onnx_export.export(replace(config, more=(), task=("a",)))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"region_size": 16}, "regions are of different sizes"),
-     ({"margin": 8}, "images are prepared differently"),
-     ({"activation": "relu"}, "activation relu does not collapse")],
+    [({"region_size": 16}, "region sizes differ"),
+     ({"margin": 8}, "preprocessing differs"),
+     ({"activation": "relu"}, "activation relu is not supported")],
 )  # fmt: skip
 def test_what_cannot_be_shared_is_refused(checkpoints, demo_clip, tmp_path, settings, message):
     model = AdaViPro(demo_clip[0], torch.eye(3, 64), PromptConfig(embed_dim=4, **settings))
@@ -259,11 +261,11 @@ def test_tasks_come_and_go_and_are_answered_like_their_checkpoints(opened, check
         assert (mixed.logits[row, count:] <= ABSENT).all()
         assert torch.equal(mixed.mask[row].int(), own.mask[0].int())
     artifact.remove("far")
-    with pytest.raises(ValueError, match="asks for 'far'; the file holds dtd, probe"):
+    with pytest.raises(ValueError, match="requests 'far'; the file holds dtd, probe"):
         artifact(pixels, names)
-    with pytest.raises(ValueError, match="asks for 'far'"):
+    with pytest.raises(ValueError, match="requests 'far'"):
         artifact.remove("far")
-    with pytest.raises(ValueError, match="there is a task 'dtd' already; remove it first"):
+    with pytest.raises(ValueError, match="task 'dtd' already exists; remove it first"):
         artifact.add(opened / "dtd.task")
 
 
@@ -315,10 +317,12 @@ def test_a_task_that_does_not_fit_is_refused(opened, checkpoints, tmp_path):
     artifact = open_artifact(opened / "open.onnx", device="cpu")
     task = load_task(opened / "flowers.task")
     wrong = {
-        "is of the encoder": {"encoder": replace(task.encoder, sha256="0" * 64)},
-        "images of task 'flowers' are prepared": {"preprocess": replace(task.preprocess, margin=3)},
-        "regions of 16 pixels, the file of 32": {"config": replace(task.config, region_size=16)},
-        "decides on edges sobel": {"config": replace(task.config, edge="sobel")},
+        "was trained on another encoder": {"encoder": replace(task.encoder, sha256="0" * 64)},
+        "task 'flowers' preprocesses images differently": {
+            "preprocess": replace(task.preprocess, margin=3)
+        },
+        "regions of 16 pixels; the file needs 32": {"config": replace(task.config, region_size=16)},
+        "uses edges sobel": {"config": replace(task.config, edge="sobel")},
         "table 'rows' .* does not fit": {
             "tables": task.tables | {"rows": task.tables["rows"][:, :3]}
         },
@@ -332,12 +336,12 @@ def test_a_task_that_does_not_fit_is_refused(opened, checkpoints, tmp_path):
         path.write_bytes(damage((opened / "flowers.task").read_bytes()))
         with pytest.raises(ValueError, match="damaged.task"):
             artifact.add(path)
-    with pytest.raises(ValueError, match="does not end in .task; name a file F.task"):
+    with pytest.raises(ValueError, match="must end in .task"):
         to_task.command(TaskConfig(checkpoints["dtd"], tmp_path / "dtd.bin"))
     near = OnnxConfig(
         checkpoints["flowers"], tmp_path / "f.onnx", (checkpoints["near"],), tasks="open"
     )
-    with pytest.raises(ValueError, match="forms edges of one kind; the checkpoints have several"):
+    with pytest.raises(ValueError, match="needs checkpoints with the same edge detector"):
         onnx_export.export(near)
 
 
@@ -346,7 +350,7 @@ def test_a_file_without_a_mask_path_takes_no_task_that_decides(opened, checkpoin
     assert onnx_export.export(config)["mask_agreement"] == 1
     artifact = open_artifact(config.output, device="cpu")
     artifact.add(opened / "dtd.task")
-    with pytest.raises(ValueError, match="decides on edges .*, the file forms none"):
+    with pytest.raises(ValueError, match="uses edges .*; the file computes none"):
         artifact.add(opened / "flowers.task")
 
 
@@ -375,5 +379,5 @@ def test_the_commands_take_a_task_file(opened, folder):
     flags = {"task": str(opened / "dtd.task"), "device": "cpu"}
     answer = predict.command(PredictConfig(opened / "open.onnx", (image,), **flags))
     assert answer["predictions"][0]["classes"][0]["name"].startswith("dtd ")
-    with pytest.raises(ValueError, match="needs a task; name one with --task F.task"):
+    with pytest.raises(ValueError, match="needs a task; add --task F.task"):
         predict.command(PredictConfig(opened / "open.onnx", (image,), device="cpu"))

@@ -70,9 +70,9 @@ def test_a_prompt_with_a_head_trains_exports_and_predicts(small, weights, tmp_pa
 
 
 def test_what_needs_names_of_classes_is_refused(small, weights, tmp_path):
-    with pytest.raises(ValueError, match="has no text tower; learn a head with --head linear"):
+    with pytest.raises(ValueError, match="has no text encoder; use --head linear"):
         start_run(settings(small, tmp_path / "a", weights))
-    with pytest.raises(ValueError, match="unknown to timm"):
+    with pytest.raises(ValueError, match="has no model"):
         load_encoder("timm:no_such_model")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_encoder(f"timm:{SMALL}", str(Path(__file__)))

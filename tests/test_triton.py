@@ -90,18 +90,18 @@ def test_another_export_is_the_next_version(files, tmp_path):
         assert before in (None, status.st_mtime_ns)
         before = status.st_mtime_ns
     other = TritonConfig(files / "many.onnx", tmp_path / "r", name="m")
-    with pytest.raises(ValueError, match="m has other tasks; give another --name"):
+    with pytest.raises(ValueError, match="m exists with other tasks; choose another --name"):
         to_triton.command(other)
 
 
 def test_what_triton_cannot_serve_is_refused(files, tmp_path):
     checkpoint = files / "shapes" / "checkpoint.safetensors"
-    with pytest.raises(ValueError, match=r"is no .onnx or .engine file; export it"):
+    with pytest.raises(ValueError, match=r"is not an .onnx or .engine file; export it"):
         to_triton.command(TritonConfig(checkpoint, tmp_path / "r"))
     onnx_export.export(OnnxConfig(checkpoint, tmp_path / "f.onnx"))
-    with pytest.raises(ValueError, match="takes normalised floats; export it with --input uint8"):
+    with pytest.raises(ValueError, match="needs normalised floats; export it with --input uint8"):
         to_triton.command(TritonConfig(tmp_path / "f.onnx", tmp_path / "r"))
-    with pytest.raises(ValueError, match="is no name for a model"):
+    with pytest.raises(ValueError, match="is not a valid model name"):
         to_triton.command(TritonConfig(files / "shapes.onnx", tmp_path / "r", name="a/b"))
     with pytest.raises(ValueError, match="batch is 0"):
         TritonConfig(files / "shapes.onnx", tmp_path / "r", batch=0)
@@ -188,7 +188,9 @@ def test_labels_batches_errors_and_versions_of_the_server(serving, files, folder
     images, calls = (now - then for now, then in zip(runs(), before, strict=True))
     assert images == 31
     assert calls < 31
-    with pytest.raises(tritonclient.utils.InferenceServerException, match="no task 'x'; there are"):
+    with pytest.raises(
+        tritonclient.utils.InferenceServerException, match="unknown task 'x'; use one of"
+    ):
         client.infer("many_classify", [texts("encoded", [image]), texts("task", [b"x"])])
     to_triton.command(TritonConfig(files / "shapes.onnx", repository, device="cpu"))
     end = time.monotonic() + 60

@@ -36,7 +36,7 @@ def test_names_that_people_type_are_understood(typed, name):
     [
         ("openai/clip-vit-base-patch32", "use --model ViT-B-32 --pretrained openai"),
         ("clip-vit-large-patch14-336", "use --model ViT-L-14-336 --pretrained openai"),
-        ("ViT-B32", "is unknown to open_clip; use demo, .* ViT-B-32"),
+        ("ViT-B32", "open_clip has no model .*; use demo, .* ViT-B-32"),
         ("SigLIP-B-16", "ViT-B-16-SigLIP"),
         ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "or hf-hub:laion/CLIP"),
     ],
@@ -49,7 +49,7 @@ def test_unknown_names_are_answered_by_the_nearest(typed, message):
 def test_a_folder_of_transformers_is_recognised(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     for model in (str(tmp_path), f"local-dir:{tmp_path}"):
-        with pytest.raises(ValueError, match="holds a 'siglip' model of transformers, of which"):
+        with pytest.raises(ValueError, match="contains a 'siglip' model of transformers, but"):
             load_clip(model)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no open_clip_config.json"):
@@ -96,7 +96,7 @@ def test_without_a_network_the_file_to_fetch_is_named_in_one_line(tmp_path):
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "HF_HUB_OFFLINE is set; fetch open_clip_model.safetensors of " in line
+    assert "HF_HUB_OFFLINE is set; download open_clip_model.safetensors of " in line
     assert "vit_base_patch32_clip_224.openai" in line
     assert "--pretrained FILE" in line
 

@@ -79,9 +79,12 @@ class Classifies:
         tasks = [task] * len(pictures) if isinstance(task, str) else task
         decode = partial(pixels_of, preprocess=artifact.about.preprocess)
         if top < 1:
-            raise ValueError(f"top is {top}; 1 or more is needed")
+            raise ValueError(f"top is {top}; use 1 or more")
         if tasks is not None and len(tasks) != len(pictures):
-            raise ValueError(f"{len(tasks)} tasks are given for {len(pictures)} pictures")
+            raise ValueError(
+                f"got {len(tasks)} tasks for {len(pictures)} images; give one task, or one "
+                "per image"
+            )
         found: list[Answer] = []
         for _, decoded in decoded_ahead(pictures, decode, BATCH):
             own = None if tasks is None else tasks[len(found) : len(found) + len(decoded)]
@@ -114,7 +117,6 @@ def pixels_of(
         return transform(converted(picture, preprocess))
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(
-            f"an array has {picture.dtype} values of shape {picture.shape}; (H, W, 3) uint8 RGB is "
-            "needed"
+            f"array has dtype {picture.dtype} and shape {picture.shape}; use (H, W, 3) uint8 RGB"
         )
     return transform(Image.fromarray(np.ascontiguousarray(picture)))

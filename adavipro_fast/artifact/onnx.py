@@ -64,7 +64,9 @@ class OnnxArtifact(Classifies):
             raise NotRunnableError(f"ONNX Runtime cannot run {path} on {place}: {error}") from error
         used = session.get_providers()[0]
         if place.type == "cuda" and used != "CUDAExecutionProvider":
-            raise NotRunnableError(f"ONNX Runtime runs {path} by {used}, CUDA was asked for")
+            raise NotRunnableError(
+                f"ONNX Runtime runs {path} with {used} instead of CUDA; check its CUDA installation"
+            )
         shapes = {part.name: part.shape for part in session.get_inputs() + session.get_outputs()}
         about.check_shapes(shapes, path)
         return cls(session, about, place, used)

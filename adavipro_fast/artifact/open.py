@@ -88,7 +88,9 @@ def open_artifact(
     """
     path = on_disk(Path(path))
     if path.suffix != ".onnx" and runtime != "auto":
-        raise ValueError(f"runtime {runtime} runs .onnx files, {path} is none; leave it out")
+        raise ValueError(
+            f"runtime {runtime} only runs .onnx files, and {path} is not one; leave runtime out"
+        )
     opened: OnnxArtifact | OpenVinoArtifact | TorchArtifact | EngineArtifact
     if path.suffix == ".onnx":
         opened = open_onnx(path, device, runtime)

@@ -63,7 +63,7 @@ class OpenArtifact(Classifies):
         with self._lock:
             tasks, _ = self._now
             if loaded.name in tasks:
-                raise ValueError(f"there is a task {loaded.name!r} already; remove it first")
+                raise ValueError(f"task {loaded.name!r} already exists; remove it first")
             self._keep({**tasks, loaded.name: replace(loaded, tables=tables)})
         return loaded.name
 
@@ -87,7 +87,9 @@ class OpenArtifact(Classifies):
         """Run the graph on its input, on the file's device, for tasks that are known by now."""
         known, about = self._now
         if not known:
-            raise ValueError("the file holds no task yet; add one (adavipro-to-task)")
+            raise ValueError(
+                "the file holds no task yet; create one with adavipro-to-task and add it"
+            )
         names = [about.tasks[number].name for number in about.numbers(tasks, len(image))]
         present = list(dict.fromkeys(names))
         device = self.file.device
@@ -115,21 +117,22 @@ class OpenArtifact(Classifies):
         assert graph is not None
         if task.encoder.sha256 != graph.encoder_sha256:
             raise ValueError(
-                f"task {task.name!r} is of the encoder {task.encoder.name!r} "
-                f"({task.encoder.sha256[:12]}), the file holds {graph.encoder_sha256[:12]}"
+                f"task {task.name!r} was trained on another encoder, {task.encoder.name!r} "
+                f"({task.encoder.sha256[:12]}); the file contains {graph.encoder_sha256[:12]}"
             )
         # How JPEGs are decoded is the file's to say.
         if replace(task.preprocess, decode=about.preprocess.decode) != about.preprocess:
-            raise ValueError(f"images of task {task.name!r} are prepared otherwise than the file's")
+            raise ValueError(f"task {task.name!r} preprocesses images differently from the file")
         if task.config.region_size != about.config.region_size:
             raise ValueError(
-                f"task {task.name!r} has regions of {task.config.region_size} pixels, the file of "
+                f"task {task.name!r} has regions of {task.config.region_size} pixels; the "
+                "file needs "
                 f"{about.config.region_size}"
             )
         edges = (task.config.edge, task.config.edge_padding)
         if task.config.method == "adavipro" and edges != (graph.edge, graph.edge_padding):
             raise ValueError(
-                f"task {task.name!r} decides on edges {' '.join(edges)}, the file forms "
+                f"task {task.name!r} uses edges {' '.join(edges)}; the file computes "
                 + (f"{graph.edge} {graph.edge_padding}" if graph.edge else "none")
             )
         shapes = self.file.inputs

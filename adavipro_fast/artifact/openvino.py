@@ -121,7 +121,7 @@ class OpenVinoArtifact(Classifies):
 def openvino_obstacle(about: Description, place: torch.device) -> str | None:
     """Say what keeps OpenVINO from running a file on a device."""
     if place.type != "cpu":
-        return f"it runs on the CPU, {place} was asked for"
+        return f"it only runs on the CPU, not on {place}"
     if about.precision == "fp8":
         # Its answers are further from ONNX Runtime's, which were judged, than rounding explains.
         return "its fp8 rounding does not follow the file"

@@ -58,13 +58,15 @@ def check_runs_here(values: dict[str, Any], version: str, capability: str | None
         raise ValueError("running an engine needs a CUDA device; use the .onnx file on a CPU")
     if values["runtime_version"] != version:
         raise ValueError(
-            f"the engine was built by {values['runtime']} {values['runtime_version']}, here is "
-            f"{version}; build it again with adavipro-to-tensorrt or install that version"
+            f"the engine was built by {values['runtime']} {values['runtime_version']}, but "
+            f"{version} is "
+            "installed; build it again with adavipro-to-tensorrt or install that version"
         )
     if capability not in values["compute_capabilities"]:
         raise ValueError(
             f"the engine was built for compute capability "
-            f"{', '.join(values['compute_capabilities'])}, here is {capability}; build it again "
+            f"{', '.join(values['compute_capabilities'])}, but this GPU has {capability}; "
+            "build it again "
             f"with adavipro-to-tensorrt --compute-capability {capability}"
         )
 
@@ -225,7 +227,8 @@ class EngineArtifact(Classifies):
             context = self.engine.create_execution_context()
         if context is None:
             raise NotRunnableError(
-                f"{self.backend} has no memory for another execution context; use smaller batches"
+                f"{self.backend} ran out of memory for another execution context; use smaller "
+                "batches"
             )
         return context
 
@@ -238,8 +241,8 @@ class EngineArtifact(Classifies):
         for name, fed in inputs.items():
             if context.set_input_shape(name, tuple(fed.shape)) is False:
                 raise ValueError(
-                    f"the engine takes no {name} of {tuple(fed.shape)}; build it again with larger "
-                    "--tasks, --classes or --image-size"
+                    f"{name} of shape {tuple(fed.shape)} is outside the engine's range; build it "
+                    "again with larger --tasks, --classes or --image-size"
                 )
             context.set_tensor_address(name, fed.data_ptr())
         outputs = {}
@@ -277,7 +280,9 @@ class EngineArtifact(Classifies):
 
     def _enqueue(self, context: Any, stream: torch.cuda.Stream) -> None:
         if not context.execute_async_v3(stream.cuda_stream):
-            raise NotRunnableError(f"{self.backend} could not run the engine")
+            raise NotRunnableError(
+                f"{self.backend} failed to run the engine; see its messages above"
+            )
 
 
 def filled(tensor: Tensor, least: int) -> Tensor:

@@ -68,7 +68,9 @@ class Classifier:
         """
         key = next((name for name in ("image", "path") if name in columns), None)
         if key is None:
-            raise KeyError(f"columns are {', '.join(columns)}; image (bytes) or path is needed")
+            raise KeyError(
+                f"columns are {', '.join(columns)}; one must be `image` (encoded bytes) or `path`"
+            )
         preprocess = self.artifact.about.preprocess
 
         def decode(row: Any) -> Decoded:

@@ -17,7 +17,7 @@ from adavipro_fast.bulk.run import BATCH, answered
 from adavipro_fast.bulk.sources import Item
 from adavipro_fast.cores import use_threads
 
-INSTALL = "--ray needs its extra: pip install 'adavipro_fast[ray]'"
+INSTALL = "--ray needs Ray: pip install 'adavipro_fast[ray]'"
 # Cores of a worker on machines without GPUs.
 CORES = 4
 # Batches that a worker has at once: one runs, one is decoded, one waits.
@@ -160,7 +160,7 @@ def _scheduled(ray: Any, start: Any, count: int, pictures: Iterator[Item]) -> It
             lost += 1
             if lost > MOST_LOST:
                 reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"workers are lost again and again: {reason}") from error
+                raise ValueError(f"too many workers were lost: {reason}") from error
             if ref in running:
                 number, batch, worker = running.pop(ref)
                 again.append((number, batch))

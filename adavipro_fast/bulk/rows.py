@@ -72,7 +72,7 @@ class Output:
     def _begun(self, plan: dict[str, Any]) -> Record:
         if not self.record_path.exists():
             if self.path.exists() and (not self.folder or any(self.path.iterdir())):
-                raise ValueError(f"{self.path} is there already; name another --output")
+                raise ValueError(f"{self.path} already exists; choose another --output")
             self.parts.mkdir(parents=True, exist_ok=True)
             write_whole(self.record_path, json.dumps(asdict(Record(plan))).encode())
         try:
@@ -84,7 +84,8 @@ class Output:
         changed = [name for name in plan if record.plan.get(name) != plan[name]]
         if changed:
             raise ValueError(
-                f"{self.path} was made with other {', '.join(changed)}; name another --output"
+                f"{self.path} was written with different {', '.join(changed)}; choose another "
+                "--output"
             )
         return record
 

@@ -52,7 +52,7 @@ def classify_all(answers: Answers, sources: Sequence[Path], output: Output) -> d
                         rows, since = [], now
         except KeyboardInterrupt:
             output.add(rows, time.perf_counter() - since)
-            raise KeyboardInterrupt("stopped; the same command goes on") from None
+            raise KeyboardInterrupt("stopped; run the same command again to continue") from None
         output.add(rows, time.perf_counter() - since)
     output.finish()
     new, seconds = record.images - resumed, time.perf_counter() - began
@@ -76,8 +76,8 @@ def skipped(pictures: Iterator[Item], count: int, last: str) -> Iterator[Item]:
         found = next(islice(pictures, count - 1, None), None)
         if found is None or found.id != last:
             raise ValueError(
-                f"picture {count} was {last!r}, now it is {found.id if found else 'none'!r}: the "
-                "sources have changed since the output was begun; name another --output"
+                f"image {count} was {last!r} and is now {found.id if found else 'missing'!r}: the "
+                "sources changed since the output was started; choose another --output"
             )
     return pictures
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from adavipro_fast.data.walk import SUFFIXES, kind_of, streamed
 
-INSTALL = "Parquet needs its extra: pip install 'adavipro_fast[bulk]'"
+INSTALL = "Parquet needs pyarrow: pip install 'adavipro_fast[bulk]'"
 # Names that data sets give the column of encoded images, tried before the others.
 COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes", "content")
 ROWS_AT_ONCE = 64
@@ -39,7 +39,7 @@ def items(sources: Sequence[Path]) -> Iterator[Item]:
     """
     for source in sources:
         if str(source) != "-" and not source.exists():
-            raise FileNotFoundError(f"no image, folder or shard {source}")
+            raise FileNotFoundError(f"no such image, folder or shard: {source}")
     for source in sources:
         if str(source) == "-":
             yield from (_file(Path(line)) for raw in sys.stdin if (line := raw.rstrip("\r\n")))
@@ -117,6 +117,6 @@ def image_column(schema: Any, path: Path) -> str:
             found.append(field.name)
     if not found:
         raise ValueError(
-            f"{path} has no column of encoded images; it has {', '.join(schema.names)}"
+            f"{path} has no column of encoded images; its columns are {', '.join(schema.names)}"
         )
     return str(min(found, key=lambda n: COLUMNS.index(n) if n in COLUMNS else len(COLUMNS)))

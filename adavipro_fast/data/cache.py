@@ -98,11 +98,13 @@ def decoded(
                     images = opened(path)
                     break
         except OSError as error:
-            raise OSError(f"cannot keep decoded images in {folder}: {error}") from error
+            raise OSError(
+                f"cannot write decoded images to {folder}: {error}; choose another --cache-dir"
+            ) from error
         unreadable = dict(sorted((unreadable | failed).items()))
         kept = [i for i in kept if i not in failed]
     if images.shape != shape or images.dtype != np.uint8:
-        raise ValueError(f"{path} is not the cache file it should be; remove it")
+        raise ValueError(f"{path} is not a valid cache file; remove it")
     rows = read_rows(path, preprocess)
     peaks = np.zeros(len(kept), np.uint16) if rows is None else rows["peak"]
     return Decoded(images, key, tuple(kept), unreadable, tuple(digests[i] for i in kept), peaks)

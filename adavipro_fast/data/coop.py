@@ -84,7 +84,7 @@ def coop_sources(layout: Coop, root: Path) -> tuple[tuple[str, ...], dict[str, S
     folder = root / layout.folder
     expected = (
         f"expected {folder / layout.images}/... from {layout.origin} and {folder / layout.split} "
-        "from CoOp (github.com/KaiyangZhou/CoOp); name the folder above with --data-root"
+        "from CoOp (github.com/KaiyangZhou/CoOp); set --data-root to the parent folder"
     )
     for path in (folder / layout.split, folder / layout.images):
         if not path.exists():
@@ -94,7 +94,7 @@ def coop_sources(layout: Coop, root: Path) -> tuple[tuple[str, ...], dict[str, S
     for label, name in (entry[1:] for entries in splits.values() for entry in entries):
         if names.setdefault(label, name) != name:
             raise ValueError(
-                f"{folder / layout.split} calls class {label} both {names[label]!r} and {name!r}"
+                f"{folder / layout.split} names class {label} both {names[label]!r} and {name!r}"
             )
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"{folder / layout.split} has labels that are not 0 to {len(names) - 1}")
@@ -121,7 +121,7 @@ def read_split(path: Path) -> dict[str, list[tuple[str, int, str]]]:
         content = json.loads(path.read_bytes())
         splits = {name: [_entry(row) for row in content[name]] for name in ("train", "val", "test")}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a split of CoOp's form: {error!r}") from error
+        raise ValueError(f"{path} is not a split file of CoOp: {error!r}") from error
     if not all(splits.values()):
         raise ValueError(f"{path} has an empty split")
     return splits
@@ -132,5 +132,5 @@ def _entry(row: Any) -> tuple[str, int, str]:
     if not (type(path) is str and type(label) is int and type(name) is str):
         raise ValueError(f"{row!r} is not [path, label, class name]")
     if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
-        raise ValueError(f"path {path!r} leads out of the folder")
+        raise ValueError(f"path {path!r} points outside the folder")
     return path, label, name

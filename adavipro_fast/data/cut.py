@@ -48,7 +48,7 @@ def check_readable(cuts: Iterable[Cut], *, skip: bool) -> None:
     )
     what, them = ("image", "it") if len(reasons) == 1 else (f"{len(reasons)} images:", "them")
     raise ValueError(
-        f"cannot read {what} {named}; replace or remove {them}, or leave {them} out with "
+        f"cannot read {what} {named}; replace or remove {them}, or skip {them} with "
         "--skip-unreadable"
     )
 
@@ -70,6 +70,7 @@ def grey_note(peaks: np.ndarray[Any, np.dtype[np.uint16]], preprocess: Preproces
     if level is None:
         return []
     return [
-        f"the 16-bit grey training images reach {peak} of {WHITE} and are decoded nearly black; "
+        f"the largest value of the 16-bit grey training images is {peak} of {WHITE}, so they are "
+        "decoded nearly black; "
         f"if {level} is white, add --white-level {level}"
     ]

@@ -49,6 +49,6 @@ def note(copies: Sequence[Places], what: str) -> list[str]:
     """Say how many pictures are in several places, and name the files of the first."""
     if not copies:
         return []
-    count = "1 picture is" if len(copies) == 1 else f"{len(copies)} pictures are"
+    count = "1 picture is" if len(copies) == 1 else f"{len(copies)} images are"
     names = list(copies[0].values())[:NAMED]
     return [f"{count} in {what}: {' = '.join(names)}"]

@@ -67,20 +67,24 @@ def folder_sources(root: Path, *, skip_unreadable: bool = False) -> Sources:
         unknown = [name for name in inside if name not in known and not inside[name].empty]
         if unknown:
             raise ValueError(
-                f"class {unknown[0]!r} is in {folders[split]} and not in {folders['train']}; every "
+                f"class {unknown[0]!r} is in {folders[split]} but not in {folders['train']}; every "
                 "class needs training images"
             )
         source, missing = _source(folders[split], known, class_names, notes, skip=skip_unreadable)
         if missing and split == "train":
-            raise ValueError(f"{found[missing[0]]} holds no image; remove the class or add images")
+            raise ValueError(
+                f"{found[missing[0]]} contains no images; add some or remove the class"
+            )
         if not source.labels:
-            notes.append(f"{folders[split]} holds no image; it counts as absent")
+            notes.append(f"{folders[split]} contains no images; it is ignored")
             continue
         splits[split] = source
         if missing:
-            notes.append(f"{folders[split]} has no image of {listed(missing)}")
+            notes.append(f"{folders[split]} has no images of {listed(missing)}")
     if len(class_names) == 1:
-        notes.append(f"{class_names[0]!r} is the only class; every image will be called so")
+        notes.append(
+            f"{class_names[0]!r} is the only class, so every image will be classified as it"
+        )
     return Sources(class_names, splits, tuple(notes))
 
 
@@ -90,11 +94,13 @@ def check_flat(root: Path, classes: Sequence[Path]) -> None:
         inner, _ = split_folders(folder)
         if inner and any(subfolders(path) for path in inner.values()):
             names = ", ".join(f"{path.name}/" for path in inner.values())
-            raise ValueError(f"{root} holds {folder.name}/, which holds {names}; name {folder}")
+            raise ValueError(
+                f"{root} contains {folder.name}/, which contains {names}; use {folder} instead"
+            )
         if LIKE_A_SPLIT.search(folder.name.lower()) and subfolders(folder):
             raise ValueError(
-                f"{folder} looks like a split and not like a class; call the splits train/, val/ "
-                "and test/"
+                f"{folder} looks like a split, not like a class; name the splits train/, val/ and "
+                "test/"
             )
 
 
@@ -115,25 +121,26 @@ def source_of_test(
     folders, notes = split_folders(root)
     if folders and "test" not in folders:
         raise FileNotFoundError(
-            f"{root} has no folder test/; name a folder with test/, or one that holds class folders"
+            f"{root} has no test/; use a folder with test/ or with class folders"
         )
     folder = folders.get("test", root)
     found = class_folders(folder, root, set(), notes)
     if not found:
         raise ValueError(
-            f"{folder} has no class folders; name the folder that holds them, such as {folder}/.."
+            f"{folder} has no class folders; use the folder that contains them, such as {folder}/.."
         )
     inside = {name: walk(path, outer_of(root, folder)) for name, path in found.items()}
     names = tuple(composed(name) for name in known)
     unknown = [name for name in inside if name not in names and not inside[name].empty]
     if unknown:
         raise ValueError(
-            f"{folder} has classes that the model does not know: {listed(unknown)}; it knows "
+            f"{folder} has classes that the model does not have: {listed(unknown)}; its "
+            "classes are "
             f"{listed(known)}"
         )
     source, missing = _source(folder, inside, names, notes, skip=skip_unreadable)
     if not source.labels:
-        raise ValueError(f"{folder} holds no image of {listed(known)}")
+        raise ValueError(f"{folder} contains no images of {listed(known)}")
     if missing:
         notes.append(f"{folder} has no image of {listed(missing)}")
     if source.left_out:
@@ -149,7 +156,7 @@ def outer_of(root: Path, split: Path) -> list[Path]:
 def left_out_note(left_out: Mapping[str, int]) -> str:
     """Say which files were left out."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(left_out).most_common())
-    return f"files that are no images are left out: {kinds}"
+    return f"skipped files that are not images: {kinds}"
 
 
 def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
@@ -165,7 +172,9 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
         if split is None:
             others.append(folder.name)
         elif split in found:
-            raise ValueError(f"{root} has both {found[split].name}/ and {folder.name}/; keep one")
+            raise ValueError(
+                f"{root} has both {found[split].name}/ and {folder.name}/; remove one of them"
+            )
         else:
             found[split] = folder
     # A class may be called `train`, beside other classes.
@@ -173,7 +182,7 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
         return {}, []
     if "train" in found and others:
         names = ", ".join(f"{name}/" for name in others[:NAMED])
-        return found, [f"{root} holds {names} beside the splits; it is not used"]
+        return found, [f"{root} contains {names} beside the splits; it is ignored"]
     return found, []
 
 
@@ -197,7 +206,7 @@ def class_folders(
         if path in others:
             continue
         if identity_of(path) in outer:
-            notes.append(f"{path} leads back to {path.resolve()}; it is left out")
+            notes.append(f"{path} is a link back to {path.resolve()}; it is skipped")
             continue
         # The file system's bytes are no text: they could not be stored or shown.
         if not path.name.isprintable() and not _is_text(path.name):
@@ -206,12 +215,12 @@ def class_folders(
             )
         name = composed(path.name)
         if name in found:
-            raise ValueError(f"{folder} has two folders that are called {name!r}; merge them")
+            raise ValueError(f"{folder} has two folders named {name!r}; merge them")
         found[name] = path
     if left := not_entered(folder):
-        notes.append(f"{folder} holds {listed(left)}, which is left out")
+        notes.append(f"{folder} contains {listed(left)}, which is skipped")
     if loose := sum(kind_of(p) == "image" for p in folder.iterdir() if is_loose(p)):
-        notes.append(f"{loose} images lie in {folder} itself, in no class; they are left out")
+        notes.append(f"{loose} images in {folder} are not in a class folder; they are skipped")
     return dict(sorted(found.items()))
 
 
@@ -256,17 +265,17 @@ def _source(
         inside = found.get(name, Found())
         others = inside.left_out.total()
         if inside.denied:
-            line = f"you may not read the folder {inside.denied[0]}"
+            line = f"no permission to read the folder {inside.denied[0]}"
             if not skip:
                 raise ValueError(
-                    f"{line}; change its permissions, or leave it out with --skip-unreadable"
+                    f"{line}; change its permissions, or skip it with --skip-unreadable"
                 )
-            notes.append(f"{line}; it is left out")
+            notes.append(f"{line}; it is skipped")
         if others > len(inside.images) and not skip:
             kinds = ", ".join(f"{count} {kind}" for kind, count in inside.left_out.most_common())
             raise ValueError(
                 f"{others} of {others + len(inside.images)} files of class {name!r} in {folder} "
-                f"are not images: {kinds}; move them away, or leave them out with "
+                f"are not images: {kinds}; move them away, or skip them with "
                 "--skip-unreadable"
             )
         if not inside.images:

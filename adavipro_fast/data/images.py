@@ -109,8 +109,8 @@ def opened(content: bytes, name: str, preprocess: Preprocess, most: int) -> Imag
     width, height = preprocess.resized(image.width, image.height)
     if not 0 < width * height <= LARGEST_RESIZED:
         raise ValueError(
-            f"{image.width}x{image.height} would be resized to {width}x{height}; up to "
-            f"{LARGEST_RESIZED} pixels work"
+            f"{image.width}x{image.height} would be resized to {width}x{height}; the limit is "
+            f"{LARGEST_RESIZED} pixels"
         )
     return image
 
@@ -201,11 +201,13 @@ def to_rgb(image: Image.Image, *, white_level: int = WHITE, flatten: bool = True
     # Pillow gives 16-bit files of some formats 32 bits.
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not wide:
-        raise ValueError("its pixels have 32 bits and no known range; save it with 8 or 16")
+        raise ValueError("its pixels have 32 bits and an unknown range; save it with 8 or 16 bits")
     if wide:
         tags = getattr(image, "tag_v2", {})
         if tags.get(BITS_PER_SAMPLE, (16,)) != (16,) or tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-            raise ValueError("its grey pixels are not 0 to 65535, black to white; save it as PNG")
+            raise ValueError(
+                "its grey values do not run from 0 (black) to 65535 (white); save it as PNG"
+            )
         pixels = np.asarray(image)
         narrow = np.empty(pixels.shape, np.uint8)
         # In parts, whose wider numbers take little room.
@@ -246,7 +248,7 @@ def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
     transform = preprocess.pixels()
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"no image file {path}")
+            raise FileNotFoundError(f"no such image file: {path}")
     return torch.from_numpy(
         np.stack([transform(decode(path.read_bytes(), str(path), preprocess)) for path in paths])
     )

@@ -39,27 +39,27 @@ UNBALANCED = 5
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which labelled images are used."""
+    """Options of the labelled images."""
 
     data: str = "demo"
     """a folder with train/ [val/] [test/] and class folders in each, or of class folders alone; or
     demo, digits, cifar10, cifar100, dtd, eurosat, flowers102, food101, pets, sun397, ucf101"""
     data_root: Path = Path("data")
-    """where named data sets lie"""
+    """folder of the named data sets"""
     download: bool = False
-    """fetch a named data set where torchvision can"""
+    """download the data set with torchvision (cifar10 and cifar100)"""
     limit_train: int | None = None
-    """use at most this many training images, the same share of each class"""
+    """largest number of training images, with the same share of each class (default: all)"""
     skip_unreadable: bool = False
-    """leave out images that cannot be read, and count them, instead of stopping"""
+    """skip and count images that cannot be read instead of stopping"""
     cache_dir: Path = DEFAULT_DIR
-    """where decoded images are kept"""
+    """folder of the cache of decoded images"""
     cache_limit_gb: float = 100.0
-    """most that is kept there, 10^9 bytes; images used longest ago go first"""
+    """size limit of the cache, 10^9 bytes; the least recently used images are removed first"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.cache_limit_gb < math.inf:
-            raise ValueError(f"cache_limit_gb is {self.cache_limit_gb}; a number from 0 is needed")
+            raise ValueError(f"cache_limit_gb is {self.cache_limit_gb}; use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
     made = list(cuts.values())
     check_readable(made, skip=config.skip_unreadable)
     for name in [n for n, cut in cuts.items() if n != "train" and not cut.decoded.kept]:
-        notes.append(f"no image of {name} can be read; it counts as absent")
+        notes.append(f"no image of {name} can be read; the split is ignored")
         del cuts[name]
     digest = hashlib.sha256(json.dumps(class_names).encode())
     for name, cut in cuts.items():
@@ -131,8 +131,9 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
         if len(held) == 0:
             raise ValueError(
                 f"{config.data} has {len(train)} training images of {len(class_names)} classes: "
-                "too few to hold a validation split out and keep one of each class; add images or "
-                "a val/ folder" + "".join(f" ({note})" for note in notes[:1])
+                "too few to hold out a validation split and keep one image of each class; "
+                "add images "
+                "or a val/ folder" + "".join(f" ({note})" for note in notes[:1])
             )
         splits["val"] = Split(train.images, train.labels, held)
         train = Split(train.images, train.labels, kept)
@@ -141,7 +142,7 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
         train = limited(train, config.limit_train, len(class_names), seed)
     splits["train"] = train
     if "test" not in splits:
-        notes.append("there is no test split: test figures are null")
+        notes.append("there is no test split, so test results are null")
     notes += few_note(train, class_names)
     skipped = [cut.decoded.unreadable for cut in made]
     reasons = tuple(reason for part in skipped for reason in part.values())
@@ -166,7 +167,7 @@ def few_note(train: Split, class_names: tuple[str, ...]) -> list[str]:
     """Warn of classes with few training images beside others that have more."""
     counts = train.labels[train.rows].bincount(minlength=len(class_names)).tolist()
     few = [f"{n} ({count})" for n, count in zip(class_names, counts, strict=True) if count < FEW]
-    notes = [f"few training images of {listed(few)}"] if few and max(counts) >= FEW else []
+    notes = [f"few training images: {listed(few)}"] if few and max(counts) >= FEW else []
     most, least = (pick(range(len(counts)), key=counts.__getitem__) for pick in (max, min))
     if counts[most] >= UNBALANCED * max(counts[least], 1):
         notes.append(
@@ -185,7 +186,7 @@ def limited(train: Split, limit: int, classes: int, seed: int) -> Split:
     """
     if limit < classes:
         raise ValueError(
-            f"--limit-train {limit} is less than one image a class; use {classes} or more"
+            f"--limit-train {limit} is less than one image per class; use {classes} or more"
         )
     chosen, _ = stratified(train.labels[train.rows], min(limit, len(train)), seed + 1)
     return Split(train.images, train.labels, train.rows[chosen])
@@ -245,8 +246,9 @@ def relabelled(source: Source, own: tuple[str, ...], names: tuple[str, ...]) -> 
     unknown = [name for name in own if composed(name) not in place]
     if unknown:
         raise ValueError(
-            f"the data set has classes that the model does not know: {listed(unknown)}; it knows "
-            f"{listed(names)}; name the data set it was trained on with --data"
+            f"the data set has classes that the model does not have: {listed(unknown)}; its "
+            "classes "
+            f"are {listed(names)}; use the data set that it was trained on"
         )
     labels = tuple(place[composed(own[label])] for label in source.labels)
     return replace(source, labels=labels)
@@ -288,7 +290,9 @@ def sources_of(config: DataConfig) -> Sources:
         return Sources(*coop_sources(COOP[config.data], config.data_root))
     root = Path(config.data)
     if not root.is_dir():
-        raise FileNotFoundError(f"no data folder {root}; --data takes a folder, {', '.join(NAMED)}")
+        raise FileNotFoundError(
+            f"no such folder: {root}; use a folder or one of {', '.join(NAMED)}"
+        )
     return folder_sources(root, skip_unreadable=config.skip_unreadable)
 
 
@@ -327,8 +331,8 @@ def _torchvision_sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str,
                 )
         except RuntimeError as error:
             raise FileNotFoundError(
-                f"{config.data} is not complete under {config.data_root}: {error} "
-                "Name its folder with --data-root, or add --download"
+                f"{config.data} is not complete under {config.data_root}: {error}; "
+                "set --data-root to its folder, or add --download"
             ) from error
         sources[split] = array_source(data.data, data.targets, f"{config.data} {split}")
     return tuple(data.classes), sources

@@ -55,17 +55,17 @@ READERS = 8
 OTHERS = {
     b"ftyphei": "HEIC, which is not decoded here; convert it to JPEG or PNG",
     b"ftyphev": "HEIC, which is not decoded here; convert it to JPEG or PNG",
-    b"ftypmif1": "HEIF, which is not decoded here; convert it to JPEG or PNG",
+    b"ftypmif1": "HEIF, which is not supported; convert it to JPEG or PNG",
     b"ftypcrx": "a camera raw file; convert it to JPEG or PNG",
     b"\xff\x0a": "JPEG XL, which is not decoded here; convert it to JPEG or PNG",
     b"JXL \r\n": "JPEG XL, which is not decoded here; convert it to JPEG or PNG",
-    b"jP  \r\n": "JPEG 2000, which is not decoded here; convert it to JPEG or PNG",
+    b"jP  \r\n": "JPEG 2000, which is not supported; convert it to JPEG or PNG",
     b"8BPS": "a Photoshop file; convert it to JPEG or PNG",
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a ZIP archive",
     b"ftypavif": "a damaged AVIF file",
-    b"ftyp": "a video or another file of its family",
-    b"version https://git-lfs": "a pointer of Git LFS; fetch the file with `git lfs pull`",
+    b"ftyp": "a video or a similar file",
+    b"version https://git-lfs": "a Git LFS pointer; download the file with `git lfs pull`",
     b"<?xml": "XML or SVG",
     b"<svg": "SVG",
     b"<!doctype html": "an HTML page",
@@ -124,7 +124,9 @@ def streamed(folder: Path) -> Iterator[Path]:
     denied: list[Path] = []
     yield from _files(folder, set(), denied)
     if denied:
-        raise PermissionError(f"you may not read the folder {denied[0]}; change its permissions")
+        raise PermissionError(
+            f"no permission to read the folder {denied[0]}; change its permissions"
+        )
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -148,7 +148,7 @@ class Description:
         if values.get("format") != FORMAT:
             raise ValueError(
                 f"{path} was not exported by adavipro_fast (format {values.get('format')!r}, "
-                f"{FORMAT!r} is needed); export a checkpoint with adavipro-to-onnx"
+                f"expected {FORMAT!r}); export a checkpoint with adavipro-to-onnx"
             )
         try:
             about: Description = read(cls, values)
@@ -159,7 +159,7 @@ class Description:
             )
             return replace(about, config=config, preprocess=preprocess, tasks=tuple(tasks))
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} has metadata that cannot be used: {error}") from error
+            raise ValueError(f"{path} has invalid metadata: {error}") from error
 
     def facts(self) -> dict[str, Any]:
         """Return what Triton's Python models need; lists have an entry a task."""
@@ -194,7 +194,9 @@ class Description:
             got = [size if isinstance(size, int) and size >= 0 else None for size in sizes]
             if got != shape:
                 raise ValueError(
-                    f"{path} says of its {name} {shape}, the graph has {got}; export it again"
+                    f"the metadata of {path} gives {name} the shape {shape}, but the graph "
+                    f"has {got}; export "
+                    "it again"
                 )
 
     @property
@@ -214,7 +216,7 @@ class Description:
         each = [task] * count if isinstance(task, str) else list(task or ())
         unknown = next((name for name in each if name not in names), None)
         if unknown is not None or len(each) != count:
-            asked = "names no task" if task is None else f"asks for {unknown or len(each)!r}"
+            asked = "names no task" if task is None else f"requests {unknown or len(each)!r}"
             raise ValueError(
                 f"the call {asked}; the file holds {', '.join(names) or 'one task'}: give one, or "
                 f"one for each of {count} images"
@@ -225,9 +227,9 @@ class Description:
         """Raise ValueError where a file waits for the name of a task."""
         if self.tasks:
             names = ", ".join(task.name for task in self.tasks)
-            raise ValueError(f"{path} holds the tasks {names}; name one with --task")
+            raise ValueError(f"{path} holds the tasks {names}; choose one with --task")
         if self.open_for is not None:
-            raise ValueError(f"{path} needs a task; name one with --task F.task")
+            raise ValueError(f"{path} needs a task; add --task F.task")
 
     def of_task(self, name: str) -> "Description":
         """Describe one of the tasks as a file of its own would.

@@ -32,15 +32,15 @@ METHODS: dict[Method, str] = {
     "image. A small network looks at the image's edges and decides, for each region of {region} x "
     "{region} pixels, whether the prompt is added there (the method is called AdaViPro)",
     "vp": "a visual prompt: a frame of {size} pixels, learned, that is added around each image",
-    "zero_shot": "nothing: it is used as it is",
-    "linear_probe": "nothing but the classes' linear layer",
-    "full_finetune": "training its own weights further; they are in this repository",
+    "zero_shot": "nothing; it is used unchanged",
+    "linear_probe": "only a linear layer for the classes",
+    "full_finetune": "fine-tuning its weights, which are in this repository",
 }
 HEADS: dict[HeadKind, str] = {
-    "text": "the nearest name, by the text encoder",
-    "linear": "a linear layer, trained too",
+    "text": "the text embedding of the class names",
+    "linear": "a trained linear layer",
 }
-OWN = "of the author's own"
+OWN = "from the author"
 WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
 
 
@@ -140,7 +140,7 @@ def figures_of(run: Run, method: Method) -> list[tuple[str, str, float]]:
         ("This model", f"{images['test']}test", "test_top1"),
     ]
     if method != "zero_shot":
-        alone = "The encoder alone, by the names of the classes"
+        alone = "Zero-shot: the encoder with the class names alone"
         rows.append((alone, f"{images['test']}test", "zero_shot_top1"))
     found = ((what, split, run.figures.get(key)) for what, split, key in rows)
     return [(what, split, figure) for what, split, figure in found if figure is not None]

@@ -16,7 +16,7 @@ def read(kind: type[Any], values: Any) -> Any:
         ValueError: a value is missing, of the wrong type, or none of the choices.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{kind.__name__} is {str(values)[:80]!r}; an object is needed")
+        raise ValueError(f"{kind.__name__} is {str(values)[:80]!r}; expected an object")
     values = getattr(kind, "upgraded", dict)(values)
     hints = get_type_hints(kind)
     arguments = {}
@@ -53,8 +53,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         try:
             return float(value)
         except OverflowError as error:
-            raise ValueError(f"{name} holds a number too large") from error
+            raise ValueError(f"{name} contains a number that is too large") from error
     if origin is not None or type(value) is not hint:
         needed = (origin or hint).__name__
-        raise ValueError(f"{name} is {str(value)[:80]!r}; {needed} is needed")
+        raise ValueError(f"{name} is {str(value)[:80]!r}; expected {needed}")
     return value

@@ -95,7 +95,9 @@ class Checkpoint:
             width = projection.shape[0 if self.config.head_input == "features" else 1]
             if rows.shape[1] != width:
                 got = tuple(rows.shape)
-                raise ValueError(f"the head has shape {got}, the encoder gives {width} numbers")
+                raise ValueError(
+                    f"the head has shape {got}, but the encoder's output has {width} elements"
+                )
         model = AdaViPro(
             encoder,
             rows,
@@ -114,7 +116,7 @@ class Checkpoint:
             raise ValueError(
                 f"the encoder {encoder.name!r} ({encoder.sha256[:12]}) is not the one this "
                 f"checkpoint was trained on, {self.encoder.name!r} ({self.encoder.sha256[:12]}); "
-                "name that one with --model and --pretrained"
+                "select that one with --model and --pretrained"
             )
 
 
@@ -145,7 +147,7 @@ def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
         try:
             model.encoder.visual.load_state_dict(tower)
         except RuntimeError as error:
-            raise ValueError(f"not the weights of this image tower: {error}") from error
+            raise ValueError(f"the weights do not fit this image encoder: {error}") from error
 
 
 def checkpoint_of(
@@ -175,7 +177,7 @@ def checked_checkpoint(
 ) -> Checkpoint:
     """Check what `read_safetensors` gave; errors are `load_checkpoint`'s."""
     if metadata.get("format") not in (FORMAT, BASELINE_FORMAT):
-        raise ValueError(f"{path} has format {metadata.get('format')!r}; {FORMAT!r} is needed")
+        raise ValueError(f"{path} has format {metadata.get('format')!r}; expected {FORMAT!r}")
     try:
         config, preprocess = read_settings(metadata)
         if config.method == "linear_probe":
@@ -192,7 +194,7 @@ def checked_checkpoint(
         )
         _check_shapes(checkpoint)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be used: {error}") from error
+        raise ValueError(f"{path} is not a valid checkpoint: {error}") from error
     return checkpoint
 
 

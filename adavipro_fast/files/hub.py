@@ -25,7 +25,7 @@ OFFLINE = "HF_HUB_OFFLINE is set; unset it"
 NETWORK = "the Hub cannot be reached; check network, proxy and HF_ENDPOINT"
 # What huggingface_hub raises, the more special before the general; what we raise; what we say.
 EXPLAINED: tuple[tuple[type[Exception], type[OSError], str], ...] = (
-    (errors.OfflineModeIsEnabled, ConnectionError, OFFLINE + " to ask for {repository}"),
+    (errors.OfflineModeIsEnabled, ConnectionError, OFFLINE + " to access {repository}"),
     (
         errors.GatedRepoError,
         PermissionError,
@@ -34,17 +34,19 @@ EXPLAINED: tuple[tuple[type[Exception], type[OSError], str], ...] = (
     (
         errors.RepositoryNotFoundError,
         FileNotFoundError,
-        f"{{repository}} is no repository of the Hub, or not for you; check the name, or {LOG_IN}",
+        f"{{repository}} does not exist on the Hub, or you have no access to it; check the "
+        "name, or "
+        f"{LOG_IN}",
     ),
     (
         errors.RevisionNotFoundError,
         FileNotFoundError,
-        "{repository} has no such revision; give a branch, a tag or a commit's hash",
+        "{repository} has no such revision; use a branch, a tag or a commit hash",
     ),
     (
         errors.RemoteEntryNotFoundError,
         FileNotFoundError,
-        f"{{repository}} holds no {{file}}; name another file as {FORM}",
+        f"{{repository}} has no {{file}}; choose another file with {FORM}",
     ),
 )
 
@@ -64,7 +66,7 @@ def on_disk(path: Path) -> Path:
         return path
     address = ADDRESS.fullmatch(path.as_posix())
     if address is None:
-        raise ValueError(f"{path} is no file of the Hub; write {FORM}")
+        raise ValueError(f"{path} is not a Hub address; use {FORM}")
     repository, revision, file = address.groups()
     return fetch(repository, file or CHECKPOINT, revision=revision)
 
@@ -82,7 +84,9 @@ def fetch(repository: str, file: str = CHECKPOINT, **options: Any) -> Path:
         OSError: it cannot be fetched, with the reason.
     """
     if not file.endswith(OPENED):
-        raise ValueError(f"{file} of {repository}: only {' and '.join(OPENED)} files are opened")
+        raise ValueError(
+            f"cannot open {file} of {repository}: only {' and '.join(OPENED)} files are supported"
+        )
     with told(repository, file):
         path = Path(hf_hub_download(repository, file, library_name=LIBRARY, **options))
     # Weights of a large graph lie in a second file.
@@ -95,7 +99,7 @@ def fetch(repository: str, file: str = CHECKPOINT, **options: Any) -> Path:
 def check_repository(repository: str) -> None:
     """Raise ValueError where a name is not of the form owner/name."""
     if re.fullmatch(REPOSITORY, repository) is None:
-        raise ValueError(f"{repository!r} is no repository of the Hub; write OWNER/NAME")
+        raise ValueError(f"{repository!r} is not a repository name; use OWNER/NAME")
 
 
 def send(folder: Path, repository: str, *, private: bool = False) -> CommitInfo:
@@ -111,7 +115,7 @@ def send(folder: Path, repository: str, *, private: bool = False) -> CommitInfo:
         public = private and not api.model_info(repository).private
     if public:
         raise PermissionError(
-            f"{repository} exists and is public; make it private, or name another"
+            f"{repository} exists and is public; make it private, or choose another name"
         )
     with told(repository):
         return api.upload_folder(
@@ -144,14 +148,14 @@ def _explained(error: Exception, repository: str, file: str) -> Exception:
         if isinstance(error, theirs):
             return ours(text.format(repository=repository, file=file))
     if isinstance(error, errors.LocalEntryNotFoundError):
-        reason = f"{OFFLINE} to fetch it" if constants.HF_HUB_OFFLINE else NETWORK
+        reason = f"{OFFLINE} to download it" if constants.HF_HUB_OFFLINE else NETWORK
         return FileNotFoundError(f"{file} of {repository} is not in the cache, and {reason}")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            return PermissionError(f"you may not write to {repository} ({status}); {LOG_IN}")
+            return PermissionError(f"no permission to write to {repository} ({status}); {LOG_IN}")
         reason = error.server_message or "try again later"
-        return ConnectionError(f"the Hub answers {status} for {repository}: {reason}")
+        return ConnectionError(f"the Hub answered {status} for {repository}: {reason}")
     # A disk that is full, a name or a model card that it does not take, ...
     if isinstance(error, OSError | ValueError):
         return error

@@ -31,7 +31,7 @@ class Built:
 
     def __post_init__(self) -> None:
         if len(self.batch) != 3 or not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
-            raise ValueError(f"batch is {list(self.batch)}")
+            raise ValueError(f"batch is {list(self.batch)}; expected MIN, OPT, MAX")
 
 
 def describe(path: Path) -> Description:
@@ -61,13 +61,15 @@ def describe_onnx(path: Path) -> Description:
     place = content.rfind(SEAL) + len(SEAL)
     if place < len(SEAL):
         raise ValueError(
-            f"{path} is cut short or was not exported by adavipro_fast; export a checkpoint with "
+            f"{path} is truncated or was not exported by adavipro_fast; export a checkpoint with "
             "adavipro-to-onnx"
         )
     digest = content[place : place + 64]
     unsealed = content[:place] + UNSEALED.encode() + content[place + 64 :]
     if hashlib.sha256(unsealed).hexdigest().encode() != digest:
-        raise ValueError(f"{path} is damaged: it is not what was exported; export it again")
+        raise ValueError(
+            f"{path} is damaged: its content does not match its checksum; export it again"
+        )
     import onnx
 
     data = path.with_name(path.name + ".data")
@@ -75,7 +77,7 @@ def describe_onnx(path: Path) -> Description:
         model = onnx.load_model_from_string(content)
         values = metadata_of(model)
     except Exception as error:  # protobuf's own errors, nesting without end, ...
-        raise ValueError(f"{path} is no ONNX file of ours: {error}") from error
+        raise ValueError(f"{path} is not an ONNX file of adavipro_fast: {error}") from error
     # A file may name any other file as the place of its weights.
     places = {
         entry.value
@@ -89,13 +91,17 @@ def describe_onnx(path: Path) -> Description:
         if renamed and Path(own).name == own:
             raise ValueError(
                 f"{path} was exported as {own.removesuffix('.data')} with its weights in {own}; "
-                "give both files these names again"
+                "rename both files back"
             )
-        raise ValueError(f"{path} wants weights from elsewhere than {data.name}; refused")
+        raise ValueError(
+            f"{path} refers to weights outside {data.name}, which is not allowed; export it again"
+        )
     if places and not data.is_file():
-        raise FileNotFoundError(f"{data} is missing; it holds the weights of {path.name}")
+        raise FileNotFoundError(f"{data} is missing; it contains the weights of {path.name}")
     if "data_sha256" in values and values["data_sha256"] != file_sha256(data):
-        raise ValueError(f"{data} is damaged: it is not what was exported; export it again")
+        raise ValueError(
+            f"{data} is damaged: its content does not match its checksum; export it again"
+        )
     return Description.of(values, path)
 
 
@@ -154,12 +160,12 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
             raise ValueError(f"it is larger than {LARGEST_SIDECAR} bytes")
         values = json.loads(path.read_text())
         if sidecar_sha256(values) != values["sidecar_sha256"]:
-            raise ValueError("its content is not what was written")
+            raise ValueError("its content does not match its checksum")
         expected = read(Built, values).engine_sha256
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"sidecar {path} is damaged: {error}; build the engine again") from error
     if file_sha256(engine) != expected:
-        raise ValueError(f"{engine} is not the engine that {path.name} describes; build it again")
+        raise ValueError(f"{path.name} describes another engine than {engine}; build it again")
     return dict(values)
 
 

@@ -73,7 +73,7 @@ def load_task(path: Path) -> TaskFile:
     """
     tables, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {metadata.get('format')!r}; {FORMAT!r} is needed")
+        raise ValueError(f"{path} has format {metadata.get('format')!r}; expected {FORMAT!r}")
     try:
         config, preprocess = read_settings(metadata)
         names = tuple(str(name) for name in metadata["class_names"])
@@ -88,7 +88,7 @@ def load_task(path: Path) -> TaskFile:
         )
         _check(tables, len(names), config.region_size, preprocess.size // config.region_size)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a task that can be used: {error}") from error
+        raise ValueError(f"{path} is not a valid task file: {error}") from error
     return task
 
 
@@ -102,7 +102,7 @@ def _check(tables: Mapping[str, Tensor], classes: int, region: int, grid: int) -
         "biases": (classes,),
     }
     if set(tables) != set(shapes):
-        raise ValueError(f"its tables are {sorted(tables)}; {sorted(shapes)} are needed")
+        raise ValueError(f"its tables are {sorted(tables)}; expected {sorted(shapes)}")
     check_tensors(tables, shapes)
 
 

@@ -120,11 +120,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     # Not only SafetensorError: types that torch lacks, nesting without end, ...
     except Exception as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file of ours: {error}; make it again"
+            f"{path} is truncated or not a safetensors file of adavipro_fast: {error}; create "
+            "it again"
         ) from error
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(value.float().isfinite().all()):
-            raise ValueError(f"{path}: tensor {name!r} holds NaN or infinity; train it again")
+            raise ValueError(f"{path}: tensor {name!r} contains NaN or infinity; train it again")
     return tensors, metadata
 
 
@@ -143,9 +144,9 @@ def check_tensors(
         if len(got) != len(shape) or any(
             w not in (None, g) for w, g in zip(shape, got, strict=True)
         ):
-            raise ValueError(f"tensor {name!r} has shape {got}; {shape} is needed")
+            raise ValueError(f"tensor {name!r} has shape {got}; expected {shape}")
         if tensors[name].dtype != torch.float32:
-            raise ValueError(f"tensor {name!r} is {tensors[name].dtype}; fp32 is needed")
+            raise ValueError(f"tensor {name!r} is {tensors[name].dtype}; expected fp32")
 
 
 def file_sha256(path: Path) -> str:

@@ -27,13 +27,13 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not LEAST <= self.temperature <= MOST:
-            raise ValueError(f"temperature is {self.temperature}; {LEAST} to {MOST} works")
+            raise ValueError(f"temperature is {self.temperature}; use {LEAST} to {MOST}")
         if self.link not in ("softmax", "sigmoid"):
             raise ValueError(f"unknown link {self.link!r}; use softmax or sigmoid")
         if len(self.confidences) not in (0, QUANTILES):
-            raise ValueError(f"{len(self.confidences)} confidences; {QUANTILES} are needed")
+            raise ValueError(f"got {len(self.confidences)} confidences; expected {QUANTILES}")
         if not all(0 <= value <= 1 for value in self.confidences):
-            raise ValueError("confidences are not all from 0 to 1")
+            raise ValueError("confidences must be between 0 and 1")
 
     @property
     def without(self) -> "Calibration":
@@ -52,9 +52,9 @@ class Calibration:
             ValueError: the rate is no share, or the model was trained before there were any.
         """
         if not 0 <= rate < 1:
-            raise ValueError(f"reject is {rate}; use a share of images, 0 to 1")
+            raise ValueError(f"reject is {rate}; use a share between 0 and 1")
         if not self.confidences:
-            raise ValueError("the file holds no calibration; train it again to have --reject")
+            raise ValueError("the file contains no calibration; train it again to use --reject")
         quantiles = torch.tensor(self.confidences, dtype=torch.double)
         place = rate * (QUANTILES - 1)
         below, share = math.floor(place), place - math.floor(place)

@@ -30,7 +30,7 @@ def check_templates(templates: Sequence[str]) -> None:
     """Raise ValueError where a template has no `{}` for the class name."""
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} for the class name; add it")
+            raise ValueError(f"template {template!r} has no {{}} for the class name")
 
 
 def readable(class_name: str) -> str:
@@ -98,8 +98,7 @@ class NoText:
     def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Raise ValueError: names cannot be embedded."""
         raise ValueError(
-            f"encoder {self.name!r} has no text tower; learn a head with --head linear, or give "
-            "--class-embeddings"
+            f"encoder {self.name!r} has no text encoder; use --head linear or --class-embeddings"
         )
 
 
@@ -150,7 +149,9 @@ def load_clip(
         settings["size"] if isinstance(settings["size"], tuple) else (settings["size"],) * 2
     )
     if height != width:
-        raise ValueError(f"model {model!r} takes {height}x{width} images; square ones are needed")
+        raise ValueError(
+            f"model {model!r} needs {height}x{width} images; only square images are supported"
+        )
     preprocess = Preprocess(
         size=height,
         mean=tuple(settings["mean"]),

@@ -31,48 +31,50 @@ Kernel = Literal["auto", "fused", "plain"]
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What the prompt is made of; travels in the checkpoint."""
+    """Settings of the prompt; stored in the checkpoint."""
 
     method: Method = "adavipro"
-    """adavipro decides per region where the prompt applies; vp applies it everywhere; the others
-    have no prompt: zero_shot, linear_probe, full_finetune"""
+    """adavipro adds the prompt to some regions, vp to all; zero_shot, linear_probe and
+    full_finetune have no prompt"""
     prompt_size: int = 30
-    """width of each side of the frame, pixels"""
+    """width of the prompt's frame, pixels"""
     region_size: int = 32
-    """side of the square decision unit, pixels; divides the image side"""
+    """side of a region, pixels; must divide the image side"""
     embed_dim: int = 64
-    """channels between convergence and policy module"""
+    """channels between the two convolutions of the mask generator"""
     edge: Edge = "laplacian"
     """edge detector in front of the mask generator"""
     edge_padding: EdgePadding = "zero"
-    """what the edge detector sees outside the image"""
+    """padding of the edge detector at the image border"""
     activation: Activation = "none"
-    """between convergence and policy module; relu gives up the collapsed fast path"""
+    """activation between the two convolutions of the mask generator; relu disables the fast path"""
     gumbel: Literal["hard", "soft"] = "hard"
-    """training masks: hard is straight-through, soft is relaxed"""
+    """Gumbel-Softmax masks in training: hard (straight-through) or soft (relaxed)"""
     prompt_init: Literal["normal", "zero"] = "normal"
-    """first values of the template: N(0, 1) or 0"""
+    """initial values of the template: N(0, 1) or 0"""
     generator_init: Literal["random", "avoid-edges"] = "random"
-    """first values of the mask generator: torch's default, or open where edges are weak"""
+    """initial mask generator: random, or open except where edges are strong"""
     head: HeadKind = "text"
-    """what scores the classes: embeddings of their names, or a learned linear layer"""
+    """text: embeddings of the class names; linear: a trained linear layer"""
     head_input: HeadInput | None = None
-    """what a linear head reads: unit embeddings, or the features before the projection (default:
-    what validation says)"""
+    """input of a linear head: the unit embedding, or the features before the projection
+    (default: the better one on validation)"""
     margin: int = 0
-    """shrink images by this many pixels on each side; the prompt has the margin for itself"""
+    """shrink images by this many pixels on each side and leave the border to the prompt"""
 
     def __post_init__(self) -> None:
         for name in ("prompt_size", "region_size", "embed_dim"):
             if not 1 <= getattr(self, name) <= LARGEST_SIDE:
-                raise ValueError(f"{name} is {getattr(self, name)}; 1 to {LARGEST_SIDE} works")
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 to {LARGEST_SIDE}")
         if self.margin and self.method not in PROMPTED:
-            raise ValueError(f"{self.method} has no prompt to leave a --margin for")
+            raise ValueError(f"--margin needs a prompt, and method {self.method} has none")
         if self.method == "zero_shot" and self.head == "linear":
-            raise ValueError("zero_shot learns no head; use --method linear_probe for one alone")
+            raise ValueError("zero_shot does not train a head; use --method linear_probe")
         text = self.head == "text" and self.method != "linear_probe"
         if text and self.head_input == "features":
-            raise ValueError("a text head reads embeddings; use --head linear with --head-input")
+            raise ValueError(
+                "a text head only supports embeddings; use --head linear with --head-input features"
+            )
 
     @staticmethod
     def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class FrozenEncoder(nn.Module):
         if preprocess is not None and preprocess.size != self.preprocess.size:
             raise ValueError(
                 f"images of side {preprocess.size} do not fit the encoder {self.name!r}, which "
-                f"takes {self.preprocess.size}"
+                f"needs {self.preprocess.size}"
             )
         twin = FrozenEncoder(
             self.visual if precision is None else copy.deepcopy(self.visual),

@@ -58,21 +58,24 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST_SIDE:
-            raise ValueError(f"image side {self.size} is out of range; 1 to {LARGEST_SIDE} works")
+            raise ValueError(f"image side is {self.size}; use 1 to {LARGEST_SIDE}")
         if not 0 <= self.margin < self.size / 2:
             raise ValueError(
                 f"margin {self.margin} leaves no image of side {self.size}; "
                 f"use 0 to {(self.size - 1) // 2}"
             )
         if not (len(self.mean) == len(self.std) == 3):
-            raise ValueError("mean and std need three channels")
+            raise ValueError("mean and std must have three values")
         if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} or std {self.std} cannot normalise an image")
         if not 0.1 <= self.crop <= 1 or (self.crop != 1 and self.resize_mode != "shortest"):
-            raise ValueError(f"crop {self.crop} with resize mode {self.resize_mode!r} is not known")
+            raise ValueError(
+                f"crop {self.crop} with resize mode {self.resize_mode!r} is not supported"
+            )
         if self.decoding not in (FIRST_DECODING, DECODING):
             raise ValueError(
-                f"decoding {self.decoding} is unknown; this version knows {FIRST_DECODING} and "
+                f"decoding version {self.decoding} is unknown; this release supports "
+                f"{FIRST_DECODING} and "
                 f"{DECODING}"
             )
         if not 255 <= self.white_level <= WHITE:

@@ -142,11 +142,11 @@ class Sampling:
 def fused_obstacle(config: PromptConfig) -> str | None:
     """Say what keeps the fused kernel from running a configuration on any device."""
     if config.method != "adavipro":
-        return f"method {config.method} has no mask to decide"
+        return f"method {config.method} has no mask"
     if config.activation != "none":
-        return f"activation {config.activation} does not collapse"
+        return f"it does not support activation {config.activation}"
     if config.edge not in ("laplacian", "laplacian-magnitude"):
-        return f"edge {config.edge} is not in it"
+        return f"it does not support edge {config.edge}"
     if config.region_size < 2:
         return "regions are smaller than 2 pixels"
     if find_spec("triton") is None:
@@ -277,7 +277,7 @@ class AdaptivePrompt(nn.Module):
         from adavipro_fast.kernels.adaptive_prompt import adaptive_prompt as fused
 
         if images.requires_grad:
-            raise ValueError("the fused kernel gives images no gradient; use kernel='plain'")
+            raise ValueError("the fused kernel computes no gradient for images; use kernel='plain'")
         assert self.generator is not None
         assert self.template is not None
         kernel, bias = self.generator.collapsed()

@@ -30,9 +30,7 @@ def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
     """
     name = model.removeprefix(PREFIX)
     if not timm.is_model(name.split(".")[0]):
-        raise ValueError(
-            f"model {model!r} is unknown to timm {timm.__version__}; timm.list_models()"
-        )
+        raise ValueError(f"timm {timm.__version__} has no model {model!r}; see timm.list_models()")
     name, _, tag = name.partition(".")
     file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
     tag = tag if file is not None or not pretrained else pretrained
@@ -50,11 +48,17 @@ def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
     settings = resolve_model_data_config(visual)
     _, height, width = settings["input_size"]
     if height != width:
-        raise ValueError(f"model {model!r} takes {height}x{width} images; square ones are needed")
+        raise ValueError(
+            f"model {model!r} needs {height}x{width} images; only square images are supported"
+        )
     if settings["crop_mode"] not in RESIZE_MODES:
-        raise ValueError(f"model {model!r} crops images by {settings['crop_mode']!r}; not known")
+        raise ValueError(
+            f"model {model!r} uses crop mode {settings['crop_mode']!r}, which is not supported"
+        )
     if settings["crop_mode"] == "squash" and settings["crop_pct"] != 1:
-        raise ValueError(f"model {model!r} crops what it squashed, which is not known")
+        raise ValueError(
+            f"model {model!r} crops images after squashing them, which is not supported"
+        )
     preprocess = Preprocess(
         size=height,
         mean=tuple(settings["mean"]),

@@ -63,14 +63,14 @@ def load_transformers_clip(folder: Path) -> tuple[Any, Any]:
     if act not in ("quick_gelu", "gelu") or settings["text_cfg"]["vocab_size"] != VOCABULARY:
         raise ValueError(
             f"{folder}: activation {act!r} with {settings['text_cfg']['vocab_size']} words is not "
-            f"known; quick_gelu or gelu with {VOCABULARY} is"
+            f"supported; use quick_gelu or gelu with {VOCABULARY}"
         )
     clip = open_clip.CLIP(**settings, quick_gelu=act == "quick_gelu")
     try:
         clip.load_state_dict(renamed(read_weights(folder)), strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} holds other weights than its config says: {reason}") from error
+        raise ValueError(f"the weights in {folder} do not match its config: {reason}") from error
     open_clip.factory.set_model_preprocess_cfg(
         clip, preprocessing(folder, settings["vision_cfg"]["image_size"])
     )
@@ -125,7 +125,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             else:
                 tensors = torch.load(path, map_location="cpu", weights_only=True)
             return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}; save the model into one file")
+    raise ValueError(f"{folder} contains none of {', '.join(WEIGHTS)}; save the model as one file")
 
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

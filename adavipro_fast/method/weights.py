@@ -47,7 +47,7 @@ def resolved_name(model: str) -> str:
         return model
     if folder.is_dir():
         return f"local-dir:{folder}"
-    raise ValueError(f"model {model!r} is unknown to open_clip; {suggestion(model, known)}")
+    raise ValueError(f"open_clip has no model {model!r}; {suggestion(model, known)}")
 
 
 def what_lacks(folder: Path) -> str:
@@ -55,11 +55,10 @@ def what_lacks(folder: Path) -> str:
     try:
         kind = json.loads((folder / CONFIG).read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
-        return (
-            f"has no {OPEN_CLIP_CONFIG}; save the model with open_clip, or name a model of its list"
-        )
+        return f"has no {OPEN_CLIP_CONFIG}; save the model with open_clip, or use one of its names"
     return (
-        f"holds a {kind!r} model of transformers, of which only 'clip' is read; name an encoder of "
+        f"contains a {kind!r} model of transformers, but only 'clip' is supported; use an "
+        "encoder of "
         "open_clip, or timm:NAME"
     )
 
@@ -71,7 +70,7 @@ def suggestion(model: str, known: list[str]) -> str:
         size, patch, side = on_hub.groups()
         name = f"ViT-{SIZES[size]}-{patch}" + (f"-{side}" if side else "")
         if name in known:
-            return f"transformers calls it so; use --model {name} --pretrained openai"
+            return f"this is its name in transformers; use --model {name} --pretrained openai"
     lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(model.replace("/", "-").lower(), lower, NEAREST, cutoff=0.5)
     names = ", ".join(lower[name] for name in near) or ", ".join(["ViT-B-32", "ViT-B-16"])
@@ -124,12 +123,13 @@ def difference(model: str, name: str, ways: Mapping[Any, list[str]]) -> str:
         for way, tags in ways.items()
     )
     twin = f"{model}-quickgelu"
-    other = "--model local-dir:FOLDER with an open_clip_config.json that says so"
+    other = "--model local-dir:FOLDER with an open_clip_config.json that sets it"
     if name == "quick_gelu" and twin in open_clip.list_models():
         other = f"--model {twin} for QuickGELU"
     return (
-        f"published weights of {model} have different {name}: {listed}; the file does not say "
-        f"which it needs, and {model}'s default is used; use {other}, or --pretrained TAG"
+        f"published weights of {model} differ in {name}: {listed}; the file does not say which it "
+        f"needs, so the default of {model} is used; to change this, use {other}, or "
+        "--pretrained TAG"
     )
 
 
@@ -148,10 +148,13 @@ def one_line_errors(model: str, pretrained: str) -> Iterator[None]:
         reason = str(error).split("\n")[0][:300]
         source = published_at(model, pretrained)
         if source is not None and ("download" in reason or "HF Hub" in reason):
-            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub was not reached"
+            why = (
+                "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable"
+            )
             reason = (
-                f"its weights are not on this machine and {why}; fetch {source} on another machine "
-                "and give the file as --pretrained FILE. An exported .onnx file needs neither"
+                f"its weights are not on this machine and {why}; download {source} on another "
+                "machine "
+                "and use --pretrained FILE. Exported .onnx files need no weights"
             )
         raise ValueError(
             f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}"

@@ -25,7 +25,7 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error}; name another --port") from error
+        raise OSError(f"cannot listen on {host}:{port}: {error}; choose another --port") from error
 
 
 def leave_signals_to_uvicorn() -> None:

@@ -60,7 +60,9 @@ class Metrics:
             "adavipro_threads", "threads of runtimes and decoders", registry=self.registry
         )
         self.threads.set(threads())
-        self.held = Gauge("adavipro_images_held", "images that wait or run", registry=self.registry)
+        self.held = Gauge(
+            "adavipro_images_held", "images waiting or running", registry=self.registry
+        )
 
 
 class Application:
@@ -91,7 +93,7 @@ class Application:
         files = name not in self.served and name.endswith(CLASSIFY)
         served = self.served.get(name.removesuffix(CLASSIFY) if files else name)
         if served is None or version not in (None, str(served.now.version)):
-            raise HTTPException(404, f"no model {name!r} of version {version or 'any'} is served")
+            raise HTTPException(404, f"model {name!r}, version {version or 'any'}, is not served")
         return served.now, files
 
     async def read(self, request: Request) -> bytes:
@@ -102,16 +104,18 @@ class Application:
         """
         most, parts, size = self.limits.body_bytes, [], 0
         if "content-encoding" in request.headers:
-            raise HTTPException(415, "bodies are taken as they are, not compressed")
+            raise HTTPException(415, "compressed request bodies are not supported")
         try:
             async with asyncio.timeout(self.limits.seconds):
                 async for part in request.stream():
                     size += len(part)
                     if size > most:
-                        raise HTTPException(413, f"a request may have {most} bytes")
+                        raise HTTPException(413, f"the request body is larger than {most} bytes")
                     parts.append(part)
         except TimeoutError:
-            raise HTTPException(408, f"the body took over {self.limits.seconds:g} s") from None
+            raise HTTPException(
+                408, f"the request body took more than {self.limits.seconds:g} s to arrive"
+            ) from None
         return b"".join(parts)
 
     async def decoded(self, files: Sequence[tuple[str, bytes]], about: Description) -> Tensor:
@@ -159,7 +163,7 @@ class Application:
             answer = self.batcher.submit(Job(generation.artifacts, pixels, tasks))
             prediction = await asyncio.wrap_future(answer)
             if before != tasks_of(generation.about, tasks):
-                raise StoppingError("a task was replaced meanwhile; ask again")
+                raise StoppingError("a task was replaced during the request; try again")
             return prediction
         except NotRunnableError as error:
             raise HTTPException(500, str(error)) from None
@@ -173,7 +177,7 @@ class Application:
         if not 1 <= count <= self.limits.images:
             raise HTTPException(
                 400 if count == 0 else 413,
-                f"a request has 1 to {self.limits.images} images, not {count}",
+                f"the request has {count} images; send 1 to {self.limits.images}",
             )
 
 

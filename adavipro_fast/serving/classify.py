@@ -90,10 +90,10 @@ def chosen(asked: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
             try:
                 options[name] = kinds[name](text)
             except ValueError:
-                raise ValueError(f"{name} is {text!r}; a number is needed") from None
+                raise ValueError(f"{name} is {text!r}; use a number") from None
     options["top"] = SHOWN_CLASSES if options["top"] is None else options["top"]
     if options["top"] < 1:
-        raise ValueError(f"top is {options['top']}; 1 or more is needed")
+        raise ValueError(f"top is {options['top']}; use 1 or more")
     return options
 
 

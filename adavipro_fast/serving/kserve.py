@@ -69,22 +69,22 @@ def parse(body: bytes, header_length: str | None, takes: Sequence[TensorSpec]) -
     try:
         length = len(body) if header_length is None else int(header_length)
     except ValueError:
-        raise ValueError(f"{HEADER} is no number") from None
+        raise ValueError(f"{HEADER} is not a number") from None
     if not 0 <= length <= len(body):
-        raise ValueError(f"{HEADER} is {length}, the body has {len(body)} bytes")
+        raise ValueError(f"{HEADER} is {length}, but the body has {len(body)} bytes")
     try:
         values = json.loads(body[:length])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the request is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError("the request is no JSON object")
+        raise ValueError("the request is not a JSON object")
     known = {spec.name: spec for spec in takes}
     inputs: dict[str, Array] = {}
     rest = memoryview(body)[length:]
     for entry in objects(values, "inputs"):
         name = entry.get("name")
         if not isinstance(name, str) or name not in known or name in inputs:
-            raise ValueError(f"input {short(name)} is unknown or stands twice; {listed(known)}")
+            raise ValueError(f"input {short(name)} is unknown or repeated; {listed(known)}")
         inputs[name], rest = tensor(entry, known[name], rest)
     if len(rest):
         raise ValueError(f"{len(rest)} bytes follow the last tensor")
@@ -93,11 +93,11 @@ def parse(body: bytes, header_length: str | None, takes: Sequence[TensorSpec]) -
         if not isinstance(entry.get("name"), str):
             raise ValueError("an output has no name")
         if "classification" in parameters(entry):
-            raise ValueError("classification is not offered here; ask the model's _classify")
+            raise ValueError("classification is not supported here; use the model NAME_classify")
         wanted.append(Wanted(entry["name"], parameters(entry).get("binary_data") is True))
     identity = values.get("id", "")
     if not isinstance(identity, str):
-        raise ValueError("id is no string")
+        raise ValueError("id is not a string")
     return Request(
         identity, inputs, tuple(wanted), parameters(values).get("binary_data_output") is True
     )
@@ -111,9 +111,9 @@ def objects(values: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """
     entries = values.get(name, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{name} is no list of objects")
+        raise ValueError(f"{name} is not a list of objects")
     if len(entries) > MOST_TENSORS:
-        raise ValueError(f"{len(entries)} {name}; up to {MOST_TENSORS} work")
+        raise ValueError(f"got {len(entries)} {name}; the limit is {MOST_TENSORS}")
     return entries
 
 
@@ -121,7 +121,7 @@ def parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return an object's parameters."""
     found = values.get("parameters", {})
     if not isinstance(found, dict):
-        raise ValueError("parameters are no object")
+        raise ValueError("parameters is not an object")
     return found
 
 
@@ -143,13 +143,13 @@ def tensor(
     )
     if datatype != spec.datatype or not fits:
         raise ValueError(
-            f"input {spec.name!r} is {short(datatype)} {short(shape)}, {spec.datatype} "
-            f"{list(spec.shape)} is needed"
+            f"input {spec.name!r} is {short(datatype)} {short(shape)}; expected {spec.datatype} "
+            f"{list(spec.shape)}"
         )
     count, size = math.prod(shape), parameters(entry).get("binary_data_size")
     if size is not None:
         if type(size) is not int or not 0 <= size <= len(rest):
-            raise ValueError(f"input {spec.name!r} says {size} bytes, {len(rest)} are left")
+            raise ValueError(f"input {spec.name!r} declares {size} bytes, but {len(rest)} are left")
         return from_bytes(rest[:size], spec, shape, count), rest[size:]
     if "data" not in entry:
         raise ValueError(f"input {spec.name!r} has no data")
@@ -161,7 +161,9 @@ def from_bytes(content: memoryview, spec: TensorSpec, shape: list[int], count: i
     if spec.datatype != "BYTES":
         dtype = DTYPES[spec.datatype]
         if len(content) != count * dtype.itemsize:
-            raise ValueError(f"input {spec.name!r} has {len(content)} bytes, not those of {shape}")
+            raise ValueError(
+                f"input {spec.name!r} has {len(content)} bytes, which does not fit shape {shape}"
+            )
         return np.frombuffer(content, dtype).reshape(shape)
     parts: list[bytes] = []
     place = 0
@@ -175,7 +177,7 @@ def from_bytes(content: memoryview, spec: TensorSpec, shape: list[int], count: i
         parts.append(bytes(content[place : place + size]))
         place += size
     if place != len(content) or len(parts) != count:
-        raise ValueError(f"input {spec.name!r} is cut short or has more than {count} strings")
+        raise ValueError(f"input {spec.name!r} is truncated or has more than {count} strings")
     return strings(parts, shape)
 
 
@@ -184,26 +186,28 @@ def from_json(data: Any, spec: TensorSpec, shape: list[int], count: int) -> Arra
     flat: list[Any] = []
     flatten(data, flat, count)
     if len(flat) != count:
-        raise ValueError(f"input {spec.name!r} has not the {count} values of {shape}")
+        raise ValueError(f"input {spec.name!r} does not have the {count} values of shape {shape}")
     if spec.datatype == "BYTES":
         if not all(isinstance(value, str) for value in flat):
-            raise ValueError(f"input {spec.name!r} holds something else than strings")
+            raise ValueError(f"input {spec.name!r} contains values that are not strings")
         return strings([value.encode(errors="replace") for value in flat], shape)
     dtype = DTYPES[spec.datatype]
     allowed: tuple[type, ...] = (int, float) if dtype.kind == "f" else (int,)
     if not all(type(value) in allowed for value in flat):
-        raise ValueError(f"input {spec.name!r} holds something else than {spec.datatype}")
+        raise ValueError(f"input {spec.name!r} contains values that are not {spec.datatype}")
     try:
         array: Array = np.array(flat, dtype).reshape(shape)
     except OverflowError:
-        raise ValueError(f"input {spec.name!r} has values beyond {spec.datatype}") from None
+        raise ValueError(
+            f"input {spec.name!r} has values outside the range of {spec.datatype}"
+        ) from None
     return array
 
 
 def flatten(data: Any, flat: list[Any], most: int, depth: int = 0) -> None:
     """Collect the values of nested lists, up to one more than `most`."""
     if not isinstance(data, list) or depth > MOST_DIMENSIONS:
-        raise ValueError("data is no list of values")
+        raise ValueError("data is not a list of values")
     for value in data:
         if isinstance(value, list):
             flatten(value, flat, most, depth + 1)
@@ -271,7 +275,7 @@ def short(value: object) -> str:
 
 def listed(names: Mapping[str, Any]) -> str:
     """Name what there is."""
-    return f"there are {', '.join(names)}" if names else "there are none"
+    return f"use {', '.join(names)}" if names else "there are none"
 
 
 def metadata(

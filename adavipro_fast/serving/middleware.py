@@ -25,7 +25,10 @@ class Guarded:
             shown = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(shown, self.expected):
                 refusal = JSONResponse(
-                    {"error": "show the server's token: Authorization: Bearer TOKEN"},
+                    {
+                        "error": "missing or wrong token; send the header Authorization: "
+                        "Bearer TOKEN"
+                    },
                     401,
                     {"WWW-Authenticate": "Bearer"},
                 )

@@ -90,12 +90,15 @@ class Served:
                     following = self._opened(self.now.version + 1)
                 # Whatever it is, memory that ran out too: the server goes on.
                 except Exception as error:
-                    self.say(f"{self.name}: goes on as it was, {error}")
+                    self.say(
+                        f"{self.name}: cannot load the new file, the old one stays in "
+                        f"service: {error}"
+                    )
                 else:
                     self._known = {}
                     self._take_tasks(following)
                     self.now = following
-                    self.say(f"{self.name}: opened again, version {following.version}")
+                    self.say(f"{self.name}: loaded the new file as version {following.version}")
             self._take_tasks()
 
     def _stamps(self) -> tuple[Stamp, ...]:
@@ -120,7 +123,7 @@ class Served:
                     # One that could not be added is none.
                     if name and isinstance(artifact, OpenArtifact):
                         artifact.remove(name)
-                self.say(f"{self.name}: task {name or path.stem!r} is gone")
+                self.say(f"{self.name}: removed task {name or path.stem!r}")
                 # One of the same name may have waited.
                 self._known = {p: entry for p, entry in self._known.items() if entry[1]}
         for path, now in found.items():
@@ -137,9 +140,9 @@ class Served:
         except Exception as error:
             for artifact in added:
                 artifact.remove(name)
-            self.say(f"{self.name}: {path.name} is no task here, {error}")
+            self.say(f"{self.name}: cannot add {path.name}: {error}")
             return ""
-        self.say(f"{self.name}: task {name!r} added")
+        self.say(f"{self.name}: added task {name!r}")
         return name
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from adavipro_fast.serving.address import MOST_CONNECTIONS, leave_signals_to_uvicorn, url
 from adavipro_fast.serving.served import Served
 
-INSTALL = "serving needs its extra: pip install 'adavipro_fast[serve]'"
+INSTALL = "serving needs more packages: pip install 'adavipro_fast[serve]'"
 LONGEST_STOP_S = 60
 
 

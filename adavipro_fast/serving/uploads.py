@@ -71,7 +71,7 @@ async def _form(body: bytes, headers: Headers, most_files: int) -> Upload:
     except (MultiPartException, KeyError, ValueError) as error:
         raise ValueError(f"the form cannot be read: {error}") from None
     if not files:
-        raise ValueError(f"the form holds no file, or is cut off; {HOW}")
+        raise ValueError(f"the form contains no file or is truncated; {HOW}")
     return Upload(files, _known(options))
 
 
@@ -81,7 +81,7 @@ def _json(body: bytes) -> Upload:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the body is not JSON: {error}; {HOW}") from None
     if not isinstance(content, dict) or not {"image", "images"} & content.keys():
-        raise ValueError(f"the JSON has no images; {HOW}")
+        raise ValueError(f"the JSON has no field images; {HOW}")
     options = {
         k: v if isinstance(v, str) else json.dumps(v)
         for k, v in content.items()
@@ -110,7 +110,6 @@ def _known(options: dict[str, str]) -> dict[str, str]:
     unknown = next((name for name in options if name not in OPTIONS), None)
     if unknown is not None:
         raise ValueError(
-            f"field {clean(unknown)!r} is unknown; known ones are {', '.join(OPTIONS)}, and images "
-            "are sent as files"
+            f"unknown field {clean(unknown)!r}; use {', '.join(OPTIONS)}, and send images as files"
         )
     return options

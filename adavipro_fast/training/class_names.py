@@ -36,23 +36,25 @@ def check_embeddings(
     if isinstance(text, TextTower) and not given:
         cut = text.cut(names, config.template or (DEFAULT_TEMPLATE,))
     if cut and scored:
-        say(f"warning: the text tower reads only the beginning of {listed(cut)}: too long")
+        say(f"warning: the text encoder truncates {listed(cut)}")
     pair = alike(names, rows)
     if pair is not None:
-        cause = f"the rows of {config.class_embeddings} are equal"
+        cause = f"their embeddings in {config.class_embeddings} are equal"
         if not given:
             read = (
-                "too long to be read whole" if pair[0] in cut else f"read as {readable(pair[0])!r}"
+                "truncated by the text encoder"
+                if pair[0] in cut
+                else f"read as {readable(pair[0])!r}"
             )
             cause = f"both are {read}"
         line = f"classes {pair[0]!r} and {pair[1]!r} have the same embedding: {cause}"
         if scored:
-            raise ValueError(f"{line}; rename one, or learn the classes with --head linear")
-        say(f"warning: {line}; zero-shot figures cannot tell them apart")
+            raise ValueError(f"{line}; rename one, or use --head linear")
+        say(f"warning: {line}; zero-shot cannot tell them apart")
     if scored and not given and all(name.strip().isdigit() for name in names):
         say(
-            f"warning: the classes are called {listed(names)}; numbers say little to a text tower: "
-            "rename the folders, or learn the classes with --head linear"
+            f"warning: the classes are called {listed(names)}; numbers mean little to a text "
+            "encoder: rename the folders, or use --head linear"
         )
 
 

@@ -22,7 +22,7 @@ LARGEST = 1e9
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """How the prompt is optimised."""
+    """Optimiser and schedule."""
 
     epochs: int = 50
     """passes over the training images"""
@@ -33,32 +33,33 @@ class OptimiserConfig:
     lr_generator: float = 1.0
     """peak learning rate of the mask generator"""
     generator_optimiser: Literal["sgd", "adam"] = "sgd"
-    """adam makes steps of one size whatever the scale of edges and template"""
+    """optimiser of the mask generator; adam's step size does not depend on the gradient's scale"""
     generator_start: float = 0.0
-    """share of the steps for which the mask generator waits while the template learns"""
+    """share of the steps during which the mask generator stays frozen"""
     lr_head: float = 3e-3
-    """peak learning rate of a linear head (AdamW), in units of the head's mean size at its start"""
+    """peak learning rate of a linear head (AdamW), relative to its mean initial magnitude"""
     decay_head: float = 0.0
     """weight decay of a linear head"""
     lr_encoder: float = 1e-5
     """peak learning rate of full_finetune (AdamW)"""
     clip_prompt: float = 0.0
-    """longest gradient of the template, as a Euclidean norm; 0 leaves gradients as they are"""
+    """largest gradient norm of the template; 0 disables clipping"""
     tau: float = 5.0
-    """first temperature of the mask sampling"""
+    """initial temperature of the mask sampling"""
     tau_decay: float = 0.98
-    """factor on the temperature, per epoch"""
+    """factor by which the temperature falls per epoch"""
     tau_min: float = 0.5
-    """floor of the temperature"""
+    """smallest temperature"""
     precision: TrainPrecision = "auto"
-    """of the encoder; prompt, masks and noise are fp32 (auto: bf16 where the processor has it)"""
+    """precision of the encoder; prompt and masks stay in fp32 (auto: bf16 if the processor supports
+    it)"""
     seed: int = 0
-    """of everything random"""
+    """random seed"""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "tau", "tau_decay", "tau_min"):
             if not 0 < getattr(self, name) < LARGEST:
-                limits = f"a number above 0 is needed, below {LARGEST:g}"
+                limits = f"use a number above 0 and below {LARGEST:g}"
                 raise ValueError(f"{name} is {getattr(self, name)}; {limits}")
         for name in (
             "lr_prompt",
@@ -85,7 +86,7 @@ class OptimiserConfig:
             ValueError: it was not chosen yet.
         """
         if self.precision == "auto":
-            raise ValueError("precision is auto; choose one for the device first")
+            raise ValueError("precision is auto; resolve it for the device first")
         return self.precision
 
     def temperature(self, epoch: int) -> float:
@@ -103,39 +104,40 @@ def lr_factor(step: int, total: int) -> float:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train an adaptive visual prompt for a frozen CLIP encoder; no arguments: the demo."""
+    """Train a visual prompt for a frozen CLIP encoder; without arguments, train the demo."""
 
     recipe: Literal["paper", "best"] = "best"
-    """sets the defaults of the flags below; explicit flags win"""
+    """defaults of the other flags; explicit flags override it"""
     model: str = "demo"
     """open_clip model name, local-dir:PATH, demo, or timm:NAME with --head linear"""
     pretrained: str = ""
-    """tag of open_clip's or timm's weights, or their path"""
+    """weights: a tag of open_clip or timm, or a file"""
     template: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """text with {} for the name; several make an ensemble (default: This is a photo of a {})"""
+    """text with {} for the class name; repeat for an ensemble (default: This is a photo of a {})"""
     class_embeddings: Path | None = None
-    """safetensors file with class_embeddings (K, E) instead of the text tower"""
+    """safetensors file with a tensor class_embeddings (K, E) to use instead of the text encoder"""
     head_from: Path | None = None
-    """head.safetensors of a linear probe that a linear head starts from (default: fitted here)"""
+    """head.safetensors of a linear probe to start a linear head from (default: a new probe)"""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
     white_level: int = WHITE
-    """value of white in 16-bit grey images, such as 4095 from cameras of 12 bits; kept in every
-    file"""
+    """white value of 16-bit grey images, such as 4095 for 12-bit cameras; stored in the
+    checkpoint"""
     decode: Decode = "full"
-    """full resizes with Pillow; fast with PyTorch, in a tenth of the time and within two grey
-    levels; scaled also decodes large JPEGs at a part of their size; kept in every file"""
+    """full: resize with Pillow; fast: with PyTorch, in a tenth of the time and within two grey
+    levels; scaled: also decode large JPEGs at 1/2, 1/4 or 1/8 of their size; stored in the
+    checkpoint"""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     device: Device = "auto"
     threads: Threads = None
     kernel: Kernel = "auto"
-    """fused (Triton) or plain (PyTorch); auto: fused on CUDA devices where it can run"""
+    """fused (Triton) or plain (PyTorch); auto: fused on CUDA if it supports the settings"""
     output: Path | None = None
     """folder of the run (default: a new one under runs/)"""
     resume: Path | None = None
-    """folder of a run to go on with, under its own settings"""
+    """folder of a run to resume, with its own settings"""
     accept_change: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """with --resume: a flag, data, encoder or embeddings that may differ; repeatable"""
+    """with --resume: what may differ: a flag's name, data, encoder or embeddings; repeatable"""
 
 
 def recipe(
@@ -184,7 +186,7 @@ def read_stored(settings: dict[str, Any], path: Path) -> TrainConfig:
     try:
         config: TrainConfig = read(TrainConfig, settings)
     except ValueError as error:
-        raise ValueError(f"{path} has settings that cannot be used: {error}") from error
+        raise ValueError(f"{path} has invalid settings: {error}") from error
     return replace(config, accept_change=())
 
 

@@ -125,12 +125,12 @@ def _result(
         say(
             f"warning: no epoch was better than the untrained prompt{shrunk} "
             f"({progress.best_val:.1f} % on validation) by more than a standard error; "
-            "the untrained one is kept"
+            "the untrained prompt is kept"
         )
     if model.prompt.generator is not None and figures.adaptivity < SAME_MASK:
         say(
             f"warning: the mask does not adapt: adaptivity {figures.adaptivity:.3f}, "
-            f"{figures.density:.2f} of the regions open in every image"
+            f"on average {figures.density:.0%} of the regions are open"
         )
     speeds = [row["images_per_s"] for row in progress.rows]
     return {

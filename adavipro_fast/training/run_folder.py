@@ -53,7 +53,7 @@ def held(folder: Path, made: Sequence[Path] = ()) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"another run is writing {folder}; wait for it, or choose another --output"
+            f"another run is using {folder}; wait for it, or choose another --output"
         ) from None
     try:
         for partial in (p for name in WRITTEN for p in folder.glob(f"{name}.????????.partial")):

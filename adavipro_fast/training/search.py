@@ -156,7 +156,7 @@ class Search:
             self.make_plan(trained, speed, reserve)
         alive = trained[: self.plan["candidates"]]
         if not alive:
-            self.clock.say("no candidate can be trained in this time; start one with more")
+            self.clock.say("there is no time to train a candidate; start again with more --minutes")
         for share in RUNGS:
             until = math.ceil(share * self.plan["epochs"])
             for candidate in alive:
@@ -175,7 +175,9 @@ class Search:
         count, epochs = schedule(len(trained), epoch_s, self.clock.left - reserve, self.given)
         self.plan |= {"candidates": count, "epochs": epochs}
         self.keep_plan()
-        self.clock.say(f"{count} of {len(trained)} candidates train, the best for {epochs} epochs")
+        self.clock.say(
+            f"{count} of {len(trained)} candidates will be trained, the best for {epochs} epochs"
+        )
 
     def trained_s(self) -> float:
         """Return the seconds that all runs have trained for."""
@@ -213,7 +215,7 @@ class Search:
         except (ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
             self.plan["failed"][candidate.name] = str(error)
             self.keep_plan()
-            self.clock.say(f"warning: {candidate.name} is left out: {error}")
+            self.clock.say(f"warning: {candidate.name} is skipped: {error}")
 
     def advance(self, candidate: Candidate, until: int, seconds: float) -> None:
         """Train a candidate up to an epoch, or for as long as there is time."""
@@ -234,7 +236,7 @@ class Search:
         except KeyboardInterrupt:
             if run.trainer.asked_to_stop:
                 self.keep_plan()
-                raise KeyboardInterrupt(f"stopped; go on with --resume {self.folder}") from None
+                raise KeyboardInterrupt(f"stopped; continue with --resume {self.folder}") from None
         if not run.trainer.parts:
             run.trainer.progress.seconds = time.monotonic() - began
             run.trainer.save()

@@ -98,14 +98,16 @@ def _begin(config: TrainConfig) -> dict[str, Any]:
         if distributed.restarts() and not difference(replace(before, output=output), config):
             return _go_on(config)
         raise ValueError(
-            f"{output} already holds a run; go on with --resume {output} or choose another --output"
+            f"{output} already contains a run; continue it with --resume {output} or choose "
+            "another "
+            "--output"
         )
     if method not in PROMPTED:
         if distributed.launched():
             raise ValueError(f"{method} runs in one process; start it without torchrun")
         for name in FILES.values():
             if (output / name).exists():
-                raise ValueError(f"{output} already holds {name}; choose another --output")
+                raise ValueError(f"{output} already contains {name}; choose another --output")
     return _finish(build(config, load(config)))
 
 
@@ -124,7 +126,9 @@ def resume_run(
     """
     path = folder / "last.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no last.safetensors; start with --output {folder}")
+        raise FileNotFoundError(
+            f"{folder} contains no last.safetensors; start a run with --output {folder}"
+        )
     _, state = read_state(path)
     before = read_stored(state.settings, path)
     parsed = ask(before)
@@ -137,15 +141,17 @@ def resume_run(
     refused = {k: v for k, v in changed.items() if k not in {a.lstrip("-") for a in accepted}}
     if refused:
         raise ValueError(
-            f"--resume keeps a run's settings; asked otherwise: {', '.join(refused.values())}; "
+            "--resume keeps the settings of the run, but these differ: "
+            f"{', '.join(refused.values())}; "
             f"to change one, add --accept-change {next(iter(refused))}"
         )
     if state.progress.result and not changed and not accepted:
         return state.progress.result
     if "white_level" not in state.settings and "data" not in accepted:
         raise ValueError(
-            f"{folder} was begun by an older version, which decoded images and held them out "
-            "differently; start it again, or go on with the difference by --accept-change data"
+            f"{folder} was started by an older version, which decoded and split images "
+            "differently; "
+            "start again, or accept the difference with --accept-change data"
         )
     with held(folder) if distributed.leading() else nullcontext():
         return _go_on(replace(asked, output=folder), accepted)
@@ -155,7 +161,7 @@ def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any
     """Take up the state in the output folder and train on."""
     run = build(config, load(config))
     run.trainer.restore(accepted)
-    say(f"going on in {config.output} at epoch {run.trainer.progress.epoch + 1}")
+    say(f"resuming {config.output} at epoch {run.trainer.progress.epoch + 1}")
     return _finish(run)
 
 
@@ -185,7 +191,7 @@ def load(config: TrainConfig) -> Loaded:
     _, device = distributed.join(config.device)
     check_templates(config.template)
     if config.head_from is not None and config.prompt.head != "linear":
-        raise ValueError("--head-from is where a linear head starts; add --head linear")
+        raise ValueError("--head-from needs --head linear")
     frozen, text = load_clip(config.model, config.pretrained)
     frozen = frozen.with_(
         preprocess=replace(frozen.preprocess, white_level=config.white_level, decode=config.decode)
@@ -237,7 +243,7 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
         say(f"warning: {complaint}")
     say(f"{model.trainable_params} trainable parameters, {precision}; output {config.output}")
     if config.prompt.method in PROMPTED:
-        say(f"prompt by the {model.prompt.path(device)} path (--kernel {config.kernel})")
+        say(f"prompt kernel: {model.prompt.path(device)} (--kernel {config.kernel})")
     return Run(trainer, frozen, embeddings, config)
 
 
@@ -297,9 +303,12 @@ def _head(
     probe = load_checkpoint(source)
     if probe.class_names != dataset.class_names or probe.encoder.sha256 != frozen.sha256:
         raise ValueError(
-            f"{source} is the probe of other classes or of another encoder; leave --head-from out "
-            "to have one fitted"
+            f"{source} was trained for other classes or another encoder; leave --head-from "
+            "out to fit "
+            "a new probe"
         )
     if probe.config.head_input is None or asked not in (None, probe.config.head_input):
-        raise ValueError(f"{source} holds no linear head that reads {asked}")
+        raise ValueError(
+            f"{source} contains no linear head for {asked}; leave --head-input or --head-from out"
+        )
     return probe.head

@@ -72,7 +72,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], State]:
     try:
         return tensors, read(State, metadata)
     except ValueError as error:
-        raise ValueError(f"{path} is not the state of a run: {error}; start anew") from error
+        raise ValueError(f"{path} is not a valid run state: {error}; start a new run") from error
 
 
 def write_state(path: Path, state: State, model: AdaViPro, parts: Sequence[Part]) -> None:
@@ -90,7 +90,7 @@ def check_identity(before: Mapping[str, str], now: Mapping[str, str], but: Seque
     for name, value in before.items():
         if name not in but and now.get(name) != value:
             raise ValueError(
-                f"{name} changed since the run began: {value[:12]} then, "
+                f"{name} changed since the run started: {value[:12]} then, "
                 f"{now.get(name, 'unknown')[:12]} now; restore it, or accept the change with "
                 f"--accept-change {name}"
             )

@@ -134,7 +134,7 @@ class Trainer:
                     counted = self._count_seconds(counted)
                     self.save()
                 if self.stopping:
-                    raise KeyboardInterrupt(f"stopped; go on with --resume {self.output}")
+                    raise KeyboardInterrupt(f"stopped; continue with --resume {self.output}")
                 started = time.perf_counter()
         seconds = max(time.perf_counter() - began, 1e-9)
         speed = {
@@ -183,7 +183,7 @@ class Trainer:
             raise NonFiniteLossError(
                 f"the loss is {value} in epoch {self.progress.epoch + 1}, step "
                 f"{self.progress.step + 1}; the last good state is in {self.output}; "
-                f"try a lower {self.parts[0].flag} than {self.parts[0].rate:g}"
+                f"use a lower {self.parts[0].flag} than {self.parts[0].rate:g}"
             )
         for part in self.parts:
             if part.clip:

@@ -54,5 +54,5 @@ class TritonPythonModel:
         """
         text = name.decode(errors="replace")
         if text not in self.tasks:
-            raise ValueError(f"no task {text!r}; there are {', '.join(self.tasks)}")
+            raise ValueError(f"unknown task {text!r}; use one of {', '.join(self.tasks)}")
         return int(self.tasks.index(text))
