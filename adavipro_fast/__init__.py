@@ -2,6 +2,7 @@
 
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.bulk.classifier import Classifier
+from adavipro_fast.calls import fit, to_onnx
 from adavipro_fast.method.clip import load_clip, load_encoder
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
@@ -15,7 +16,9 @@ __all__ = [
     "FrozenEncoder",
     "Prediction",
     "PromptConfig",
+    "fit",
     "load_clip",
     "load_encoder",
     "open_artifact",
+    "to_onnx",
 ]

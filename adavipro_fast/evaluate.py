@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from adavipro_fast import cli, pictures
 from adavipro_fast.artifact.artifact import Artifact

@@ -30,7 +30,7 @@ PAGES = (
 )
 RESULTS = ROOT / "bench" / "results"
 # Measured elsewhere, shown in the docs: mkdocs serves what lies beside the pages.
-FIGURE2 = RESULTS / "paper" / "figure2.png"
+PICTURES = (RESULTS / "paper" / "figure2.png", RESULTS / "demo-masks.png")
 CPU = RESULTS / "cpu-2-cores"
 SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
 # Files of bench/accuracy.py by their test set.
@@ -460,7 +460,8 @@ def command(config: ReportConfig) -> dict[str, Any]:
     chart = DOCS / "latency.svg"
     draw(bars, chart, value="p50_ms", label=label)
     scatter(list(rows("accuracy")), DOCS / "precisions.svg")
-    write_whole(DOCS / FIGURE2.name, FIGURE2.read_bytes())
+    for picture in PICTURES:
+        write_whole(DOCS / picture.name, picture.read_bytes())
     return {"changed": changed, "chart": str(chart.relative_to(ROOT))}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.whole import write_whole

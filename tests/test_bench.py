@@ -210,4 +210,5 @@ def test_readmes_figures_are_those_of_the_results():
     readme = texts[0]
     assert len(readme.split()) <= 1000
     assert len(readme.splitlines()) <= 130
-    assert (report.DOCS / "figure2.png").read_bytes() == report.FIGURE2.read_bytes()
+    for picture in report.PICTURES:
+        assert (report.DOCS / picture.name).read_bytes() == picture.read_bytes()

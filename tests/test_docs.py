@@ -61,7 +61,8 @@ def call(module, arguments, monkeypatch):
 def workplace(small, folder, tmp_path_factory):
     """The folder in which a reader of the pages would be: images, and one trained run."""
     root = tmp_path_factory.mktemp("reader")
-    (root / "my_images").symlink_to(folder)
+    for name in ("my_images", "flowers", "signs"):
+        (root / name).symlink_to(folder)
     (root / "photo.jpg").symlink_to(next((folder / "test").rglob("*.jpg")))
     start_run(small(root / "runs" / "mine", epochs=1))
     for task in ("a", "b"):

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.bulk.rows import Output, Row

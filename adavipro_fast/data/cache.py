@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.lib.format import open_memmap
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from adavipro_fast.cores import threads
 from adavipro_fast.data.source import Source

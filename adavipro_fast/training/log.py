@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from adavipro_fast.errors import printable
 from adavipro_fast.files.whole import write_whole

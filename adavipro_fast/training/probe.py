@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
