@@ -35,6 +35,8 @@ CPU = RESULTS / "cpu-2-cores"
 SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
 # Files of bench/accuracy.py by their test set.
 SETS = {"flowers5": "accuracy", "dtd10": "accuracy-dtd10", "cifar10": "accuracy-cifar10"}
+# Of the results in README.
+PROMPT_SIZE = 30
 RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
 TO_OTHER = RATIO.replace("ratio", "to_other")
 Row = dict[str, Any]
@@ -316,12 +318,10 @@ def one(row: Row, form: str, **more: object) -> str:
 def results() -> str:
     """Tabulate methods beside each other: the demo's means over seeds, and the small sets."""
     methods = ("zero_shot", "vp", "adavipro", "linear_probe", "full_finetune")
-    body = []
-    for size in (30, 60, 112):
-        found = [row for row in rows("runs") if (row["task"], row["prompt_size"]) == ("demo", size)]
-        trained = [[row for row in found if row["method"] == m] for m in methods[1:3]]
-        cells = [mean(found, "zero_shot_top1"), *(mean(of, "test_top1") for of in trained), "", ""]
-        body.append([f"demo, prompt size {size}", *cells])
+    found = [r for r in rows("runs") if (r["task"], r["prompt_size"]) == ("demo", PROMPT_SIZE)]
+    trained = [[row for row in found if row["method"] == m] for m in methods[1:3]]
+    cells = [mean(found, "zero_shot_top1"), *(mean(of, "test_top1") for of in trained), "", ""]
+    body = [["demo", *cells]]
     with (RESULTS / "paper" / "table1.csv").open() as file:
         table1 = {
             (row["data"], row["line"]): float(row["test_top1"]) for row in csv.DictReader(file)
@@ -330,7 +330,7 @@ def results() -> str:
         [data, *(f"{table1[data, method]:.1f}" for method in methods)]
         for data in dict.fromkeys(data for data, _ in table1)
     ]
-    head = ["task", "zero-shot", "vp", "adavipro", "linear probe", "full fine-tuning"]
+    head = ["task", "zero-shot", "vp", "adavipro", "probe", "fine-tuning"]
     return table(head, body)
 
 

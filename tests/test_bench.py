@@ -208,7 +208,7 @@ def test_readmes_figures_are_those_of_the_results():
     found = [name for text in texts for _, name, _ in report.SECTION.findall(text)]
     assert sorted(found) == sorted(report.SECTIONS)
     readme = texts[0]
-    assert len(readme.split()) <= 1000
-    assert len(readme.splitlines()) <= 130
+    assert len(readme.split()) <= 900
+    assert len(readme.splitlines()) <= 120
     for picture in report.PICTURES:
         assert (report.DOCS / picture.name).read_bytes() == picture.read_bytes()
