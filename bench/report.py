@@ -247,19 +247,20 @@ def curve() -> str:
 
 
 def photos() -> str:
-    """Tabulate what scaled decoding saves and changes, and what bulk reaches."""
+    """Tabulate what the ways to decode save and change, and what bulk reaches."""
     forms = {
-        "test set": "{name}",
+        "test set": "{set}",
+        "decode": "{decode}",
         "images": "{images}",
         "same answers": "{answers:.3f}",
     }
     forms |= {
-        "same regions": "{masks:.3f}",
-        "mean difference, grey levels": "{grey_levels_mean:.2f}",
+        "same regions": "{masks:.4f}",
+        "mean difference, grey levels": "{grey_levels_mean:.3f}",
     }
     found = named("photos")
     compared = [
-        row | {"name": name.removeprefix("agreement_")}
+        row | dict(zip(("set", "decode"), name.split("_")[1:], strict=True))
         for name, row in found.items()
         if name.startswith("agreement_")
     ]
