@@ -18,6 +18,7 @@ from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED, HeadKind, Method, PromptConfig
 from adavipro_fast.method.timm_encoder import PREFIX
 from adavipro_fast.training.config import TrainConfig, recipe
+from adavipro_fast.training.page import page
 from adavipro_fast.training.run_folder import held, make_folder
 from adavipro_fast.training.search import Candidate, Search
 
@@ -132,11 +133,14 @@ def command() -> dict[str, Any]:
         minutes = config.minutes or (DEMO_MINUTES if config.train.data.data == "demo" else MINUTES)
         epochs = cli.parse_some(Given, flags).epochs
         tried = candidates(config.train, folder, flags)
-        result = Search(tried, 60 * minutes, folder, epochs).run()
+        search = Search(tried, 60 * minutes, folder, epochs)
+        result = search.run()
+        assert search.finalist is not None
         write_whole(folder / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
         write_whole(folder / "compare.md", markdown(result).encode())
         drawn = pictures.comparison(result["rows"], result["winner"])
         pictures.save(drawn, folder / "compare.png")
+        write_whole(folder / "compare.html", page(result, search.finalist).encode())
     return result | {"folder": str(folder)}
 
 
@@ -249,7 +253,7 @@ def summary(result: dict[str, Any]) -> str:
         [
             *table,
             f"winner: {result['winner']}, {result['rule']}",
-            f"kept:   {path}; {result['folder']}/compare.md and compare.png",
+            f"kept:   {path}; {result['folder']}/compare.html, compare.md and compare.png",
             f"export: adavipro-to-onnx {path} --output model.onnx",
         ]
     )

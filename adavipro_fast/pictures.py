@@ -39,9 +39,14 @@ MOST_MARKED = 20
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure when it is complete."""
+    write_whole(path, encoded(figure, path.suffix[1:]))
+
+
+def encoded(figure: Figure, kind: str) -> bytes:
+    """Return a figure as the bytes of a file, such as `png`."""
     content = BytesIO()
-    figure.savefig(content, format=path.suffix[1:], bbox_inches="tight", dpi=100)
-    write_whole(path, content.getvalue())
+    figure.savefig(content, format=kind, bbox_inches="tight", dpi=100)
+    return content.getvalue()
 
 
 def _shown(images: Tensor) -> np.ndarray[Any, Any]:

@@ -83,6 +83,12 @@ def test_a_search_is_stopped_goes_on_and_leaves_the_winner(
     assert json.loads((tmp_path / "search" / "compare.json").read_text())["rows"] == result["rows"]
     assert (tmp_path / "search" / "compare.png").stat().st_size > 5000
     assert "**vp-linear-30" in (tmp_path / "search" / "compare.md").read_text()
+    page = (tmp_path / "search" / "compare.html").read_text()
+    assert '<tr class="winner"><td>vp-linear-30</td>' in page
+    assert page.count('src="data:image/png;base64,') >= 3
+    assert f"adavipro-to-onnx {result['checkpoint']} --output model.onnx" in page
+    # Nothing is fetched from elsewhere.
+    assert "http" not in page
     # Nothing is left to train: started again it says the same.
     again = compare.command()
     same = ("name", "val_top1", "test_top1", "epochs")

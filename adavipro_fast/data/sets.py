@@ -173,7 +173,8 @@ def few_note(train: Split, class_names: tuple[str, ...]) -> list[str]:
         notes.append(
             f"unbalanced: {class_names[most]!r} has {counts[most]} training images, "
             f"{class_names[least]!r} {counts[least]}; top-1 hides the accuracy of "
-            "small classes; see `macro` and `per_class` of evaluate"
+            "small classes; see `macro` and `per_class` of evaluate; --class-weights balanced "
+            "counts all classes the same"
         )
     return notes
 

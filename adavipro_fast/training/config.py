@@ -40,6 +40,9 @@ class OptimiserConfig:
     """peak learning rate of a linear head (AdamW), relative to its mean initial magnitude"""
     decay_head: float = 0.0
     """weight decay of a linear head"""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: all classes count the same in the training loss and in the fit of a linear probe,
+    however many images they have"""
     lr_encoder: float = 1e-5
     """peak learning rate of full_finetune (AdamW)"""
     clip_prompt: float = 0.0

@@ -62,6 +62,8 @@ def fit_head(
     device: torch.device,
     inputs: tuple[HeadInput, ...] = ("features",),
     text: Tensor | None = None,
+    *,
+    balanced: bool = False,
 ) -> HeadRows:
     """Fit probes, and take the head that is best on validation.
 
@@ -71,6 +73,7 @@ def fit_head(
         device: where the encoder runs.
         inputs: what the head may read.
         text: (K, E) unit rows, a candidate without fitting.
+        balanced: all classes count the same, however many images they have.
     """
     if len(dataset.class_names) < 2:
         raise ValueError(f"{dataset.class_names[0]!r} is the only class; a probe needs two")
@@ -81,7 +84,7 @@ def fit_head(
     train, val = (frozen_features(encoder, s, device) for s in (dataset.train, dataset.val))
     candidates = []
     for head_input in inputs:
-        top1, head = _probe(train, val, head_input)
+        top1, head = _probe(train, val, head_input, balanced=balanced)
         say(f"linear probe on {head_input}: val top-1 {top1:.1f} %")
         if head_input == "embedding":
             head = replace(head, rows=head.rows / encoder.logit_scale)
@@ -96,12 +99,16 @@ def fit_head(
     return max(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def _probe(train: Frozen, val: Frozen, head_input: HeadInput) -> tuple[float, HeadRows]:
+def _probe(
+    train: Frozen, val: Frozen, head_input: HeadInput, *, balanced: bool
+) -> tuple[float, HeadRows]:
     """Fit one probe: its validation top-1, percent, and the head."""
     rows, held_out = getattr(train, head_input), getattr(val, head_input)
     best: tuple[float, LogisticRegression] | None = None
+    weights = "balanced" if balanced else None
     for strength in tqdm(STRENGTHS[head_input], "penalty", leave=False, disable=None):
-        probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS).fit(rows, train.labels)
+        probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS, class_weight=weights)
+        probe.fit(rows, train.labels)
         top1 = 100 * float(probe.score(held_out, val.labels))
         # Among equals the stronger penalty stays.
         if best is None or top1 > best[0]:

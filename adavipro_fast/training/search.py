@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from adavipro_fast.data.metrics import standard_error
+from adavipro_fast.data.metrics import Evaluation, standard_error
+from adavipro_fast.data.sets import Dataset
+from adavipro_fast.data.split import Split
 from adavipro_fast.files.checkpoint import FILES, load_checkpoint
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED
@@ -50,6 +52,18 @@ class Candidate:
         """Where its run lies."""
         assert self.config.output is not None
         return self.config.output
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """The winner, and its answers to the test images; to validation images without a test split."""
+
+    data: str
+    dataset: Dataset
+    split: Split
+    evaluation: Evaluation
+    rows: list[dict[str, float]]
+    """of its epochs"""
 
 
 @dataclass
@@ -139,6 +153,8 @@ class Search:
         self.progress = {c.name: begun for c in candidates if (begun := progress_of(c))}
         self.clock = Clock(seconds, self.trained_s() + self.plan["other_s"], time.monotonic())
         self.loaded: dict[int, Loaded] = {}
+        self.finalist: Finalist | None = None
+        """the winner, once the search has ended"""
 
     def run(self) -> dict[str, Any]:
         """Search, and return what was reached.
@@ -273,7 +289,7 @@ class Search:
         return max((row["val_top1"] for row in rows), default=0.0)
 
     def conclude(self, fitted: Sequence[Candidate]) -> dict[str, Any]:
-        """Choose the winner on validation, test the finalists, and write what was reached."""
+        """Choose the winner on validation, test the finalists, and say what was reached."""
         images = len(self.load(self.candidates[0]).dataset.val)
         begun = self.progress.keys() - self.plan["failed"]
         # Fine-tuning that was stopped within its first epoch has left nothing.
@@ -297,10 +313,17 @@ class Search:
                 keep_calibration(trainer, model, loaded.dataset.val, path_of(candidate))
             row, test = rows[candidate.name], loaded.dataset.test
             row["inference_ratio"] = inference_ratio(model, loaded)
+            split = loaded.dataset.val if test is None else test
+            if test is not None or candidate is winner:
+                evaluation = trainer.evaluate(model, split)
             if test is not None:
-                top1 = trainer.evaluate(model, test).top1
+                top1 = evaluation.top1
                 row |= {"test_top1": top1, "test_se": standard_error(top1, len(test))}
                 self.clock.say(f"{candidate.name}: test top-1 {top1:.1f} %")
+            if candidate is winner:
+                rows_of_epochs = self.progress[candidate.name].rows
+                data = candidate.config.data.data
+                self.finalist = Finalist(data, loaded.dataset, split, evaluation, rows_of_epochs)
         return {
             "winner": winner.name,
             "rule": "the smallest file within one standard error of the best on validation",

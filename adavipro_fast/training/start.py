@@ -282,8 +282,9 @@ def _head(
 ) -> HeadRows:
     """Find where a linear head starts; the leading process fits it once, for all and for good."""
     asked, output = config.prompt.head_input, config.output
+    balanced = config.optimiser.class_weights == "balanced"
     if config.prompt.method == "linear_probe":
-        return fit_head(frozen, dataset, device, (asked or "features",))
+        return fit_head(frozen, dataset, device, (asked or "features",), balanced=balanced)
     assert output is not None
     group, _ = distributed.join(config.device)
     source = config.head_from or output / START
@@ -292,7 +293,7 @@ def _head(
     if config.head_from is None and group.leads and not begun:
         inputs: tuple[HeadInput, ...] = (asked,) if asked else ("features", "embedding")
         text = None if asked == "features" else embeddings
-        fitted = fit_head(frozen, dataset, device, inputs, text)
+        fitted = fit_head(frozen, dataset, device, inputs, text, balanced=balanced)
         settings = PromptConfig("linear_probe", head="linear", head_input=fitted.reads)
         settings = replace(settings, region_size=config.prompt.region_size)
         start = AdaViPro(frozen, fitted.rows, settings, class_bias=fitted.bias)

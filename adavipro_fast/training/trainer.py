@@ -37,6 +37,17 @@ SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
 
 
+def balanced(labels: Tensor, classes: int) -> Tensor:
+    """Weigh classes so that all count the same and an image counts 1 on the mean: (K,).
+
+    Args:
+        labels: (N,) of the training images.
+        classes: K.
+    """
+    counts = labels.bincount(minlength=classes).clamp(min=1)
+    return len(labels) / (classes * counts.float())
+
+
 class Trainer:
     """Trains what learns of a model and keeps its state in a folder.
 
@@ -75,6 +86,10 @@ class Trainer:
         self.inside = frame_regions(model.preprocess.size, model.config)
         # Not as an index on the device: that would wait for it, to know how many it marks.
         self.weights = (self.inside / self.inside.sum()).to(self.device)
+        self.class_weights = None
+        if config.class_weights == "balanced":
+            labels = dataset.train.labels[dataset.train.rows]
+            self.class_weights = balanced(labels, len(dataset.class_names)).to(self.device)
         self.asked_to_stop = self.stopping = False
         self.deadline = math.inf
         """of `time.monotonic`; the run stops after the step that passes it"""
@@ -167,7 +182,10 @@ class Trainer:
         if len(labels):
             first, noise_key = self.group.share(count).start, self.config.seed << 32 | step
             prediction = self.model(images, tau=tau, seed=noise_key, first=first)
-            loss = F.cross_entropy(prediction.logits, labels, reduction="sum") / count
+            losses = F.cross_entropy(
+                prediction.logits, labels, weight=self.class_weights, reduction="sum"
+            )
+            loss = losses / count
             figures[0] = loss.detach()
             figures[1] = (prediction.logits.argmax(1) == labels).sum()
             figures[2] = (prediction.mask.detach() * self.weights).sum() / count

@@ -1,0 +1,55 @@
+"""Balanced weights: a small class counts as much as a large one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adavipro_fast.training.probe import fit_head
+from adavipro_fast.training.start import build, load
+from adavipro_fast.training.trainer import balanced
+
+
+def test_weights_make_all_classes_count_the_same():
+    labels = torch.tensor([0] * 8 + [1] * 2 + [3] * 2)
+    weights = balanced(labels, 4)
+    totals = torch.zeros(4).index_add(0, labels, weights[labels])
+    assert torch.equal(totals[[0, 1, 3]], torch.full((3,), 3.0))
+
+
+def unbalanced(loaded, kept):
+    """Keep so many training images of the first class, and all of the others."""
+    train = loaded.dataset.train
+    labels = train.labels[train.rows]
+    rows = torch.cat([train.rows[labels == 0][:kept], train.rows[labels != 0]])
+    return replace(loaded, dataset=replace(loaded.dataset, train=replace(train, rows=rows)))
+
+
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+def test_training_and_probe_follow_the_flag(small, tmp_path, weights):
+    config = small(tmp_path / weights, class_weights=weights)
+    loaded = unbalanced(load(config), 1)
+    trainer = build(config, loaded).trainer
+    labels = loaded.dataset.train.labels[loaded.dataset.train.rows]
+    images, some = loaded.dataset.train.batch(torch.arange(8), trainer.device)
+    logits = torch.randn(8, 3)
+    trainer.model.forward = lambda *_, **__: trainer_prediction(logits)
+    loss, _, _ = trainer._step(images, some, 8, tau=1.0)
+    expected = F.cross_entropy(logits, some, reduction="none")
+    if weights == "balanced":
+        expected = expected * balanced(labels, 3)[some]
+    assert loss == pytest.approx(expected.sum().item() / 8, rel=1e-5)
+    heads = [
+        fit_head(loaded.frozen, loaded.dataset, trainer.device, balanced=flag)
+        for flag in (False, True)
+    ]
+    assert not torch.equal(heads[0].rows, heads[1].rows)
+
+
+def trainer_prediction(logits):
+    """What a model returns whose logits are given."""
+    from adavipro_fast.method.model import Prediction
+
+    leaf = logits.clone().requires_grad_()
+    return Prediction(leaf, torch.zeros(len(logits), 7, 7), torch.zeros(len(logits), 1))
