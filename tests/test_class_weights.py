@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from adavipro_fast.data.metrics import Evaluation, macro_of
 from adavipro_fast.training.probe import fit_head
 from adavipro_fast.training.start import build, load
 from adavipro_fast.training.trainer import balanced
@@ -45,6 +46,29 @@ def test_training_and_probe_follow_the_flag(small, tmp_path, weights):
         for flag in (False, True)
     ]
     assert not torch.equal(heads[0].rows, heads[1].rows)
+
+
+@pytest.mark.parametrize(("judge", "kept"), [("top1", True), ("macro", False)])
+def test_the_judge_chooses_the_epoch(small, tmp_path, judge, kept):
+    """Nine gained images of a large class against all three of a small one."""
+    config = small(tmp_path / judge, judge=judge)
+    loaded = load(config)
+    labels = torch.tensor([0] * 20 + [1] * 3 + [2] * 3)
+    val = replace(loaded.dataset.val, labels=labels, rows=torch.arange(len(labels)))
+    run = build(config, replace(loaded, dataset=replace(loaded.dataset, val=val)))
+    trainer = run.trainer
+    before = torch.tensor([True] * 11 + [False] * 9 + [True] * 6)
+    after = torch.tensor([True] * 20 + [False] * 3 + [True] * 3)
+    trainer.progress.untrained_right = "".join("01"[right] for right in before.tolist())
+
+    def evaluation(right):
+        predicted = torch.where(right, labels, (labels + 1) % 3)
+        return Evaluation(F.one_hot(predicted, 3).float(), labels, torch.zeros(len(labels), 7, 7))
+
+    now = evaluation(after)
+    assert trainer._beats_untrained(now) == kept
+    expected = macro_of(now.per_class(("a", "b", "c"))) if judge == "macro" else now.top1
+    assert trainer._score(now) == pytest.approx(expected)
 
 
 def trainer_prediction(logits):

@@ -43,16 +43,6 @@ def standard_error(top1: float, count: int) -> float:
     return 100 * math.sqrt(share * (1 - share) / count)
 
 
-def standard_error_of_difference(gained: int, lost: int) -> float:
-    """Return the standard error of `gained - lost` where both are as likely (McNemar, 1947).
-
-    Args:
-        gained: images that only the second of two models got right.
-        lost: images that only the first got right.
-    """
-    return math.sqrt(gained + lost)
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Predictions for a labelled set: logits (N, K), labels (N,), masks (N, G, G)."""

@@ -43,6 +43,9 @@ class OptimiserConfig:
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: all classes count the same in the training loss and in the fit of a linear probe,
     however many images they have"""
+    judge: Literal["top1", "macro"] = "top1"
+    """accuracy on validation images that decides which epoch is kept: of all images, or the mean of
+    the classes'"""
     lr_encoder: float = 1e-5
     """peak learning rate of full_finetune (AdamW)"""
     clip_prompt: float = 0.0

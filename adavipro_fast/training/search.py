@@ -139,6 +139,7 @@ class Search:
         epochs: int | None = None,
     ) -> None:
         self.candidates, self.folder, self.given = candidates, folder, epochs
+        self.judge = candidates[0].config.optimiser.judge
         self.plan_path = folder / "plan.json"
         self.plan: dict[str, Any] = {
             "candidates": None,
@@ -283,10 +284,10 @@ class Search:
         return OVERHEAD_S + image_s * (4 * len(dataset.test or ()) + len(dataset.val))
 
     def best_within(self, candidate: Candidate, epochs: int) -> float:
-        """Return the best validation top-1 of a candidate's first epochs, percent."""
-        progress = self.progress.get(candidate.name)
+        """Return the best validation score of a candidate's first epochs, percent."""
+        progress, key = self.progress.get(candidate.name), f"val_{self.judge}"
         rows = [] if progress is None else progress.rows[:epochs]
-        return max((row["val_top1"] for row in rows), default=0.0)
+        return max((row[key] for row in rows), default=0.0)
 
     def conclude(self, fitted: Sequence[Candidate]) -> dict[str, Any]:
         """Choose the winner on validation, test the finalists, and say what was reached."""
@@ -299,9 +300,9 @@ class Search:
             for c in tried
         }
         eligible = [c for c in tried if c.eligible] or tried
-        best = max(eligible, key=lambda c: float(rows[c.name]["val_top1"]))
-        least = rows[best.name]["val_top1"] - rows[best.name]["val_se"]
-        near = [c for c in eligible if rows[c.name]["val_top1"] >= least]
+        best = max(eligible, key=lambda c: float(rows[c.name]["val_score"]))
+        least = rows[best.name]["val_score"] - rows[best.name]["val_se"]
+        near = [c for c in eligible if rows[c.name]["val_score"] >= least]
         # The sort is stable: the more promising proposal comes first among equals.
         winner = min(near, key=lambda c: rows[c.name]["bytes"])
         trainer = self.build(fitted[0]).trainer
@@ -326,7 +327,8 @@ class Search:
                 self.finalist = Finalist(data, loaded.dataset, split, evaluation, rows_of_epochs)
         return {
             "winner": winner.name,
-            "rule": "the smallest file within one standard error of the best on validation",
+            "rule": "the smallest file within one standard error of the best on validation"
+            + (", by the mean of the classes" if self.judge == "macro" else ""),
             "checkpoint": str(path_of(winner)),
             "rows": list(rows.values()),
             "left_out": self.plan["failed"],
@@ -350,6 +352,7 @@ def path_of(candidate: Candidate) -> Path:
 def row_of(candidate: Candidate, progress: Progress, images: int, trainable: int) -> dict[str, Any]:
     """Describe what a candidate reached on `images` validation images."""
     prompt = candidate.config.prompt
+    score = progress.best_val if progress.best_score < 0 else progress.best_score
     return {
         "name": candidate.name,
         "method": prompt.method,
@@ -358,7 +361,8 @@ def row_of(candidate: Candidate, progress: Progress, images: int, trainable: int
         "margin": prompt.margin,
         "epochs": progress.epoch,
         "val_top1": progress.best_val,
-        "val_se": standard_error(progress.best_val, images),
+        "val_score": score,
+        "val_se": standard_error(score, images),
         "test_top1": None,
         "test_se": None,
         "trainable_params": trainable,

@@ -38,6 +38,9 @@ class Progress:
     correct: int = 0
     seconds: float = 0.0
     best_val: float = -1.0
+    """validation top-1 of the model that is kept, percent"""
+    best_score: float = -1.0
+    """what it was chosen by: top-1 or the mean of the classes; -1 in older files"""
     least_val: float = 0.0
     """what an epoch must exceed, whatever came before"""
     untrained_right: str = ""

@@ -15,8 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 from adavipro_fast.data.metrics import (
     Evaluation,
     evaluate,
+    macro_of,
     mask_figures,
-    standard_error_of_difference,
 )
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
@@ -90,6 +90,11 @@ class Trainer:
         if config.class_weights == "balanced":
             labels = dataset.train.labels[dataset.train.rows]
             self.class_weights = balanced(labels, len(dataset.class_names)).to(self.device)
+        judged = dataset.val.labels[dataset.val.rows]
+        ones = torch.ones(len(judged))
+        classes = len(dataset.class_names)
+        self.judged = balanced(judged, classes)[judged] if config.judge == "macro" else ones
+        """weight of each validation image in the score that chooses the epoch"""
         self.asked_to_stop = self.stopping = False
         self.deadline = math.inf
         """of `time.monotonic`; the run stops after the step that passes it"""
@@ -228,6 +233,7 @@ class Trainer:
                 "loss": progress.loss_sum / trained,
                 "train_top1": 100 * progress.correct / trained,
                 "val_top1": val.top1,
+                "val_macro": macro_of(val.per_class(self.dataset.class_names)),
                 **schedule,
                 "mask_density": figures.density,
                 "mask_adaptivity": figures.adaptivity,
@@ -236,8 +242,9 @@ class Trainer:
             }
         )
         # Among equals the later epoch has trained for longer.
-        if val.top1 >= progress.best_val and self._beats_untrained(val):
-            self._keep(val.top1, progress.epoch)
+        best = progress.best_val if progress.best_score < 0 else progress.best_score
+        if self._score(val) >= best and self._beats_untrained(val):
+            self._keep(val, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.correct = 0.0, 0
 
@@ -249,23 +256,30 @@ class Trainer:
         is a yardstick: its best epoch is kept whatever it is.
         """
         if self.model.config.method == "full_finetune":
-            self.progress.best_val, self.progress.least_val = 0.0, -1.0
+            self.progress.best_val = self.progress.best_score = 0.0
+            self.progress.least_val = -1.0
             return
         val = self.evaluate(self.model, self.dataset.val)
         self.progress.untrained_right = "".join("01"[right] for right in val.right.tolist())
-        self._keep(val.top1, epoch=UNTRAINED)
+        self._keep(val, epoch=UNTRAINED)
+
+    def _score(self, val: Evaluation) -> float:
+        """Return what epochs are chosen by, percent."""
+        return 100 * float((val.right * self.judged).sum() / self.judged.sum())
 
     def _beats_untrained(self, val: Evaluation) -> bool:
         before = self.progress.untrained_right
         if not before:
             return val.top1 > self.progress.least_val
         right = torch.tensor([letter == "1" for letter in before])
-        gained, lost = int((val.right & ~right).sum()), int((right & ~val.right).sum())
-        return gained - lost > standard_error_of_difference(gained, lost)
+        changed = (val.right.float() - right.float()) * self.judged
+        return bool(changed.sum() > changed.square().sum().sqrt())
 
-    def _keep(self, val_top1: float, epoch: int) -> None:
+    def _keep(self, val: Evaluation, epoch: int) -> None:
         """Write the best model so far."""
-        self.progress.best_val, self.progress.best_epoch = val_top1, epoch
+        progress = self.progress
+        progress.best_val, progress.best_score = val.top1, self._score(val)
+        progress.best_epoch = epoch
         if self.group.leads:
             names = self.dataset.class_names
             checkpoint = checkpoint_of(self.model, names, self.templates)
