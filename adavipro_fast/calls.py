@@ -31,7 +31,7 @@ def fit(data: str | Path, **settings: Any) -> dict[str, Any]:
     """
     # The trainer is loaded when it is needed.
     from adavipro_fast.training.config import TrainConfig, recipe, stored
-    from adavipro_fast.training.start import start_run
+    from adavipro_fast.training.run import start_run
 
     start = recipe(
         settings.get("recipe", "best"),

@@ -11,7 +11,7 @@ from adavipro_fast import cli
 from adavipro_fast.method.config import HeadKind, PromptConfig
 from adavipro_fast.training.config import TrainConfig, recipe
 from adavipro_fast.training.group import leading
-from adavipro_fast.training.start import resume_run, start_run
+from adavipro_fast.training.run import resume_run, start_run
 
 
 @dataclass(frozen=True)

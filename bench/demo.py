@@ -14,7 +14,7 @@ import latency
 from adavipro_fast import cli, evaluate, train
 from adavipro_fast.export import onnx_export, to_onnx, to_tensorrt
 from adavipro_fast.training.config import recipe
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 
 # TensorRT-RTX builds for a GPU that is not here; this is the RTX 3090 of the paper.
 COMPUTE_CAPABILITY = "8.6"

@@ -19,8 +19,8 @@ from adavipro_fast.data.metrics import Evaluation
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.checkpoint import load_checkpoint
+from adavipro_fast.training.assemble import START, Loaded, Run, build, load
 from adavipro_fast.training.config import TrainConfig, recipe
-from adavipro_fast.training.start import START, Loaded, Run, build, load
 from adavipro_fast.training.state import UNTRAINED
 from lib.cells import Lines, shuffled_top1
 from lib.points import over_probe

@@ -25,7 +25,7 @@ from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.method.config import Method, Precision
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.training.config import recipe
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 from lib.loader import jpeg_folder, loaded, loader_rows
 from lib.machine import peak_host_mib
 from lib.process import result_of

@@ -14,7 +14,7 @@ from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.onnx_export import export as to_onnx
 from adavipro_fast.method.clip import DEMO_MODEL, load_encoder
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ def test_train_export_and_classify_from_python(folder, tmp_path):
 
 def test_a_recipe_follows_head_and_size(folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("adavipro_fast.training.start.start_run", asked.append)
+    monkeypatch.setattr("adavipro_fast.training.run.start_run", asked.append)
     fit(folder, head="linear", prompt_size=60, lr_generator=0.5)
     (config,) = asked
     assert (config.optimiser.lr_prompt, config.optimiser.lr_generator) == (1.4, 0.5)

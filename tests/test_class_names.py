@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adavipro_fast.training.start import load
+from adavipro_fast.training.assemble import load
 
 # Over 77 tokens in under 255 letters.
 LONG = "a b " * 45

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from adavipro_fast.data.metrics import Evaluation, macro_of
+from adavipro_fast.training.assemble import build, load
 from adavipro_fast.training.probe import fit_head
-from adavipro_fast.training.start import build, load
 from adavipro_fast.training.trainer import balanced
 
 

@@ -23,7 +23,7 @@ from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.files.whole import read_safetensors, safetensors_bytes
 from adavipro_fast.predict import PredictConfig
 from adavipro_fast.training.config import OptimiserConfig, lr_factor, recipe
-from adavipro_fast.training.start import resume_run, start_run
+from adavipro_fast.training.run import resume_run, start_run
 
 KEYS = {
     "method", "zero_shot_top1", "val_top1", "test_top1", "last_test_top1", "trainable_params",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adavipro_fast import device
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 from adavipro_fast.training.state import read_state
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 
 from adavipro_fast import cli, train
 from adavipro_fast.compare import CompareConfig
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs/pages").glob("*.md"))]

@@ -22,10 +22,11 @@ from adavipro_fast.files.checkpoint import load_checkpoint
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.clip import load_encoder
 from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.training.assemble import build, load
 from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import recipe
 from adavipro_fast.training.probe import STRENGTHS, frozen_features
-from adavipro_fast.training.start import build, load, resume_run, start_run
+from adavipro_fast.training.run import resume_run, start_run
 
 CPU = torch.device("cpu")
 

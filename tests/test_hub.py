@@ -20,7 +20,7 @@ from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.files.whole import read_safetensors
 from adavipro_fast.method.encoder import EncoderIdentity
 from adavipro_fast.serve import named
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 
 Hub = run_path(str(Path(__file__).with_name("hub_stub.py")))["Hub"]
 TOKEN = "hf_" + "secret" * 5

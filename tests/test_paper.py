@@ -6,7 +6,7 @@ import paper
 import pytest
 import torch
 
-from adavipro_fast.training import start
+from adavipro_fast.training import assemble
 from adavipro_fast.training.config import recipe
 from lib import cells, process
 
@@ -78,7 +78,7 @@ def test_a_stopped_sweep_goes_on_and_repeats_no_finished_cell(config, monkeypatc
         output=config.sweep.cells / cell.key,
         device="auto",
     )
-    run = start.build(settings, start.load(settings))
+    run = assemble.build(settings, assemble.load(settings))
     run.trainer.save()
     again = stop_at(monkeypatch, 99)
     told = paper.command(config)

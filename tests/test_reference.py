@@ -14,7 +14,7 @@ from adavipro_fast.evaluate import EvaluateConfig, command
 from adavipro_fast.method.clip import DEMO_MODEL
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.training.config import OptimiserConfig, TrainConfig
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 
 
 @pytest.mark.parametrize("edge", ["laplacian", "laplacian-magnitude"])

@@ -17,7 +17,7 @@ from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
 from adavipro_fast.method.clip import DEFAULT_TEMPLATE, NoText
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.model import AdaViPro
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 
 OLD = ("circle", "cross", "heart")
 FEWER, MORE = ("Night_sky", "ring"), ("ring", "star", "circle", "a dark square", "triangle")

@@ -17,7 +17,7 @@ from adavipro_fast import load_encoder, open_artifact
 from adavipro_fast.export import onnx_export
 from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.method.timm_encoder import load_timm
-from adavipro_fast.training.start import start_run
+from adavipro_fast.training.run import start_run
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMALL = "test_vit"

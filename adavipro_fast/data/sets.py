@@ -247,8 +247,8 @@ def relabelled(source: Source, own: tuple[str, ...], names: tuple[str, ...]) -> 
     unknown = [name for name in own if composed(name) not in place]
     if unknown:
         raise ValueError(
-            f"the data set has classes that the model does not have: {listed(unknown)}; its "
-            "classes "
+            f"the data set has classes that the model does not have: {listed(unknown)}; "
+            "its classes "
             f"are {listed(names)}; use the data set that it was trained on"
         )
     labels = tuple(place[composed(own[label])] for label in source.labels)

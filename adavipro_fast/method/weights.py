@@ -152,8 +152,8 @@ def one_line_errors(model: str, pretrained: str) -> Iterator[None]:
                 "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable"
             )
             reason = (
-                f"its weights are not on this machine and {why}; download {source} on another "
-                "machine "
+                f"its weights are not on this machine and {why}; download {source} on "
+                "another machine "
                 "and use --pretrained FILE. Exported .onnx files need no weights"
             )
         raise ValueError(

@@ -24,11 +24,12 @@ from adavipro_fast.files.checkpoint import FILES, load_checkpoint
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED
 from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.training.assemble import Loaded, Run, build, load
 from adavipro_fast.training.config import TrainConfig
-from adavipro_fast.training.finish import keep_calibration, told_to_stop
 from adavipro_fast.training.log import say
 from adavipro_fast.training.parts import FITTED
-from adavipro_fast.training.start import Loaded, Run, build, load
+from adavipro_fast.training.results import keep_calibration
+from adavipro_fast.training.run import stop_on_signal
 from adavipro_fast.training.state import Progress, read_state
 
 # Shares of the epochs after which the better half goes on.
@@ -248,7 +249,7 @@ class Search:
         self.progress[candidate.name] = run.trainer.progress
         run.trainer.deadline = time.monotonic() + seconds
         try:
-            with told_to_stop(run.trainer):
+            with stop_on_signal(run.trainer):
                 run.trainer.run(until)
         except KeyboardInterrupt:
             if run.trainer.asked_to_stop:

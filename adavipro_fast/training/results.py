@@ -1,10 +1,6 @@
-"""Train to the end, test once, draw, and keep the result with the run's state."""
+"""What a run reached: test once, draw, calibrate, collect the figures."""
 
-import signal
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +12,10 @@ from adavipro_fast import pictures
 from adavipro_fast.data.metrics import mask_figures
 from adavipro_fast.data.sets import load_test
 from adavipro_fast.data.split import Split
-from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.method.config import PROMPTED, PromptConfig
-from adavipro_fast.method.encoder import FrozenEncoder, fingerprint
+from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro
-from adavipro_fast.training import group as distributed
 from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import TrainConfig
 from adavipro_fast.training.log import say
@@ -32,53 +26,7 @@ PICTURED = 8
 SAME_MASK = 0.01
 
 
-def finish(
-    trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor | None, config: TrainConfig
-) -> dict[str, Any]:
-    """Train to the end and return the figures of the best and of the last model.
-
-    Args:
-        trainer: at its beginning, or where a run stopped.
-        frozen: the encoder in fp32, on the trainer's device; models are tested on it.
-        embeddings: (K, E) of the class names; none of an encoder without text.
-        config: of the run.
-
-    Raises:
-        KeyboardInterrupt: the process was told to stop; the step reached is saved.
-        VerificationError: the frozen encoder changed.
-    """
-    zero_shot_top1 = _zero_shot(trainer, frozen, embeddings, config)
-    if zero_shot_top1 is not None:
-        say(f"zero-shot top-1: {zero_shot_top1:.1f} % (test)")
-    began = time.perf_counter()
-    with told_to_stop(trainer):
-        trainer.run()
-    if not trainer.parts:
-        trainer.progress.seconds = time.perf_counter() - began
-    if fingerprint(frozen.visual) != frozen.sha256 or any(
-        p.requires_grad for p in frozen.parameters()
-    ):
-        raise VerificationError("the frozen encoder changed during training")
-    trainer.progress.result = _result(trainer, frozen, zero_shot_top1, config)
-    trainer.save()
-    trainer.group.wait()
-    distributed.leave()
-    return trainer.progress.result
-
-
-@contextmanager
-def told_to_stop(trainer: Trainer) -> Iterator[None]:
-    """Let signals end the run after the step under way."""
-    stops = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(stop, lambda *_: trainer.stop()) for stop in stops]
-    try:
-        yield
-    finally:
-        for stop, handler in zip(stops, before, strict=True):
-            signal.signal(stop, handler)
-
-
-def _zero_shot(
+def zero_shot_top1(
     trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor | None, config: TrainConfig
 ) -> float | None:
     """Test the encoder on whole images, whatever margin the prompt has.
@@ -95,7 +43,7 @@ def _zero_shot(
     return trainer.evaluate(model, test).top1
 
 
-def _result(
+def result_of(
     trainer: Trainer, frozen: FrozenEncoder, zero_shot_top1: float | None, config: TrainConfig
 ) -> dict[str, Any]:
     """Test the best and the last model in fp32, draw the pictures, collect the figures.

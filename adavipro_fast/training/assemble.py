@@ -1,19 +1,14 @@
-"""Start a run, or go on with one."""
+"""Assemble a run: load encoder and data, build the model and its trainer."""
 
 import hashlib
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from adavipro_fast.cores import use_threads
 from adavipro_fast.data.sets import Dataset, load_dataset
 from adavipro_fast.device import fast_precision, slow_precision
-from adavipro_fast.files.checkpoint import FILES, checkpoint_of, load_checkpoint
+from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.method.clip import (
     TextTower,
     check_templates,
@@ -30,13 +25,10 @@ from adavipro_fast.training.class_names import (
     needs_text,
     templates_of,
 )
-from adavipro_fast.training.config import TrainConfig, difference, read_stored, stored
+from adavipro_fast.training.config import TrainConfig, stored
 from adavipro_fast.training.data_record import keep_data
-from adavipro_fast.training.finish import finish
 from adavipro_fast.training.log import say
 from adavipro_fast.training.probe import fit_head
-from adavipro_fast.training.run_folder import held, make_folder
-from adavipro_fast.training.state import read_state
 from adavipro_fast.training.trainer import Trainer
 
 CALIBRATION_IMAGES = 512
@@ -53,120 +45,6 @@ class Run:
     embeddings: Tensor | None
     """(K, E) of the class names; none of an encoder without text"""
     config: TrainConfig
-
-
-def start_run(config: TrainConfig) -> dict[str, Any]:
-    """Train from the beginning and return the result; torchrun's restarts go on.
-
-    Raises:
-        ValueError: a setting is wrong, or the output folder already holds a run.
-    """
-    use_threads(config.threads)
-    group, device = distributed.join(config.device)
-    with ExitStack() as stack:
-        folder = config.output or group.kept_folder()
-        made: list[Path] = []
-        if group.leads:
-            if folder is None:
-                name = f"{Path(config.data.data).name}-{config.prompt.method}"
-                folder, made = make_folder(name)
-                group.keep_folder(folder)
-            stack.enter_context(held(folder, made))
-        config = replace(config, output=Path(group.agreed(str(folder or ""), device)))
-        return _begin(with_precision(config, group, device))
-
-
-def with_precision(
-    config: TrainConfig, group: distributed.Group, device: torch.device
-) -> TrainConfig:
-    """Choose the precision where it is `auto`; all processes use the leading one's choice."""
-    if config.optimiser.precision != "auto":
-        return config
-    bf16 = group.agreed(fast_precision(device), device) == "bf16"
-    return replace(
-        config, optimiser=replace(config.optimiser, precision="bf16" if bf16 else "fp32")
-    )
-
-
-def _begin(config: TrainConfig) -> dict[str, Any]:
-    """Train in a folder that this run holds."""
-    output, method = config.output, config.prompt.method
-    assert output is not None
-    state_path = output / "last.safetensors"
-    if state_path.exists():
-        before = read_stored(read_state(state_path)[1].settings, state_path)
-        if distributed.restarts() and not difference(replace(before, output=output), config):
-            return _go_on(config)
-        raise ValueError(
-            f"{output} already contains a run; continue it with --resume {output} or choose "
-            "another "
-            "--output"
-        )
-    if method not in PROMPTED:
-        if distributed.launched():
-            raise ValueError(f"{method} runs in one process; start it without torchrun")
-        for name in FILES.values():
-            if (output / name).exists():
-                raise ValueError(f"{output} already contains {name}; choose another --output")
-    return _finish(build(config, load(config)))
-
-
-def resume_run(
-    folder: Path, ask: Callable[[TrainConfig], TrainConfig] = lambda before: before
-) -> dict[str, Any]:
-    """Go on with an interrupted run; a finished one returns its result again.
-
-    Args:
-        folder: of the run.
-        ask: what is asked for now, given the run's configuration; must be the same.
-
-    Raises:
-        ValueError: flags differ from the run's, or its state cannot be read.
-        FileNotFoundError: the folder holds no run.
-    """
-    path = folder / "last.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{folder} contains no last.safetensors; start a run with --output {folder}"
-        )
-    _, state = read_state(path)
-    before = read_stored(state.settings, path)
-    parsed = ask(before)
-    accepted = parsed.accept_change
-    use_threads(parsed.threads)
-    # Results do not depend on the number of threads.
-    before = replace(before, threads=parsed.threads)
-    asked = replace(parsed, resume=None, output=before.output, accept_change=())
-    changed = difference(before, asked)
-    refused = {k: v for k, v in changed.items() if k not in {a.lstrip("-") for a in accepted}}
-    if refused:
-        raise ValueError(
-            "--resume keeps the settings of the run, but these differ: "
-            f"{', '.join(refused.values())}; "
-            f"to change one, add --accept-change {next(iter(refused))}"
-        )
-    if state.progress.result and not changed and not accepted:
-        return state.progress.result
-    if "white_level" not in state.settings and "data" not in accepted:
-        raise ValueError(
-            f"{folder} was started by an older version, which decoded and split images "
-            "differently; "
-            "start again, or accept the difference with --accept-change data"
-        )
-    with held(folder) if distributed.leading() else nullcontext():
-        return _go_on(replace(asked, output=folder), accepted)
-
-
-def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Take up the state in the output folder and train on."""
-    run = build(config, load(config))
-    run.trainer.restore(accepted)
-    say(f"resuming {config.output} at epoch {run.trainer.progress.epoch + 1}")
-    return _finish(run)
-
-
-def _finish(run: Run) -> dict[str, Any]:
-    return finish(run.trainer, run.frozen, run.embeddings, run.config)
 
 
 @dataclass(frozen=True)
@@ -211,6 +89,18 @@ def load(config: TrainConfig) -> Loaded:
     for note in dataset.facts.notes:
         say(f"warning: {note}")
     return Loaded(frozen.to(device), embeddings, dataset, device)
+
+
+def with_precision(
+    config: TrainConfig, group: distributed.Group, device: torch.device
+) -> TrainConfig:
+    """Choose the precision where it is `auto`; all processes use the leading one's choice."""
+    if config.optimiser.precision != "auto":
+        return config
+    bf16 = group.agreed(fast_precision(device), device) == "bf16"
+    return replace(
+        config, optimiser=replace(config.optimiser, precision="bf16" if bf16 else "fp32")
+    )
 
 
 def build(config: TrainConfig, loaded: Loaded) -> Run:
