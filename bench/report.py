@@ -100,7 +100,12 @@ def tasks() -> str:
     size, whole = figures["tasks_64"]["bytes_a_task"], figures["separate_8"]["bytes_a_task"]
     sizes = {"kb": size / 1e3, "share": 100 * size / whole, "mb": whole / 1e6}
     compared = [row for row in figures.values() if "ratio" in row]
-    return columns(compared, forms) + "\n\n" + prose()["tasks"].format(**sizes, **figures)
+    texts = (
+        columns(compared, forms),
+        prose()["tasks"].format(**sizes, **figures),
+        prose()["tasks_int8"].format(**named("tasks-int8")),
+    )
+    return "\n\n".join(texts)
 
 
 def combinations() -> str:
@@ -264,7 +269,8 @@ def photos() -> str:
         for name, row in found.items()
         if name.startswith("agreement_")
     ]
-    return prose()["photos"].format(**found) + "\n\n" + columns(compared, forms)
+    texts = [prose()[name].format(**found) for name in ("photos", "photos_bulk")]
+    return "\n\n".join([*texts, columns(compared, forms)])
 
 
 def accuracy() -> str:
