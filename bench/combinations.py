@@ -33,7 +33,7 @@ from adavipro_fast.method.model import Prediction
 from lib.server import server
 from lib.subject import Subject
 from lib.table import Json, publish
-from lib.task_models import NAMES, task_model
+from lib.task_models import NAMES, PROMPT_SIZE, task_model
 
 Tasks = Literal["one", "baked", "data"]
 WHERE = ("onnxruntime", "openvino", "tensorrt-rtx", "triton", "serve")
@@ -46,7 +46,6 @@ REASONS = {
     "was exported with --tasks open": "Triton cannot keep tables: bake the tasks",
 }
 LEAST_COSINE = 0.97
-PROMPT_SIZE = 30
 CAPABILITIES = ("8.9", "12.0")
 
 

@@ -29,11 +29,12 @@ from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.data.images import decode
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export.graph import Form
-from adavipro_fast.export.onnx_export import Source, write_graph
+from adavipro_fast.export.onnx_export import Source
 from adavipro_fast.files.checkpoint import checkpoint_of
 from lib.server import server
-from lib.subject import CLASS_NAMES, Subject
+from lib.subject import CLASS_NAMES, Subject, write_sources
 from lib.table import Json, publish
+from lib.task_models import NAMES, PROMPT_SIZE, task_model
 
 IMAGES = 32
 # Between answers of other batches; probabilities, which are what is sent.
@@ -50,8 +51,17 @@ class ServingConfig:
     """how many at once; repeatable (default: 1, 8, 32 and 128)"""
     send: Literal["jpeg", "pixels"] = "jpeg"
     """image files of 224 x 224 to /classify, or resized pixels by KServe"""
+    precision: Literal["fp32", "int8"] = "fp32"
+    """of the file"""
+    tasks: int = 1
+    """in the file; each request asks for the next one"""
     batch: int = 32
     """of the server, and of the bare runner"""
+
+    def __post_init__(self) -> None:
+        if self.tasks > 1 and self.send == "pixels":
+            raise ValueError("several tasks are asked for by JPEG; leave --send out")
+
     seconds: float = 10.0
     """of each measurement"""
     rounds: int = 3
@@ -63,7 +73,7 @@ class ServingConfig:
 class Load:
     """Requests that are ready to be sent, and the right answers."""
 
-    path: str
+    paths: list[str]
     requests: list[bytes]
     expected: list[list[float]]
     """what each answer's first list of numbers should be"""
@@ -81,17 +91,18 @@ def command(config: ServingConfig) -> dict[str, Any]:
     subject = Subject(config.model, images=IMAGES, device="cpu")
     counts = config.clients or (1, 8, 32, 128)
     with tempfile.TemporaryDirectory() as place:
-        path = exported(subject, Path(place))
+        path = exported(subject, config, Path(place))
         artifact = open_artifact(path, device="cpu", runtime="onnxruntime")
         load = load_of(config, subject, artifact)
         pixels = subject.sample[torch.arange(config.batch) % IMAGES]
+        mixed = [str(n % config.tasks) for n in range(config.batch)] if config.tasks > 1 else None
         results: dict[str, list[dict[str, Any]]] = {"runner": []}
         with (
             server(path, "--batch", str(config.batch)) as batching,
             server(path, "--batch", "1", "--delay-ms", "0") as single,
         ):
             for _ in range(config.rounds):
-                results["runner"].append(bare(artifact, pixels, config.seconds))
+                results["runner"].append(bare(artifact, pixels, mixed, config.seconds))
                 for name, address in (("serve", batching), ("serve_batch_1", single)):
                     for count in counts:
                         row = measured(address, load, count, config.seconds)
@@ -100,7 +111,8 @@ def command(config: ServingConfig) -> dict[str, Any]:
     rows = [{"name": name, **middle(of), "errors": errors(of)} for name, of in results.items()]
     for row in rows:
         row["of_runner"] = row["images_per_s"] / limit
-    settings = {"model": config.model, "batch": config.batch, "send": config.send}
+    kept = ("model", "batch", "send", "precision", "tasks")
+    settings = {name: getattr(config, name) for name in kept}
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
     return publish(rows, torch.device("cpu"), config.json, title) | settings
 
@@ -117,11 +129,18 @@ def errors(rows: list[dict[str, Any]]) -> int:
     return sum(int(row.get("errors", 0)) for row in rows)
 
 
-def exported(subject: Subject, folder: Path) -> Path:
-    """Export the subject, bytes as input."""
-    path = folder / "served.onnx"
-    source = Source(checkpoint_of(subject.model, CLASS_NAMES), subject.model)
-    write_graph(path, [source], Form(input="uint8"))
+def exported(subject: Subject, config: ServingConfig, folder: Path) -> Path:
+    """Export the subject, or tasks of its encoder, bytes as input."""
+    path, several = folder / "served.onnx", config.tasks > 1
+    sources = [Source(checkpoint_of(subject.model, CLASS_NAMES), subject.model)]
+    if several:
+        models = [task_model(subject, PROMPT_SIZE, number) for number in range(config.tasks)]
+        sources = [
+            Source(checkpoint_of(model, NAMES), model, str(number))
+            for number, model in enumerate(models)
+        ]
+    form = Form(precision=config.precision, input="uint8", tasks="baked" if several else "alone")
+    write_sources(subject, sources, path, form)
     return path
 
 
@@ -135,17 +154,20 @@ def load_of(config: ServingConfig, subject: Subject, artifact: Artifact) -> Load
     if config.send == "pixels":
         prediction = artifact(subject.sample)
         return Load(
-            "/v2/models/served/infer",
+            ["/v2/models/served/infer"] * len(subject.sample),
             [kserve(pixels.numpy()) for pixels in subject.sample],
             prediction.logits.tolist(),
             re.compile(rb'"logits".*?"data": ?\[([^\]]*)\]'),
         )
     transform = artifact.about.preprocess.pixels()
     decoded = [transform(decode(c, "", artifact.about.preprocess)) for c in contents]
-    logits = artifact(torch.from_numpy(np.stack(decoded))).logits
+    pixels, path = torch.from_numpy(np.stack(decoded)), "/classify?top=1"
+    names = [str(number % config.tasks) for number in range(len(contents))]
+    several = config.tasks > 1
+    logits = artifact(pixels, names if several else None).logits
     best = artifact.about.calibration.probabilities(logits).amax(1)
     return Load(
-        "/classify?top=1",
+        [f"{path}&task={name}" if several else path for name in names],
         contents,
         [[value] for value in best.tolist()],
         re.compile(rb'"probability":([^}]*)\}'),
@@ -160,13 +182,15 @@ def kserve(pixels: Any) -> bytes:
     return b"".join([len(head).to_bytes(4, "little"), head, pixels.tobytes()])
 
 
-def bare(artifact: Artifact, pixels: torch.Tensor, seconds: float) -> dict[str, Any]:
-    """Call the runner with full batches."""
+def bare(
+    artifact: Artifact, pixels: torch.Tensor, tasks: list[str] | None, seconds: float
+) -> dict[str, Any]:
+    """Call the runner with full batches, for the task of each image."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         began = time.perf_counter()
-        artifact(pixels)
+        artifact(pixels, tasks)
         times.append(1e3 * (time.perf_counter() - began))
     images = len(pixels)
     rate = 1e3 * images / statistics.median(times)
@@ -224,9 +248,9 @@ async def drive(
         reader, writer = await asyncio.open_connection(host, int(port))
         turn = number
         while time.perf_counter() - began < seconds:
-            content = load.requests[turn % len(load.requests)]
+            at = turn % len(load.requests)
             sent = time.perf_counter()
-            writer.write(framed(load.path, content))
+            writer.write(framed(load.paths[at], load.requests[at]))
             status, body = await answered(reader)
             times.append(1e3 * (time.perf_counter() - sent))
             if status != 200:
@@ -234,7 +258,7 @@ async def drive(
             else:
                 found = load.read.search(body)
                 got = json.loads(b"[" + found[1] + b"]") if found else [float("inf")]
-                right = load.expected[turn % len(load.expected)]
+                right = load.expected[at]
                 pairs = zip(got, right, strict=True)
                 differences.append(max(abs(a - b) for a, b in pairs))
             turn += clients

@@ -26,13 +26,12 @@ from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import comparison
-from adavipro_fast.export.gate import QuantisationImages, quantise_file
 from adavipro_fast.export.graph import Form
-from adavipro_fast.export.onnx_export import Source, Trial, write_graph
+from adavipro_fast.export.onnx_export import Source
 from adavipro_fast.export.open_tasks import folded_task
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.model import Prediction
-from lib.subject import Subject
+from lib.subject import Subject, write_sources
 from lib.table import Json, Plot, publish
 from lib.task_models import NAMES, task_model
 from lib.timing import compared, percentiles, until_steady
@@ -219,13 +218,7 @@ def write(
         for number, model in enumerate(models)
     ]
     form = Form(precision=precision, input="uint8", tasks=kind)
-    write_graph(path, sources, form)
-    if precision == "int8":
-        # Random weights have no accuracy to lose; every task sees its share of the images.
-        share = max(len(subject.various) // len(sources), 2)
-        images = [QuantisationImages(subject.various[:share], subject.various[:1])] * len(sources)
-        tables = Trial(path, sources, form).tables() if kind == "open" else {}
-        quantise_file(path, precision, images, largest_loss=100.0, tables=tables)
+    write_sources(subject, sources, path, form)
 
 
 def check(name: str, got: Prediction, own: Prediction, precision: str) -> None:

@@ -1,7 +1,7 @@
 """What is measured: a model with its right answers, its ONNX files, and rows that are checked."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import comparison
 from adavipro_fast.export.gate import QuantisationImages, quantise_file
 from adavipro_fast.export.graph import Form
-from adavipro_fast.export.onnx_export import Source, write_graph
+from adavipro_fast.export.onnx_export import Source, Trial, write_graph
 from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import Input, Precision
@@ -199,17 +199,23 @@ def write(subject: Subject, path: Path) -> None:
     kind, precision = ENDINGS[ending]
     foldable = folding_obstacle(subject.model.encoder.visual) is None
     source = Source(checkpoint_of(subject.model, CLASS_NAMES), subject.model)
-    write_graph(
-        path,
-        [source],
-        Form(
-            "folded" if foldable and form != "pixel" else "pixel",
-            precision or subject.precision,
-            kind,
-            baseline=form == "baseline",
-        ),
+    form_of_file = Form(
+        "folded" if foldable and form != "pixel" else "pixel",
+        precision or subject.precision,
+        kind,
+        baseline=form == "baseline",
     )
-    if precision == "int8":
-        # All products: random weights have no accuracy to lose.
-        images = subject.various
-        quantise_file(path, precision, [QuantisationImages(images, images)], largest_loss=100.0)
+    write_sources(subject, [source], path, form_of_file)
+
+
+def write_sources(subject: Subject, sources: Sequence[Source], path: Path, form: Form) -> None:
+    """Write sources as one file, unverified; int8 rounds every product.
+
+    Random weights have no accuracy to lose. Each task sees its share of the images.
+    """
+    write_graph(path, sources, form)
+    if form.precision == "int8":
+        share = max(len(subject.various) // len(sources), 2)
+        images = [QuantisationImages(subject.various[:share], subject.various[:1])] * len(sources)
+        tables = Trial(path, sources, form).tables() if form.tasks == "open" else {}
+        quantise_file(path, form.precision, images, largest_loss=100.0, tables=tables)

@@ -6,6 +6,7 @@ from adavipro_fast import AdaViPro, PromptConfig
 from lib.subject import Subject
 
 NAMES = tuple(map(str, range(10)))
+PROMPT_SIZE = 30
 
 
 def task_model(subject: Subject, prompt_size: int, number: int) -> AdaViPro:
