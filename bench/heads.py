@@ -166,7 +166,7 @@ def figures(run: Run, probe: Tested, *, shuffle: bool) -> dict[str, Any]:
     model, kept = trainer.model, last.test
     if progress.best_epoch == UNTRAINED:
         kept = probe.test
-    elif progress.best_epoch < progress.epoch - 1:
+    elif trainer.refits or progress.best_epoch < progress.epoch - 1:
         path = next(trainer.output.glob("*checkpoint.safetensors"))
         model = load_checkpoint(path).model(model.encoder, run.config.kernel)
         kept = trainer.evaluate(model, test)

@@ -22,11 +22,20 @@ from adavipro_fast.files.checkpoint import load_checkpoint
 from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.method.clip import load_encoder
 from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.head import HeadRows
 from adavipro_fast.training.assemble import build, load
 from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import recipe
-from adavipro_fast.training.probe import STRENGTHS, frozen_features
+from adavipro_fast.training.probe import (
+    STRENGTHS,
+    fit_head,
+    frozen_features,
+    refitted_head,
+    softened,
+)
 from adavipro_fast.training.run import resume_run, start_run
+from adavipro_fast.training.state import UNTRAINED
+from adavipro_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -71,6 +80,56 @@ def test_a_resumed_run_has_the_head_of_one_that_was_never_stopped(run, small, tm
     for file in (name, "last.safetensors"):
         ours, theirs = (load_file(folder / file) for folder in (tmp_path / "run", config.output))
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_the_head_is_fitted_again_on_prompted_images(small, tmp_path, monkeypatch, beats):
+    prompt = PromptConfig(head="linear", embed_dim=4, prompt_init="zero")
+    config = replace(small(tmp_path, epochs=2), prompt=prompt)
+    trainer = build(config, load(config)).trainer
+    monkeypatch.setattr(Trainer, "_beats_untrained", lambda *_: beats)
+    # The probe may be right everywhere.
+    monkeypatch.setattr(Trainer, "_score", lambda *_: 50.0)
+    trainer.run()
+    kept = load_checkpoint(tmp_path / "checkpoint.safetensors")
+    fitted = refitted_head(trainer.model, trainer.dataset, trainer.device)
+    trained = trainer.model.head.rows
+    assert not torch.allclose(trained, fitted.rows, rtol=0.1)
+    state = load_file(tmp_path / "last.safetensors")
+    assert torch.equal(state["class_embeddings"], trained.detach())
+    if beats:
+        assert trainer.progress.best_epoch == 1
+        assert torch.equal(kept.head.rows, fitted.rows)
+        assert torch.equal(kept.tensors["prompt"], trainer.model.prompt.template().detach())
+        val = trainer.evaluate(kept.model(trainer.model.encoder).eval(), trainer.dataset.val)
+        assert val.top1 == trainer.progress.best_val
+    else:
+        assert trainer.progress.best_epoch == UNTRAINED
+        assert not kept.tensors["prompt"].any()
+
+
+@pytest.mark.parametrize("reads", ["features", "embedding"])
+@pytest.mark.parametrize("factor", [20.0, 0.001])
+def test_an_overconfident_head_is_softened_and_a_shy_one_stays(small, tmp_path, reads, factor):
+    config = small(tmp_path)
+    loaded = load(config)
+    val = loaded.dataset.val
+    # A third is wrong: who is sure of everything is overconfident.
+    labels = val.labels.clone()
+    labels[val.rows[::3]] = (labels[val.rows[::3]] + 1) % 3
+    val = replace(val, labels=labels)
+    fitted = fit_head(loaded.frozen, loaded.dataset, CPU, (reads,))
+    head = HeadRows(factor * fitted.rows, factor * fitted.bias, fitted.reads)
+    got = softened(head, loaded.frozen, val, CPU)
+    if factor < 1:
+        assert torch.equal(got.rows, head.rows)
+        return
+    ratio = got.rows / head.rows
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-4)
+    assert torch.allclose(got.bias, ratio[0, 0] * head.bias)
+    assert ratio[0, 0] < 1
+    again = softened(got, loaded.frozen, val, CPU)
+    assert torch.allclose(again.rows, got.rows, rtol=0.02)
 
 
 @pytest.mark.parametrize("head_input", ["embedding", "features"])

@@ -121,6 +121,13 @@ class Head(nn.Module):
         files = {"rows": ROWS, "bias": BIAS}
         return {files[name]: parameter for name, parameter in self.named_parameters()}
 
+    def take(self, kept: HeadRows) -> None:
+        """Take over the numbers of another head that reads the same."""
+        for name, value in (("rows", kept.rows), ("bias", kept.bias)):
+            parameter = getattr(self, name)
+            if parameter is not None and value is not None:
+                parameter.data.copy_(value)
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors that `trained` named."""
         for name, parameter in self.trained().items():

@@ -9,7 +9,7 @@ from adavipro_fast.method.config import DTYPES, Kernel, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.head import Head
 from adavipro_fast.method.preprocess import Preprocess
-from adavipro_fast.method.prompt import AdaptivePrompt
+from adavipro_fast.method.prompt import AdaptivePrompt, Prompted
 
 
 class Prediction(NamedTuple):
@@ -83,8 +83,13 @@ class AdaViPro(nn.Module):
             images: (B, 3, S, S), uint8 RGB or normalised float.
             sampling: of training masks, fields of `prompt.Sampling`: tau, noise, seed, first.
         """
-        prompted = self.prompt(images, dtype=DTYPES[self.encoder.precision], **sampling)
+        prompted = self.prompted(images, **sampling)
         return self.classify(prompted.images, prompted.mask)
+
+    def prompted(self, images: Tensor, **sampling: Any) -> Prompted:
+        """Prompt a batch, in the encoder's precision; arguments are `forward`'s."""
+        prompted: Prompted = self.prompt(images, dtype=DTYPES[self.encoder.precision], **sampling)
+        return prompted
 
     def classify(self, images: Tensor, mask: Tensor) -> Prediction:
         """Classify normalised images (B, 3, S, S) as they are, prompted or not.

@@ -28,7 +28,7 @@ from adavipro_fast.training.class_names import (
 from adavipro_fast.training.config import TrainConfig, stored
 from adavipro_fast.training.data_record import keep_data
 from adavipro_fast.training.log import say
-from adavipro_fast.training.probe import fit_head
+from adavipro_fast.training.probe import fit_head, softened
 from adavipro_fast.training.trainer import Trainer
 
 CALIBRATION_IMAGES = 512
@@ -150,6 +150,8 @@ def _model(
     if prompt.head == "linear" or prompt.method == "linear_probe":
         head = _head(config, encoder, dataset, embeddings, device)
         prompt = replace(prompt, head="linear", head_input=head.reads)
+        if prompt.method in PROMPTED:
+            head = softened(head, encoder, dataset.val, device)
         rows, bias = head.rows, head.bias
     assert rows is not None
     torch.manual_seed(config.optimiser.seed)

@@ -3,8 +3,9 @@
 A probe is logistic regression (scikit-learn) whose penalty is chosen on validation.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from adavipro_fast.data.metrics import negative_log_likelihood
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.method.config import HeadInput
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.functional import normalise
 from adavipro_fast.method.head import HeadRows
+from adavipro_fast.method.model import AdaViPro
+from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.log import say
 
 # Inverse strengths of the L2 penalty that are tried on validation; VP's 0.316 is among them. Unit
@@ -31,29 +35,46 @@ BATCH = 64
 Array = np.ndarray[Any, Any]
 
 
-class Frozen(NamedTuple):
-    """What the frozen encoder makes of a split: embedding (N, E), features (N, F), labels (N,)."""
+class Features(NamedTuple):
+    """What an encoder makes of a split: embedding (N, E), features (N, F), labels (N,)."""
 
     embedding: Array
     features: Array
     labels: Array
 
 
-@torch.no_grad()
-def frozen_features(encoder: FrozenEncoder, split: Split, device: torch.device) -> Frozen:
-    """Run the encoder over a split."""
+def frozen_features(encoder: FrozenEncoder, split: Split, device: torch.device) -> Features:
+    """Run the frozen encoder over a split."""
     encoder = encoder.to(device)
     mean, std = (
         torch.tensor(v, device=device) for v in (encoder.preprocess.mean, encoder.preprocess.std)
     )
+    return features_of(lambda x: encoder.embed(normalise(x, mean, std)), split, device)
+
+
+def prompted_features(model: AdaViPro, split: Split, device: torch.device) -> Features:
+    """Run a prompted encoder over a split, with argmax masks."""
+    training = model.prompt.training
+    model.prompt.eval()
+    try:
+        return features_of(lambda x: model.encoder.embed(model.prompted(x).images), split, device)
+    finally:
+        model.prompt.train(training)
+
+
+@torch.no_grad()
+def features_of(
+    embed: Callable[[Tensor], tuple[Tensor, Tensor]], split: Split, device: torch.device
+) -> Features:
+    """Collect embeddings and features of a split, given pixels (B, 3, S, S) to both."""
     parts = []
     batches = split.batches(BATCH, device)
     for images, labels in tqdm(
         batches, "features", -(-len(split) // BATCH), leave=False, disable=None
     ):
-        embedding, features = encoder.embed(normalise(images, mean, std))
+        embedding, features = embed(images)
         parts.append((embedding.cpu().double(), features.cpu().double(), labels.cpu()))
-    return Frozen(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+    return Features(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 
 def fit_head(
@@ -86,9 +107,7 @@ def fit_head(
     for head_input in inputs:
         top1, head = _probe(train, val, head_input, balanced=balanced)
         say(f"linear probe on {head_input}: val top-1 {top1:.1f} %")
-        if head_input == "embedding":
-            head = replace(head, rows=head.rows / encoder.logit_scale)
-        candidates.append((top1, head))
+        candidates.append((top1, unscaled(head, encoder)))
     if text is not None:
         top1 = 100 * float(
             (np.argmax(val.embedding @ text.double().numpy().T, 1) == val.labels).mean()
@@ -99,23 +118,69 @@ def fit_head(
     return max(candidates, key=lambda candidate: candidate[0])[1]
 
 
+def refitted_head(
+    model: AdaViPro, dataset: Dataset, device: torch.device, *, balanced: bool = False
+) -> HeadRows:
+    """Fit the head once more, as a probe on what the encoder makes of prompted images.
+
+    A prompt that was trained with a head of gradient steps helps a probe of its own more. The
+    penalty is that of the least validation loss: it is less noisy than top-1.
+    """
+    train, val = (prompted_features(model, s, device) for s in (dataset.train, dataset.val))
+    head = _probe(train, val, model.head.reads, balanced=balanced, by="loss")[1]
+    return unscaled(head, model.encoder)
+
+
+def softened(head: HeadRows, encoder: FrozenEncoder, val: Split, device: torch.device) -> HeadRows:
+    """Divide an overconfident head by the temperature that validation images ask for.
+
+    A probe that is sure of all training images leaves the prompt no gradient to learn from.
+    """
+    found = frozen_features(encoder, val, device)
+    scale = encoder.logit_scale if head.reads == "embedding" else 1.0
+    logits = scale * torch.tensor(getattr(found, head.reads)).float() @ head.rows.t()
+    if head.bias is not None:
+        logits = logits + head.bias
+    temperature = max(calibrate(logits, torch.tensor(found.labels)).temperature, 1.0)
+    bias = None if head.bias is None else head.bias / temperature
+    return replace(head, rows=head.rows / temperature, bias=bias)
+
+
+def unscaled(head: HeadRows, encoder: FrozenEncoder) -> HeadRows:
+    """Take the factor of the cosine out of a head that was fitted without it."""
+    if head.reads == "features":
+        return head
+    return replace(head, rows=head.rows / encoder.logit_scale)
+
+
 def _probe(
-    train: Frozen, val: Frozen, head_input: HeadInput, *, balanced: bool
+    train: Features,
+    val: Features,
+    head_input: HeadInput,
+    *,
+    balanced: bool,
+    by: Literal["top1", "loss"] = "top1",
 ) -> tuple[float, HeadRows]:
     """Fit one probe: its validation top-1, percent, and the head."""
     rows, held_out = getattr(train, head_input), getattr(val, head_input)
-    best: tuple[float, LogisticRegression] | None = None
+    best: tuple[float, float, HeadRows] | None = None
     weights = "balanced" if balanced else None
+    labels = torch.tensor(val.labels)
     for strength in tqdm(STRENGTHS[head_input], "penalty", leave=False, disable=None):
         probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS, class_weight=weights)
         probe.fit(rows, train.labels)
-        top1 = 100 * float(probe.score(held_out, val.labels))
+        weight, bias = torch.tensor(probe.coef_), torch.tensor(probe.intercept_)
+        if len(weight) == 1:
+            # Of two classes scikit-learn keeps the difference.
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        logits = torch.tensor(held_out) @ weight.t() + bias
+        top1 = 100 * float((logits.argmax(1) == labels).double().mean())
+        score = top1
+        if by == "loss":
+            calibrated = calibrate(logits, labels).probabilities(logits)
+            score = -negative_log_likelihood(calibrated, labels)
         # Among equals the stronger penalty stays.
-        if best is None or top1 > best[0]:
-            best = top1, probe
+        if best is None or score > best[0]:
+            best = score, top1, HeadRows(weight.float(), bias.float(), head_input)
     assert best is not None
-    weight, bias = torch.tensor(best[1].coef_), torch.tensor(best[1].intercept_)
-    if len(weight) == 1:
-        # Of two classes scikit-learn keeps the difference.
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    return best[0], HeadRows(weight.float(), bias.float(), head_input)
+    return best[1], best[2]

@@ -60,7 +60,7 @@ def result_of(
     path = trainer.output / kept.file_name
     # The leading process may still be writing it.
     trainer.group.wait()
-    if progress.best_epoch < progress.epoch - 1:
+    if trainer.refits or progress.best_epoch < progress.epoch - 1:
         model = load_checkpoint(path).model(frozen, config.kernel).to(trainer.device)
         best = trainer.evaluate(model, test)
     keep_calibration(trainer, model, trainer.dataset.val, path)

@@ -23,14 +23,16 @@ from adavipro_fast.data.split import Split
 from adavipro_fast.device import full_fp32
 from adavipro_fast.errors import NonFiniteLossError
 from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.config import PROMPTED
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import frame_regions
 from adavipro_fast.training import state
 from adavipro_fast.training.batches import gathered, shuffled
 from adavipro_fast.training.config import OptimiserConfig, lr_factor
 from adavipro_fast.training.group import Group
-from adavipro_fast.training.log import Log, logged
+from adavipro_fast.training.log import Log, logged, say
 from adavipro_fast.training.parts import parts_of
+from adavipro_fast.training.probe import refitted_head
 from adavipro_fast.training.state import UNTRAINED, Progress, State
 
 SAVE_EVERY_S = 300.0
@@ -95,6 +97,8 @@ class Trainer:
         classes = len(dataset.class_names)
         self.judged = balanced(judged, classes)[judged] if config.judge == "macro" else ones
         """weight of each validation image in the score that chooses the epoch"""
+        self.refits = model.config.head == "linear" and model.config.method in PROMPTED
+        """whether the head is fitted once more behind the last epoch, and that model is kept"""
         self.asked_to_stop = self.stopping = False
         self.deadline = math.inf
         """of `time.monotonic`; the run stops after the step that passes it"""
@@ -126,6 +130,9 @@ class Trainer:
         ):
             while self.progress.epoch < min(self.epochs, until or self.epochs):
                 self._epoch(log)
+        if self.refits and self.progress.epoch:
+            self._refit()
+            self.save()
 
     def _epoch(self, log: Log) -> None:
         progress, size = self.progress, self.config.batch_size
@@ -241,12 +248,31 @@ class Trainer:
                 **speed,
             }
         )
-        # Among equals the later epoch has trained for longer.
-        best = progress.best_val if progress.best_score < 0 else progress.best_score
-        if self._score(val) >= best and self._beats_untrained(val):
-            self._keep(val, progress.epoch)
+        if not self.refits:
+            self._consider(val, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.correct = 0.0, 0
+
+    def _consider(self, val: Evaluation, epoch: int) -> None:
+        """Keep the model where it is the best so far; of equals, the one trained for longer."""
+        best, known = self.progress.best_score, self.progress.best_val
+        if self._score(val) >= (known if best < 0 else best) and self._beats_untrained(val):
+            self._keep(val, epoch)
+
+    def _refit(self) -> None:
+        """Fit the head on prompted images, and take that model as a candidate.
+
+        The trained head comes back afterwards: it is what further epochs train.
+        """
+        head = self.model.head
+        trained = {name: tensor.detach().clone() for name, tensor in head.trained().items()}
+        balance = self.config.class_weights == "balanced"
+        fitted = refitted_head(self.model, self.dataset, self.device, balanced=balance)
+        head.take(fitted)
+        val = self.evaluate(self.model, self.dataset.val)
+        say(f"head fitted again, on prompted images: val top-1 {val.top1:.1f} %")
+        self._consider(val, self.progress.epoch - 1)
+        head.load(trained)
 
     def _keep_untrained(self) -> None:
         """Take the untrained model as a candidate: a prompt that starts from zero does no harm.
