@@ -1,4 +1,4 @@
-"""Draw image sets far from any encoder's pretraining: letters, and spectrograms of sounds.
+"""Draw image sets far from any encoder's pretraining: letters, spectrograms, scatter plots.
 
     python bench/drawn.py sounds my_sounds
 
@@ -8,6 +8,7 @@ Nothing is downloaded: letters use the fonts that matplotlib ships, sounds are c
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +16,13 @@ import matplotlib as mpl
 import numpy as np
 import tyro
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from adavipro_fast import cli
 
-Kind = Literal["letters", "sounds"]
+Kind = Literal["letters", "sounds", "charts"]
 Array = np.ndarray[Any, Any]
 SIDE = 128
 LETTERS = "BDEFKMPRSW"
@@ -115,18 +117,50 @@ def sound(name: str, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(colours[..., :3]).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
+CHARTS: dict[str, Callable[[Array, np.random.Generator], Array]] = {
+    "rising": lambda x, rng: x,
+    "falling": lambda x, rng: -x,
+    "valley": lambda x, rng: 4 * (x - 0.5) ** 2,
+    "peak": lambda x, rng: np.exp(-(((x - rng.uniform(0.35, 0.65)) / 0.13) ** 2)),
+    "periodic": lambda x, rng: np.sin(2 * np.pi * (rng.uniform(2, 3.5) * x + rng.random())) / 2,
+    "step": lambda x, rng: (x > rng.uniform(0.3, 0.7)) * rng.choice([-1.0, 1.0]),
+    "noise": lambda x, rng: 0 * x,
+    "groups": lambda x, rng: (rng.random(len(x)) < 0.5).astype(float),
+}
+
+
+def chart(name: str, rng: np.random.Generator) -> Image.Image:
+    """Draw a scatter plot; the class is how the points go, everything else says nothing."""
+    x = np.sort(rng.uniform(size=rng.integers(25, 60)))
+    y = rng.uniform(0.7, 1.5) * CHARTS[name](x, rng)
+    y = y + rng.normal(0, rng.uniform(0.12, 0.28), len(x))
+    figure = Figure(figsize=(1.6, 1.6), dpi=SIDE / 1.6)
+    axis = figure.add_axes((0.15, 0.12, 0.8, 0.8))
+    colour, marker = colormaps["tab10"](rng.integers(10)), str(rng.choice(list("o^s+x.")))
+    axis.scatter(x, y, s=rng.uniform(6, 22), color=colour, marker=marker)
+    if rng.random() < 0.5:
+        axis.grid(alpha=0.5)
+    below, above = rng.uniform(0, 0.4, 2) * np.ptp(y)
+    axis.set_ylim(y.min() - below, y.max() + above)
+    axis.tick_params(labelsize=5)
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    return Image.open(content).convert("RGB")
+
+
 KINDS: dict[Kind, tuple[tuple[str, ...], Callable[[str, np.random.Generator], Image.Image]]] = {
     "letters": (tuple(LETTERS), letter),
     "sounds": (tuple(SOUNDS), sound),
+    "charts": (tuple(CHARTS), chart),
 }
 
 
 @dataclass(frozen=True)
 class DrawnConfig:
-    """Draw a labelled folder with train/, val/ and test/ of ten classes."""
+    """Draw a labelled folder with train/, val/ and test/ of eight or ten classes."""
 
     kind: Annotated[Kind, tyro.conf.Positional]
-    """letters, or spectrograms of sounds"""
+    """letters, spectrograms of sounds, or scatter plots"""
     output: Annotated[Path, tyro.conf.Positional]
     """folder to make"""
     train: int = 100

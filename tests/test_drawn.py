@@ -19,19 +19,20 @@ def pixels(folder):
 
 @pytest.mark.parametrize("kind", drawn.KINDS)
 def test_drawing_makes_the_same_folder_twice_and_no_image_twice(kind, tmp_path):
+    classes = len(drawn.KINDS[kind][0])
     for name in ("one", "two"):
         config = drawn.DrawnConfig(kind, tmp_path / name, train=2, val=1, test=1)
         assert drawn.command(config) | {"path": ""} == {
             "path": "",
             "kind": kind,
-            "train": 20,
-            "val": 10,
-            "test": 10,
+            "train": 2 * classes,
+            "val": classes,
+            "test": classes,
         }
     assert set(folder_sources(tmp_path / "one").class_names) == set(drawn.KINDS[kind][0])
     one, two = pixels(tmp_path / "one"), pixels(tmp_path / "two")
-    assert len(one) == 40
-    assert len({image.tobytes() for image in one.values()}) == 40
+    assert len(one) == 4 * classes
+    assert len({image.tobytes() for image in one.values()}) == 4 * classes
     assert all(np.array_equal(one[name], two[name]) for name in one)
     with pytest.raises(ValueError, match="is there already; name a new folder"):
         drawn.command(config)
