@@ -34,13 +34,15 @@ def command(config: TasksConfig) -> dict[str, Any]:
         }
         for task in about.tasks
     ]
-    return {"path": str(path), "tasks": tasks}
+    return {"path": str(path), "tasks": tasks, "open": about.open_for is not None}
 
 
 def summary(result: dict[str, Any]) -> str:
     """List the tasks, a line each."""
     if not result["tasks"]:
-        return f"{result['path']} holds one unnamed task"
+        if result["open"]:
+            return f"{result['path']} contains no task; they are .task files (adavipro-to-task)"
+        return f"{result['path']} contains one unnamed task"
     return "\n".join(
         f"{task['name']}: {task['classes']} classes, {task['method']}, {task['head']} head, prompt "
         f"size {task['prompt_size']}, {task['bytes'] / 1e3:.0f} kB"

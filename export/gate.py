@@ -62,15 +62,22 @@ def quantisation_images(
         ValueError: there are too few images, or a labelled folder has other classes.
     """
     most = max(CALIBRATED_ON // tasks, LEAST_OF_TASK)
+    if not images.is_dir():
+        raise ValueError(f"{images} is not a folder; --images needs a folder of images")
     if split_folders(images)[0]:
         data = load_dataset(DataConfig(str(images)), preprocess)
-        if data.class_names != class_names:
+        if set(data.class_names) != set(class_names):
             of = f" of task {name!r}" if name else ""
-            raise ValueError(f"the classes in {images} differ from the checkpoint's{of}")
+            differing = sorted(set(data.class_names) ^ set(class_names))
+            raise ValueError(
+                f"the classes in {images} differ from the checkpoint's{of}: {', '.join(differing)}"
+            )
+        # A folder's classes are in alphabetical order, a data set's in its own.
+        place = torch.tensor([class_names.index(own) for own in data.class_names])
         cpu = torch.device("cpu")
         ranges, _ = data.train.batch(spread(len(data.train), most), cpu)
         held_out, labels = data.val.batch(spread(len(data.val), JUDGED_ON), cpu)
-        return QuantisationImages(ranges, held_out, labels, name)
+        return QuantisationImages(ranges, held_out, place[labels], name)
     files = images_in(images)
     if len(files) < 2:
         raise ValueError(f"{images} contains {len(files)} images; use several hundred")

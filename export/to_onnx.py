@@ -3,11 +3,16 @@
 Inputs and outputs: image (B, 3, S, S) to logits (B, K), mask (B, G, G) int32 and embedding (B, E).
 """
 
+from pathlib import Path
 from typing import Any
 
 from adavipro_fast import cli
 from adavipro_fast.export.onnx_export import OnnxConfig, export
+from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import QUANTISED
+
+# Fewer judged images are warned about.
+FEW = 100
 
 
 def main() -> None:
@@ -30,11 +35,17 @@ def summary(result: dict[str, Any]) -> str:
             f"{result['judged_images']} images, {len(result['wide'])} of {result['products']} "
             "products left in fp32\n"
         )
+        if result["judged_images"] < FEW:
+            quantised += "warning: so few images say little about accuracy; use some hundred\n"
+    task = ""
+    if describe_onnx(Path(path)).open_for is not None:
+        task = " --task F.task"
+        checked += "\nadd tasks: adavipro-to-task CHECKPOINT --output F.task"
     return (
         f"{path}: {result['graph']}, {result['precision']}, {result['input']} input, "
         f"{result['bytes'] / 1e6:.1f} MB\n{quantised}{checked}\n"
-        f"measure:  python -m adavipro_fast.evaluate {path}\n"
-        f"classify: python -m adavipro_fast.predict {path} IMAGE"
+        f"measure:  python -m adavipro_fast.evaluate {path}{task}\n"
+        f"classify: python -m adavipro_fast.predict {path} IMAGE{task}"
     )
 
 

@@ -325,3 +325,20 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.5)
+
+
+def test_a_process_opens_a_file_once_for_all_copies_of_a_classifier(checkpoint, tmp_path):
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(checkpoint.read_bytes())
+    first = Classifier(path, device="cpu")
+    copy = pickle.loads(pickle.dumps(first))
+    assert copy.artifact is first.artifact
+    stale = first.artifact
+    os.utime(path, ns=(2, 2))
+    assert first.artifact is not stale
+
+
+def test_an_ending_that_is_no_format_is_refused(checkpoint, pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"rows.txt must end in .csv, .jsonl, .parquet, or be a f"):
+        classified(checkpoint, tmp_path / "rows.txt", pictures)
+    assert not (tmp_path / "rows.txt").exists()

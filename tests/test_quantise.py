@@ -15,7 +15,7 @@ from adavipro_fast import AdaViPro, open_artifact
 from adavipro_fast.artifact.torch import encoder_of
 from adavipro_fast.data.sets import DataConfig
 from adavipro_fast.errors import VerificationError
-from adavipro_fast.export import comparison, onnx_export, quantise, to_tensorrt
+from adavipro_fast.export import comparison, gate, onnx_export, quantise, to_tensorrt
 from adavipro_fast.export.gate import quantised_products
 from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.open_tasks import folded_task
@@ -210,7 +210,7 @@ def test_the_task_that_loses_most_is_named(two_tasks, tmp_path, monkeypatch):
     )
     with pytest.raises(VerificationError, match="loses 7.5 points of accuracy in task 'b' on 6 im"):
         onnx_export.export(config)
-    with pytest.raises(ValueError, match="differ from the checkpoint's of task 'a'"):
+    with pytest.raises(ValueError, match="differ from the checkpoint's of task 'a': "):
         onnx_export.export(replace(config, images=folders[::-1]))
     assert list(tmp_path.iterdir()) == []
 
@@ -302,3 +302,14 @@ def test_the_accuracy_bench_tells_figures_or_a_reason_of_every_file(checkpoint, 
     rounded = rows["onnx_folded_int8_uint8"]
     assert "skipped" in rounded or len(rounded["wide"]) < rounded["products"]
     assert chart.read_text().startswith("<?xml")
+
+
+def test_classes_in_another_order_are_the_same_classes(checkpoint, folder):
+    names = load_checkpoint(checkpoint).class_names
+    preprocess = load_checkpoint(checkpoint).preprocess
+    usual = gate.quantisation_images(folder, names, preprocess)
+    turned = gate.quantisation_images(folder, names[::-1], preprocess)
+    assert torch.equal(usual.held_out, turned.held_out)
+    assert torch.equal(turned.labels, len(names) - 1 - usual.labels)
+    with pytest.raises(ValueError, match="demo is not a folder; --images needs a folder"):
+        gate.quantisation_images(folder / "demo", names, preprocess)

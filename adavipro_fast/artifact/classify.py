@@ -95,7 +95,7 @@ class Classifies:
 
 
 def pixels_of(
-    picture: Picture, preprocess: Preprocess, name: str = "of bytes"
+    picture: Picture, preprocess: Preprocess, name: str = "(bytes)"
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decode a picture as the encoder wants it: (3, S, S) uint8.
 

@@ -1,5 +1,6 @@
 """Run exported graphs with ONNX Runtime; a file that is not what was exported is refused."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from adavipro_fast.files.about import Description, Tasks
 from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import ExportPrecision
 from adavipro_fast.method.model import Prediction
+
+# Official builds of ONNX Runtime send events about their use to its publisher from 1.29 on. Read
+# when it is imported; a user's own setting stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,32 @@ from adavipro_fast.bulk.values import Decoded, decoded, values_of
 from adavipro_fast.cores import threads, use_threads
 
 Columns = dict[str, Any]
+PIECE = 256
+
+
+@cache
+def opened(path: str, changed_ns: int, task: str | None, device: str) -> Artifact:
+    """Open a file once in a process, however often a classifier of it arrives there.
+
+    Args:
+        path: of the file.
+        changed_ns: when it was last changed; a new file is opened anew.
+        task: see `Classifier`.
+        device: see `Classifier`.
+    """
+    artifact = open_artifact(path, device=device, task=task)
+    artifact.about.check_one_task(Path(path))
+    return artifact
+
+
+def changed_ns(path: str) -> int:
+    """Return when a file was last changed; 0 for one on the Hub."""
+    file = Path(path)
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 class Classifier:
-    """Classifies columns of pictures; opened in each process at its first call.
+    """Classifies columns of pictures; opened once in each process, at the first call.
 
     It is sent to other processes by its settings alone.
 
@@ -39,19 +62,12 @@ class Classifier:
     ) -> None:
         self.path, self.task, self.threads = str(path), task, threads
         self.reject, self.device, self.embeddings = reject, device, embeddings
-        self._artifact: Artifact | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_artifact": None}
 
     @property
     def artifact(self) -> Artifact:
         """The opened file."""
-        if self._artifact is None:
-            use_threads(self.threads)
-            self._artifact = open_artifact(self.path, device=self.device, task=self.task)
-            self._artifact.about.check_one_task(Path(self.path))
-        return self._artifact
+        use_threads(self.threads)
+        return opened(self.path, changed_ns(self.path), self.task, self.device)
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> Columns:
         """Classify a batch of rows.
@@ -71,13 +87,19 @@ class Classifier:
             raise KeyError(
                 f"columns are {', '.join(columns)}; one must be `image` (encoded bytes) or `path`"
             )
-        preprocess = self.artifact.about.preprocess
+        artifact = self.artifact
+        preprocess = artifact.about.preprocess
 
         def decode(row: Any) -> Decoded:
             return decoded(row if key == "path" or row is None else bytes(row), preprocess)
 
+        pictures: Sequence[Any] = columns[key]
+        rows: list[Any] = []
         with ThreadPoolExecutor(threads()) as pool:
-            rows = values_of(self.artifact, list(pool.map(decode, columns[key])), self.reject)
+            # A batch of the engine's may be ten thousand pictures: their pixels would be large.
+            for start in range(0, len(pictures), PIECE):
+                some = list(pool.map(decode, pictures[start : start + PIECE]))
+                rows += values_of(artifact, some, self.reject)
         kept = {name: values for name, values in columns.items() if name != "image"}
         names = ["answer", "probability", "rejected", "error"]
         names += ["embedding"] if self.embeddings else []

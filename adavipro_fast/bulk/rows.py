@@ -58,6 +58,10 @@ class Output:
 
     def __init__(self, path: Path, plan: dict[str, Any], *, embeddings: bool) -> None:
         self.path, self.folder = path, path.suffix not in FORMATS
+        if self.folder and path.suffix and not path.is_dir():
+            raise ValueError(
+                f"output {path} must end in {', '.join(FORMATS)}, or be a folder without an ending"
+            )
         self.kind = ".parquet" if self.folder else path.suffix
         self.columns = (*COLUMNS, EMBEDDING) if embeddings else COLUMNS
         if self.kind == ".parquet":
