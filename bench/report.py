@@ -35,6 +35,7 @@ CPU = RESULTS / "cpu-2-cores"
 SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(\n?<!-- end -->)", re.DOTALL)
 # Files of bench/accuracy.py by their test set.
 SETS = {"flowers5": "accuracy", "dtd10": "accuracy-dtd10", "cifar10": "accuracy-cifar10"}
+BILLION, DAY_S = 1e9, 86_400
 # Of the results in README.
 PROMPT_SIZE = 30
 RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
@@ -269,7 +270,8 @@ def photos() -> str:
         for name, row in found.items()
         if name.startswith("agreement_")
     ]
-    texts = [prose()[name].format(**found) for name in ("photos", "photos_bulk")]
+    machines = BILLION / DAY_S / found["folder"]["images_per_s"]
+    texts = [prose()[name].format(**found, machines=machines) for name in ("photos", "photos_bulk")]
     return "\n\n".join([*texts, columns(compared, forms)])
 
 
