@@ -400,7 +400,7 @@ def worth() -> str:
         "top-1": "{test_top1:.1f}",
         "points gained": "{points:+.1f} ± {standard_error:.1f}",
     }
-    found = over_probe(rows("far"))
+    found = [row | {"limit_train": row["limit_train"] or "all"} for row in over_probe(rows("far"))]
     return columns(sorted(found, key=lambda row: (row["data"], -row["points"])), forms)
 
 
