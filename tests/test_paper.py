@@ -129,9 +129,9 @@ def test_the_evidence_has_a_line_with_masks_shuffled(config, monkeypatch):
     }
     assert list(rows) == [*names, *(f"{name}, masks shuffled" for name in names[:2])]
     assert [rows[n]["recipe"] for n in names] == ["best", "best", "paper"]
-    monkeypatch.setattr(paper, "EVAL_BATCH", 5)
+    monkeypatch.setattr(cells, "EVAL_BATCH", 5)
     # In their own order the masks give the prompt its own accuracy again.
-    monkeypatch.setattr(paper.torch, "randperm", lambda count, **_: torch.arange(count))
+    monkeypatch.setattr(cells.torch, "randperm", lambda count, **_: torch.arange(count))
     found = {cell.line: cell for cell in cells.cells_of(paper.EVIDENCE, config.sweep)}
     for line in names[:2]:
         assert paper.shuffle_masks(found[line], config.sweep) == rows[line]["test_top1"]

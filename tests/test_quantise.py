@@ -218,7 +218,7 @@ def test_the_task_that_loses_most_is_named(two_tasks, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_other_images_are_judged_by_agreement(checkpoint, folder, tmp_path):
     config = OnnxConfig(
-        checkpoint, tmp_path / "f.onnx", precision="int8", input="any", images=(folder,) / "test"
+        checkpoint, tmp_path / "f.onnx", precision="int8", input="any", images=(folder / "test",)
     )
     result = onnx_export.export(replace(config, largest_loss=50.0))
     assert (result["measure"], result["judged_images"]) == ("agreement", 6)
