@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from adavipro_fast.files.checked import read
-from adavipro_fast.method.config import PromptConfig
 
 Checkpoint = str | Path
 
@@ -33,11 +32,8 @@ def fit(data: str | Path, **settings: Any) -> dict[str, Any]:
     from adavipro_fast.training.config import TrainConfig, recipe, stored
     from adavipro_fast.training.run import start_run
 
-    start = recipe(
-        settings.get("recipe", "best"),
-        settings.get("prompt_size", PromptConfig.prompt_size),
-        settings.get("head", "text"),
-    )
+    leading = {name: settings[name] for name in ("prompt_size", "head") if name in settings}
+    start = recipe(settings.get("recipe", TrainConfig.recipe), **leading)
     values = changed("fit", stored(start), {**settings, "data": str(data)})
     return start_run(read(TrainConfig, values))
 

@@ -1,6 +1,6 @@
 """What every command shares: flat flags, one JSON object as the last line, exit codes.
 
-Exit 0: done. 1: a verification failed, or training diverged. 2: bad request, told in one line.
+Exit 0: done. 1: a verification failed, or training diverged. 2: bad request, reported in one line.
 """
 
 import contextlib
@@ -117,7 +117,7 @@ def parse(
     default: Any = None,
     flags: Sequence[str] | None = None,
 ) -> Config:
-    """Parse flags (default: the command line's); what is wrong is told in one line."""
+    """Parse flags (default: the command line's); errors are reported in one line."""
     more = {} if default is None else {"default": default}
     parsed: Config = _parse(kind, args=flags, **more)
     return parsed

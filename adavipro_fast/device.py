@@ -95,7 +95,7 @@ class _Inside:
 def full_fp32() -> Iterator[None]:
     """Keep fp32 products from running in TF32 or bf16, whatever the caller allows elsewhere.
 
-    cuDNN takes TF32 unless told otherwise, which turns a mask where Δ is near 0. The settings are
+    cuDNN uses TF32 by default, which turns a mask where Δ is near 0. The settings are
     the process's: products of other threads are exact meanwhile. What a caller had set through
     torch.backends.fp32_precision for all products is afterwards set for each. A backward pass runs
     under its caller's settings, and torch.compile does not see these: call both inside.

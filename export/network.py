@@ -45,7 +45,7 @@ class Network:
         self.parser = trt.OnnxParser(self.definition, self.logger)
         model = onnx.load(source, load_external_data=False)
         for node in model.graph.node:
-            # TensorRT's attention keeps its softmax in fp32 and refuses to be told so.
+            # TensorRT's attention keeps its softmax in fp32 and rejects the attribute for it.
             kept = [a for a in node.attribute if a.name != "softmax_precision"]
             del node.attribute[:]
             node.attribute.extend(kept)

@@ -118,9 +118,10 @@ def test_an_overconfident_head_is_softened_and_a_shy_one_stays(small, tmp_path, 
     labels = val.labels.clone()
     labels[val.rows[::3]] = (labels[val.rows[::3]] + 1) % 3
     val = replace(val, labels=labels)
+    features = frozen_features(loaded.frozen, val, CPU)
     fitted = fit_head(loaded.frozen, loaded.dataset, CPU, (reads,))
     head = HeadRows(factor * fitted.rows, factor * fitted.bias, fitted.reads)
-    got = softened(head, loaded.frozen, val, CPU)
+    got = softened(head, loaded.frozen, features)
     if factor < 1:
         assert torch.equal(got.rows, head.rows)
         return
@@ -128,7 +129,7 @@ def test_an_overconfident_head_is_softened_and_a_shy_one_stays(small, tmp_path, 
     assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-4)
     assert torch.allclose(got.bias, ratio[0, 0] * head.bias)
     assert ratio[0, 0] < 1
-    again = softened(got, loaded.frozen, val, CPU)
+    again = softened(got, loaded.frozen, features)
     assert torch.allclose(again.rows, got.rows, rtol=0.02)
 
 

@@ -65,7 +65,7 @@ class Graph(Artifact, Protocol):
         """Run on inputs that lie on the device; outputs lie on the CPU.
 
         Args:
-            feeds: inputs by name; those that the graph does not have are ignored.
+            feeds: all inputs of the graph, by name.
         """
 
 

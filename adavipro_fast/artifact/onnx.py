@@ -101,9 +101,7 @@ class OnnxArtifact(Classifies):
     def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on all its inputs, which lie on the artifact's device."""
         names = [output.name for output in self.session.get_outputs()]
-        known = self.inputs
-        # A graph of tasks without a generator takes no kernels.
-        feeds = {name: fed.contiguous() for name, fed in feeds.items() if name in known}
+        feeds = {name: fed.contiguous() for name, fed in feeds.items()}
         if self.device.type == "cpu":
             arrays = self.session.run(names, {name: fed.numpy() for name, fed in feeds.items()})
             tensors = [torch.from_numpy(array) for array in arrays]

@@ -29,7 +29,7 @@ class OpenArtifact(Classifies):
     """
 
     def __init__(self, file: Graph) -> None:
-        self.file = file
+        self.file, self.inputs = file, file.inputs
         self._lock = threading.Lock()
         self._keep({})
 
@@ -100,7 +100,8 @@ class OpenArtifact(Classifies):
             "numbers": torch.arange(len(present), device=device),
             **stacked([known[name] for name in present], DTYPES[about.precision]),
         }
-        return self.file.run_on(feeds)
+        # A graph without a mask path takes no kernels.
+        return self.file.run_on({name: feeds[name] for name in feeds.keys() & self.inputs})
 
     def _keep(self, known: Mapping[str, TaskFile]) -> None:
         """Replace tasks and description together: a call reads both at once."""
@@ -135,7 +136,7 @@ class OpenArtifact(Classifies):
                 f"task {task.name!r} uses edges {' '.join(edges)}; the file computes "
                 + (f"{graph.edge} {graph.edge_padding}" if graph.edge else "none")
             )
-        shapes = self.file.inputs
+        shapes = self.inputs
         for name, table in task.tables.items():
             # A graph without a mask path takes no kernels.
             sizes = [

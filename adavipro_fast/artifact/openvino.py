@@ -109,9 +109,7 @@ class OpenVinoArtifact(Classifies):
 
     def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on all its inputs, which lie on the CPU."""
-        known = self.inputs
-        # A graph of tasks without a generator takes no kernels.
-        arrays = {name: array_of(fed) for name, fed in feeds.items() if name in known}
+        arrays = {name: array_of(fed) for name, fed in feeds.items()}
         with self.lock:
             # Outputs are copied: the next call writes where they lie.
             found = self.request.infer(arrays, share_inputs=True, share_outputs=False)

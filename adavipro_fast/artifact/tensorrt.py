@@ -171,8 +171,7 @@ class EngineArtifact(Classifies):
         Raises:
             ValueError: there are more tasks or classes than the engine was built for.
         """
-        known = self.inputs
-        fed = {n: t.to(self.device).contiguous() for n, t in feeds.items() if n in known}
+        fed = {name: tensor.to(self.device).contiguous() for name, tensor in feeds.items()}
         count, (least, _, most) = len(fed["image"]), self.batch
         parts = []
         with self._alone():

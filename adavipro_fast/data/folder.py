@@ -195,7 +195,7 @@ def class_folders(
         folder: of the split.
         root: of the data set.
         others: folders that are no classes.
-        notes: is told what else lies there.
+        notes: is extended by what else the folder contains.
 
     Raises:
         ValueError: a name is not text, or two are the same text.

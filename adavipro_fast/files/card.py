@@ -1,6 +1,6 @@
 """The model card of a checkpoint: what it is, how good, how to use it, and its limits.
 
-Every figure in it is the run's own; what is not known is left out or said to be unknown.
+Every figure in it is the run's own; what is unknown is left out or called unknown.
 """
 
 from collections.abc import Mapping, Sequence

@@ -29,7 +29,7 @@ def read(kind: type[Any], values: Any) -> Any:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    """Check one value, and turn lists into tuples and texts into paths where those are wanted."""
+    """Check one value, and turn lists into tuples and texts into paths as its type asks."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any or (hint is Path and isinstance(value, Path)):
         return value

@@ -50,7 +50,7 @@ class Checkpoint:
     preprocess: Preprocess
     calibration: Calibration = UNCALIBRATED
     templates: tuple[str, ...] = ()
-    """texts that class names were embedded in; none of other rows, and in files of before"""
+    """texts that class names were embedded in; empty for other rows, and in older files"""
 
     @property
     def file_name(self) -> str:

@@ -87,11 +87,11 @@ def fetch(repository: str, file: str = CHECKPOINT, **options: Any) -> Path:
         raise ValueError(
             f"cannot open {file} of {repository}: only {' and '.join(OPENED)} files are supported"
         )
-    with told(repository, file):
+    with hub_errors(repository, file):
         path = Path(hf_hub_download(repository, file, library_name=LIBRARY, **options))
     # Weights of a large graph lie in a second file.
     if path.suffix == ".onnx" and b"data_sha256" in path.read_bytes():
-        with told(repository, f"{file}.data"):
+        with hub_errors(repository, f"{file}.data"):
             hf_hub_download(repository, f"{file}.data", library_name=LIBRARY, **options)
     return path
 
@@ -108,7 +108,7 @@ def send(folder: Path, repository: str, *, private: bool = False) -> CommitInfo:
     Raises:
         OSError: it cannot be sent, with the reason; or it is to be private and is public.
     """
-    with told(repository):
+    with hub_errors(repository):
         api = HfApi(library_name=LIBRARY)
         # Not False: an organisation's own default may be private.
         api.create_repo(repository, private=private or None, exist_ok=True)
@@ -117,7 +117,7 @@ def send(folder: Path, repository: str, *, private: bool = False) -> CommitInfo:
         raise PermissionError(
             f"{repository} exists and is public; make it private, or choose another name"
         )
-    with told(repository):
+    with hub_errors(repository):
         return api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message=f"Push with {LIBRARY}"
         )
@@ -133,8 +133,8 @@ def run_name(path: Path) -> str:
 
 
 @contextmanager
-def told(repository: str, file: str = CHECKPOINT) -> Iterator[None]:
-    """Say in one line, as a built-in type of error, what huggingface_hub raises."""
+def hub_errors(repository: str, file: str = CHECKPOINT) -> Iterator[None]:
+    """Re-raise errors of huggingface_hub as built-in exceptions with a one-line message."""
     try:
         yield
     # huggingface_hub's, its HTTP client's and its upload's errors have no common base.

@@ -24,6 +24,11 @@ class HeadRows:
     """(K,)"""
     reads: HeadInput
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Rows and bias, named as in files."""
+        return {ROWS: self.rows} | ({} if self.bias is None else {BIAS: self.bias})
+
 
 class Head(nn.Module):
     """logits = scale · x @ rowsᵀ + bias, where x is the unit embedding; or the features, unscaled.
@@ -120,13 +125,6 @@ class Head(nn.Module):
         """Return what learned, named as in files; nothing of a text head."""
         files = {"rows": ROWS, "bias": BIAS}
         return {files[name]: parameter for name, parameter in self.named_parameters()}
-
-    def take(self, kept: HeadRows) -> None:
-        """Take over the numbers of another head that reads the same."""
-        for name, value in (("rows", kept.rows), ("bias", kept.bias)):
-            parameter = getattr(self, name)
-            if parameter is not None and value is not None:
-                parameter.data.copy_(value)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors that `trained` named."""

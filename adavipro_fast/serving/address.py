@@ -1,4 +1,4 @@
-"""Where a server listens, whether others can reach it, and how it is told to stop."""
+"""Where a server listens, whether others can reach it, and how it is stopped."""
 
 import ipaddress
 import signal

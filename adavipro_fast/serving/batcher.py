@@ -55,7 +55,7 @@ class Batcher:
         largest: images in a batch; a request with more is a batch of its own.
         delay: seconds that a job may wait for others while a device is idle.
         room: images that may wait or run at once.
-        on_batch: told the images of each batch.
+        on_batch: called with the number of images of each batch.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class Served:
         devices: where it runs.
         tasks: folder of .task files, of a file whose tasks are data.
         options: of `open_artifact`.
-        say: told what was opened again, and what could not be.
+        say: called with a line for each file that was reloaded or could not be.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Served:
     def refresh(self) -> None:
         """Open the file again where it has changed, and take up tasks that came or went.
 
-        What cannot be opened is told, and the generation before goes on.
+        If it cannot be opened, the error is reported and the old generation stays in service.
         """
         with self._lock:
             now = self._stamps()

@@ -1,4 +1,4 @@
-"""A server that listens: the web application under uvicorn, until it is told to stop."""
+"""A server that listens: the web application under uvicorn, until it is stopped."""
 
 import asyncio
 import socket
@@ -29,11 +29,11 @@ class Server:
         return url(self.listening)
 
     def run(self) -> None:
-        """Answer until uvicorn is told to stop."""
+        """Answer until uvicorn is stopped."""
         asyncio.run(self.uvicorn.serve(sockets=[self.listening]))
 
     def run_until_signal(self) -> None:
-        """Answer until the process is told to stop."""
+        """Answer until a signal stops the process."""
         leave_signals_to_uvicorn()
         self.run()
 
@@ -58,7 +58,7 @@ def server(
         batch: most images in a batch.
         delay_ms: longest wait for other requests while a device is idle.
         room: images that may wait or run at once.
-        longest_stop_s: for answers under way, when it is told to stop.
+        longest_stop_s: time that running answers get when the server is stopped.
         settings: of `web.create`.
     """
     import uvicorn
@@ -81,7 +81,7 @@ def server(
         http=ImpatientProtocol,
         ws="none",
         log_config=None,
-        # What clients send wrong is told to them, not to the terminal.
+        # Errors of clients are reported to them, not on the terminal.
         log_level="error",
         access_log=False,
         server_header=False,

@@ -42,7 +42,7 @@ def create(
     """Make the web application.
 
     Args:
-        served: files by their names; `/classify` takes the first unless told otherwise.
+        served: files by their names; `/classify` uses the first by default.
         batcher: runs them; closed when the application ends.
         limits: of a request.
         token: that a client must show, if any.
@@ -53,7 +53,7 @@ def create(
         hosts: names that the server answers to (default: all).
     """
     own = Application(served, batcher, limits or Limits(), metrics or Metrics())
-    # A line for every broken form, which the client is told of, would be the client's to fill.
+    # Logging every malformed form would let clients fill the log.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from adavipro_fast.training.class_names import (
 from adavipro_fast.training.config import TrainConfig, stored
 from adavipro_fast.training.data_record import keep_data
 from adavipro_fast.training.log import say
-from adavipro_fast.training.probe import fit_head, softened
+from adavipro_fast.training.probe import Features, fit_head, frozen_features, softened
 from adavipro_fast.training.trainer import Trainer
 
 CALIBRATION_IMAGES = 512
@@ -58,6 +59,11 @@ class Loaded:
     dataset: Dataset
     device: torch.device
 
+    @cached_property
+    def val_features(self) -> Features:
+        """What the frozen encoder makes of the validation images."""
+        return frozen_features(self.frozen, self.dataset.val, self.device)
+
 
 def load(config: TrainConfig) -> Loaded:
     """Load encoder and data.
@@ -75,7 +81,7 @@ def load(config: TrainConfig) -> Loaded:
         preprocess=replace(frozen.preprocess, white_level=config.white_level, decode=config.decode)
     )
     torch.manual_seed(config.optimiser.seed)
-    # Wrong sizes are told before images are decoded.
+    # Wrong sizes are reported before images are decoded.
     bare = AdaViPro(frozen, torch.zeros(1, 1), config.prompt, kernel=config.kernel)
     bare.prompt.path(device)
     dataset = load_dataset(config.data, bare.preprocess, seed=config.optimiser.seed)
@@ -108,7 +114,7 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
     group, device = distributed.join(config.device)
     config = with_precision(config, group, device)
     frozen, dataset, embeddings = loaded.frozen, loaded.dataset, loaded.embeddings
-    model = _model(config, frozen, dataset, embeddings, device)
+    model = _model(config, loaded)
     assert config.output is not None
     if group.leads:
         keep_data(dataset, config.data.data, config.output)
@@ -137,21 +143,16 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
     return Run(trainer, frozen, embeddings, config)
 
 
-def _model(
-    config: TrainConfig,
-    frozen: FrozenEncoder,
-    dataset: Dataset,
-    embeddings: Tensor | None,
-    device: torch.device,
-) -> AdaViPro:
+def _model(config: TrainConfig, loaded: Loaded) -> AdaViPro:
     """Build what the method trains."""
-    prompt, encoder = config.prompt, frozen.to(device)
-    rows, bias = embeddings, None
+    frozen, dataset, device = loaded.frozen, loaded.dataset, loaded.device
+    prompt, encoder = config.prompt, frozen
+    rows, bias = loaded.embeddings, None
     if prompt.head == "linear" or prompt.method == "linear_probe":
-        head = _head(config, encoder, dataset, embeddings, device)
+        head = _head(config, loaded)
         prompt = replace(prompt, head="linear", head_input=head.reads)
         if prompt.method in PROMPTED:
-            head = softened(head, encoder, dataset.val, device)
+            head = softened(head, frozen, loaded.val_features)
         rows, bias = head.rows, head.bias
     assert rows is not None
     torch.manual_seed(config.optimiser.seed)
@@ -165,18 +166,20 @@ def _model(
     return model
 
 
-def _head(
-    config: TrainConfig,
-    frozen: FrozenEncoder,
-    dataset: Dataset,
-    embeddings: Tensor | None,
-    device: torch.device,
-) -> HeadRows:
+def _head(config: TrainConfig, loaded: Loaded) -> HeadRows:
     """Find where a linear head starts; the leading process fits it once, for all and for good."""
+    frozen, dataset, device = loaded.frozen, loaded.dataset, loaded.device
     asked, output = config.prompt.head_input, config.output
     balanced = config.optimiser.class_weights == "balanced"
     if config.prompt.method == "linear_probe":
-        return fit_head(frozen, dataset, device, (asked or "features",), balanced=balanced)
+        return fit_head(
+            frozen,
+            dataset,
+            device,
+            (asked or "features",),
+            val=loaded.val_features,
+            balanced=balanced,
+        )
     assert output is not None
     group, _ = distributed.join(config.device)
     source = config.head_from or output / START
@@ -184,8 +187,10 @@ def _head(
     begun = source.exists() and (output / "last.safetensors").exists()
     if config.head_from is None and group.leads and not begun:
         inputs: tuple[HeadInput, ...] = (asked,) if asked else ("features", "embedding")
-        text = None if asked == "features" else embeddings
-        fitted = fit_head(frozen, dataset, device, inputs, text, balanced=balanced)
+        text = None if asked == "features" else loaded.embeddings
+        fitted = fit_head(
+            frozen, dataset, device, inputs, text, val=loaded.val_features, balanced=balanced
+        )
         settings = PromptConfig("linear_probe", head="linear", head_input=fitted.reads)
         settings = replace(settings, region_size=config.prompt.region_size)
         start = AdaViPro(frozen, fitted.rows, settings, class_bias=fitted.bias)

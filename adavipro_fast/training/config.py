@@ -187,7 +187,7 @@ def read_stored(settings: dict[str, Any], path: Path) -> TrainConfig:
         ValueError: settings are missing or of the wrong kind.
     """
     if "margin" in settings and isinstance(settings.get("prompt"), dict):
-        # States of before margins were the prompt's.
+        # In older states the margin is a setting of its own.
         settings = settings | {"prompt": settings["prompt"] | {"margin": settings["margin"]}}
     try:
         config: TrainConfig = read(TrainConfig, settings)

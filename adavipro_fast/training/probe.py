@@ -84,6 +84,7 @@ def fit_head(
     inputs: tuple[HeadInput, ...] = ("features",),
     text: Tensor | None = None,
     *,
+    val: Features | None = None,
     balanced: bool = False,
 ) -> HeadRows:
     """Fit probes, and take the head that is best on validation.
@@ -94,6 +95,7 @@ def fit_head(
         device: where the encoder runs.
         inputs: what the head may read.
         text: (K, E) unit rows, a candidate without fitting.
+        val: of the validation images, where they are known.
         balanced: all classes count the same, however many images they have.
     """
     if len(dataset.class_names) < 2:
@@ -102,7 +104,8 @@ def fit_head(
     absent = [name for label, name in enumerate(dataset.class_names) if label not in present]
     if absent:
         raise ValueError(f"class {absent[0]!r} has no training image; a probe needs one of each")
-    train, val = (frozen_features(encoder, s, device) for s in (dataset.train, dataset.val))
+    train = frozen_features(encoder, dataset.train, device)
+    val = val or frozen_features(encoder, dataset.val, device)
     candidates = []
     for head_input in inputs:
         top1, head = _probe(train, val, head_input, balanced=balanced)
@@ -131,17 +134,16 @@ def refitted_head(
     return unscaled(head, model.encoder)
 
 
-def softened(head: HeadRows, encoder: FrozenEncoder, val: Split, device: torch.device) -> HeadRows:
+def softened(head: HeadRows, encoder: FrozenEncoder, val: Features) -> HeadRows:
     """Divide an overconfident head by the temperature that validation images ask for.
 
     A probe that is sure of all training images leaves the prompt no gradient to learn from.
     """
-    found = frozen_features(encoder, val, device)
     scale = encoder.logit_scale if head.reads == "embedding" else 1.0
-    logits = scale * torch.tensor(getattr(found, head.reads)).float() @ head.rows.t()
+    logits = scale * torch.tensor(getattr(val, head.reads)).float() @ head.rows.t()
     if head.bias is not None:
         logits = logits + head.bias
-    temperature = max(calibrate(logits, torch.tensor(found.labels)).temperature, 1.0)
+    temperature = max(calibrate(logits, torch.tensor(val.labels)).temperature, 1.0)
     bias = None if head.bias is None else head.bias / temperature
     return replace(head, rows=head.rows / temperature, bias=bias)
 

@@ -126,7 +126,7 @@ def execute(run: Run) -> dict[str, Any]:
         run: at its beginning, or where it stopped.
 
     Raises:
-        KeyboardInterrupt: the process was told to stop; the step reached is saved.
+        KeyboardInterrupt: a signal stopped the process; the step reached is saved.
         VerificationError: the frozen encoder changed.
     """
     trainer, frozen = run.trainer, run.frozen

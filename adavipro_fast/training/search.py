@@ -162,7 +162,7 @@ class Search:
         """Search, and return what was reached.
 
         Raises:
-            KeyboardInterrupt: told to stop.
+            KeyboardInterrupt: a signal stopped the search.
         """
         fitted = [c for c in self.candidates if c.config.prompt.method in FITTED]
         trained = [c for c in self.candidates if c not in fitted]
@@ -353,7 +353,6 @@ def path_of(candidate: Candidate) -> Path:
 def row_of(candidate: Candidate, progress: Progress, images: int, trainable: int) -> dict[str, Any]:
     """Describe what a candidate reached on `images` validation images."""
     prompt = candidate.config.prompt
-    score = progress.best_val if progress.best_score < 0 else progress.best_score
     return {
         "name": candidate.name,
         "method": prompt.method,
@@ -362,8 +361,8 @@ def row_of(candidate: Candidate, progress: Progress, images: int, trainable: int
         "margin": prompt.margin,
         "epochs": progress.epoch,
         "val_top1": progress.best_val,
-        "val_score": score,
-        "val_se": standard_error(score, images),
+        "val_score": progress.score,
+        "val_se": standard_error(progress.score, images),
         "test_top1": None,
         "test_se": None,
         "trainable_params": trainable,

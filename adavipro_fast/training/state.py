@@ -50,7 +50,12 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
-    """of each split; none in files of before they were counted"""
+    """of each split; empty in older files"""
+
+    @property
+    def score(self) -> float:
+        """What the kept model was chosen by, percent; top-1 in older files."""
+        return self.best_val if self.best_score < 0 else self.best_score
 
 
 @dataclass(frozen=True)

@@ -255,8 +255,7 @@ class Trainer:
 
     def _consider(self, val: Evaluation, epoch: int) -> None:
         """Keep the model where it is the best so far; of equals, the one trained for longer."""
-        best, known = self.progress.best_score, self.progress.best_val
-        if self._score(val) >= (known if best < 0 else best) and self._beats_untrained(val):
+        if self._score(val) >= self.progress.score and self._beats_untrained(val):
             self._keep(val, epoch)
 
     def _refit(self) -> None:
@@ -268,7 +267,7 @@ class Trainer:
         trained = {name: tensor.detach().clone() for name, tensor in head.trained().items()}
         balance = self.config.class_weights == "balanced"
         fitted = refitted_head(self.model, self.dataset, self.device, balanced=balance)
-        head.take(fitted)
+        head.load(fitted.tensors)
         val = self.evaluate(self.model, self.dataset.val)
         say(f"head fitted again, on prompted images: val top-1 {val.top1:.1f} %")
         self._consider(val, self.progress.epoch - 1)
