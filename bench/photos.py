@@ -23,11 +23,10 @@ from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, cli, load_clip, open_artifact
 from adavipro_fast.artifact.artifact import Artifact
-from adavipro_fast.artifact.classify import pixels_of
 from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import BATCH, answered, classify_all
 from adavipro_fast.data.ahead import decoded_ahead
-from adavipro_fast.data.images import decode, images_in, read_pixels
+from adavipro_fast.data.images import decode, images_in, pixels_of, read_pixels
 from adavipro_fast.method.clip import DEFAULT_TEMPLATE, TextTower
 from adavipro_fast.method.preprocess import Decode, Preprocess
 from lib.subject import Subject, write

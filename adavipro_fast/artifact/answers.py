@@ -1,6 +1,7 @@
 """What a prediction says in words: class names, probabilities, `unknown`, the mask."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,29 @@ from adavipro_fast.method.model import Prediction
 
 SHOWN_CLASSES = 5
 UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a picture was classified as."""
+
+    name: str
+    """of the likeliest class, or `unknown` where it is rejected"""
+    probability: float
+    """of the likeliest class"""
+    rejected: bool
+    """the confidence is below what `reject` asks for"""
+    classes: tuple[tuple[str, float], ...]
+    """names and probabilities, the likeliest first"""
+    mask: tuple[tuple[int, ...], ...]
+    """(G, G): 1 where the prompt is added"""
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> "Answer":
+        """Take what `answers` describes."""
+        classes = tuple((row["name"], row["probability"]) for row in described["classes"])
+        mask = tuple(map(tuple, described["mask"]))
+        return cls(described["answer"], classes[0][1], described["rejected"], classes, mask)
 
 
 def answers(

@@ -1,7 +1,6 @@
 """Run exported graphs with ONNX Runtime; a file that is not what was exported is refused."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.artifact import NotRunnableError
-from adavipro_fast.artifact.classify import Classifies
+from adavipro_fast.artifact.artifact import GraphArtifact, NotRunnableError
 from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
-from adavipro_fast.files.about import Description, Tasks
+from adavipro_fast.files.about import Description
 from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import ExportPrecision
-from adavipro_fast.method.model import Prediction
 
 # Official builds of ONNX Runtime send events about their use to its publisher from 1.29 on. Read
 # when it is imported; a user's own setting stays.
@@ -24,7 +21,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 @dataclass(frozen=True)
-class OnnxArtifact(Classifies):
+class OnnxArtifact(GraphArtifact):
     """An exported graph run by ONNX Runtime."""
 
     session: Any
@@ -80,23 +77,6 @@ class OnnxArtifact(Classifies):
     def inputs(self) -> dict[str, list[Any]]:
         """Shapes of the graph's inputs by name; dynamic axes are strings."""
         return {part.name: part.shape for part in self.session.get_inputs()}
-
-    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels."""
-        numbers = self.about.numbers(task, len(pixels))
-        return self.about.prediction(self.run(self.about.image(pixels.to(self.device)), numbers))
-
-    def run(self, image: Tensor, tasks: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Run the graph on its input (B, 3, S, S), on the artifact's device.
-
-        Args:
-            image: its input.
-            tasks: the number of each image's task, where there are several.
-        """
-        feeds = {"image": image}
-        if tasks:
-            feeds["task"] = torch.tensor(tasks, device=image.device)
-        return self.run_on(feeds)
 
     def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on all its inputs, which lie on the artifact's device."""

@@ -1,19 +1,18 @@
 """Open any file that can classify images."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from adavipro_fast.artifact.artifact import Artifact, Runtime
-from adavipro_fast.artifact.classify import Classifies
+from adavipro_fast.artifact.artifact import Artifact, GraphArtifact, Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact, preferred
 from adavipro_fast.artifact.tensorrt import EngineArtifact
 from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.device import torch_device
-from adavipro_fast.files.about import Description, Tasks
+from adavipro_fast.files.about import Tasks
 from adavipro_fast.files.hub import on_disk
 from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import Precision
@@ -21,38 +20,25 @@ from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Decode
 
 
-@dataclass(frozen=True)
-class OneTask(Classifies):
+class OneTask(Artifact):
     """One task of an artifact that holds several, as an artifact of its own.
+
+    Args:
+        holder: of several tasks.
+        name: of one of them.
 
     Raises:
         ValueError: no such task.
     """
 
-    whole: Artifact
-    name: str
-
-    def __post_init__(self) -> None:
-        self.whole.about.of_task(self.name)
-
-    @property
-    def about(self) -> Description:
-        """What the task's own file would say about itself."""
-        return self.whole.about.of_task(self.name)
-
-    @property
-    def backend(self) -> str:
-        """Which runtime."""
-        return self.whole.backend
-
-    @property
-    def provider(self) -> str:
-        """Which device or execution provider."""
-        return self.whole.provider
+    def __init__(self, holder: Artifact, name: str) -> None:
+        self.holder, self.name = holder, name
+        self.about = holder.about.of_task(name)
+        self.backend, self.provider = holder.backend, holder.provider
 
     def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
         """Classify (B, 3, S, S) uint8 RGB pixels as this task's."""
-        logits, mask, embedding = self.whole(pixels, task or self.name)
+        logits, mask, embedding = self.holder(pixels, task or self.name)
         return Prediction(logits[:, : len(self.about.class_names)], mask, embedding)
 
 
@@ -105,7 +91,7 @@ def open_artifact(
         opened = replace(opened, about=replace(opened.about, preprocess=preprocess))
     if opened.about.open_for is None:
         return opened if task is None else OneTask(opened, task)
-    assert not isinstance(opened, TorchArtifact)
+    assert isinstance(opened, GraphArtifact)
     holder = OpenArtifact(opened)
     if task is None:
         return holder

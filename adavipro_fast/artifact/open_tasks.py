@@ -13,40 +13,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.artifact import Graph
-from adavipro_fast.artifact.classify import Classifies
-from adavipro_fast.files.about import Description, Task, Tasks
+from adavipro_fast.artifact.artifact import Artifact, GraphArtifact
+from adavipro_fast.files.about import Task, Tasks
 from adavipro_fast.files.task import TaskFile, load_task, stacked
 from adavipro_fast.method.config import DTYPES
 from adavipro_fast.method.model import Prediction
 
 
-class OpenArtifact(Classifies):
+class OpenArtifact(Artifact):
     """An exported graph whose tables are inputs, and the tasks that it answers for now.
 
     Args:
         file: exported with `--tasks open`.
     """
 
-    def __init__(self, file: Graph) -> None:
+    def __init__(self, file: GraphArtifact) -> None:
         self.file, self.inputs = file, file.inputs
+        self.backend, self.provider = file.backend, file.provider
         self._lock = threading.Lock()
         self._keep({})
-
-    @property
-    def about(self) -> Description:
-        """What the file says about itself, and its tasks now."""
-        return self._now[1]
-
-    @property
-    def backend(self) -> str:
-        """Which runtime."""
-        return self.file.backend
-
-    @property
-    def provider(self) -> str:
-        """Which device or execution provider."""
-        return self.file.provider
 
     def add(self, task: str | Path | TaskFile) -> str:
         """Add a task and return its name; calls that run are not disturbed.
@@ -109,7 +94,8 @@ class OpenArtifact(Classifies):
             Task(t.name, t.class_names, t.config, t.calibration, bytes=t.bytes)
             for t in known.values()
         )
-        self._now = known, replace(self.file.about, tasks=tuple(tasks))
+        self.about = replace(self.file.about, tasks=tuple(tasks))
+        self._now = known, self.about
 
     def _check(self, task: TaskFile) -> None:
         """Raise ValueError unless a task's tables fit the graph."""

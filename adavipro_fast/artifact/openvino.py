@@ -1,7 +1,6 @@
 """Run exported graphs with OpenVINO on the CPU, in fp32 whatever the CPU offers."""
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.artifact import NotRunnableError
-from adavipro_fast.artifact.classify import Classifies
+from adavipro_fast.artifact.artifact import GraphArtifact, NotRunnableError
 from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
-from adavipro_fast.files.about import Description, Tasks
+from adavipro_fast.files.about import Description
 from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.files.task import TABLES
 from adavipro_fast.method.config import QUANTISED
-from adavipro_fast.method.model import Prediction
 
+CPU = torch.device("cpu")
 INSTALL = "pip install 'adavipro_fast[openvino]'"
 OTHERWISE = "use runtime onnxruntime"
 SETTINGS = {
@@ -33,13 +31,14 @@ NAMES = ("image", "task", *TABLES, "logits", "mask", "embedding")
 
 
 @dataclass(frozen=True)
-class OpenVinoArtifact(Classifies):
+class OpenVinoArtifact(GraphArtifact):
     """An exported graph run by OpenVINO."""
 
     request: Any
     about: Description
     provider: str
     backend: str = "openvino"
+    device: torch.device = CPU
     lock: Any = field(default_factory=threading.Lock)
     """a request holds the memory of one call; compiled for latency, one call takes all cores"""
 
@@ -81,31 +80,9 @@ class OpenVinoArtifact(Classifies):
         return cls(compiled.create_infer_request(), about, provider)
 
     @property
-    def device(self) -> torch.device:
-        """Where inputs lie."""
-        return torch.device("cpu")
-
-    @property
     def inputs(self) -> dict[str, list[Any]]:
         """Shapes of the graph's inputs by name; dynamic axes are strings."""
         return {name_of(part): shape_of(part) for part in self.request.model_inputs}
-
-    def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels."""
-        numbers = self.about.numbers(task, len(pixels))
-        return self.about.prediction(self.run(self.about.image(pixels.cpu()), numbers))
-
-    def run(self, image: Tensor, tasks: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Run the graph on its input (B, 3, S, S).
-
-        Args:
-            image: its input, on the CPU.
-            tasks: the number of each image's task, where there are several.
-        """
-        feeds = {"image": image}
-        if tasks:
-            feeds["task"] = torch.tensor(tasks)
-        return self.run_on(feeds)
 
     def run_on(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on all its inputs, which lie on the CPU."""

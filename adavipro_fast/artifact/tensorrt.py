@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.artifact import NotRunnableError
-from adavipro_fast.artifact.classify import Classifies
+from adavipro_fast.artifact.artifact import GraphArtifact, NotRunnableError
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.about import Description, Tasks
 from adavipro_fast.files.sealed import read_sidecar
@@ -87,7 +86,7 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class EngineArtifact(Classifies):
+class EngineArtifact(GraphArtifact):
     """An engine on a CUDA device. Batches are padded to a few sizes, each captured once."""
 
     trt: ModuleType

@@ -7,7 +7,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from adavipro_fast.artifact.classify import Classifies
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.files.about import Description, Tasks
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
@@ -18,7 +18,7 @@ from adavipro_fast.method.model import AdaViPro, Prediction
 
 
 @dataclass(frozen=True)
-class TorchArtifact(Classifies):
+class TorchArtifact(Artifact):
     """A model run by PyTorch."""
 
     model: AdaViPro

@@ -8,7 +8,7 @@ import torch
 
 from adavipro_fast.artifact.answers import answers
 from adavipro_fast.artifact.artifact import Artifact
-from adavipro_fast.artifact.classify import pixels_of
+from adavipro_fast.data.images import pixels_of
 from adavipro_fast.method.preprocess import Preprocess
 
 BATCH = 64

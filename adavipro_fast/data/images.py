@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ try:
 except ImportError:
     simplejpeg = None
 
+# A path, an encoded file's bytes, a Pillow image, or (H, W, 3) uint8 RGB pixels.
+Picture = str | Path | bytes | Image.Image | np.ndarray[Any, Any]
+PICTURES = (str, Path, bytes, Image.Image, np.ndarray)
 LARGEST_IMAGE = 100_000_000
 # EXIF orientation to what makes an image upright.
 TURNS = {
@@ -252,3 +256,31 @@ def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
     return torch.from_numpy(
         np.stack([transform(decode(path.read_bytes(), str(path), preprocess)) for path in paths])
     )
+
+
+def pixels_of(
+    picture: Picture, preprocess: Preprocess, name: str = "(bytes)"
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Decode a picture as the encoder wants it: (3, S, S) uint8.
+
+    Args:
+        picture: of any kind.
+        preprocess: the encoder's.
+        name: what to call bytes in a message.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read.
+    """
+    if isinstance(picture, str | Path):
+        return read_pixels((Path(picture),), preprocess)[0].numpy()
+    transform = preprocess.pixels()
+    if isinstance(picture, bytes):
+        return transform(decode(picture, name, preprocess))
+    if isinstance(picture, Image.Image):
+        return transform(converted(picture, preprocess))
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(
+            f"array has dtype {picture.dtype} and shape {picture.shape}; use (H, W, 3) uint8 RGB"
+        )
+    return transform(Image.fromarray(np.ascontiguousarray(picture)))
