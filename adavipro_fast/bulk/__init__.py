@@ -1,1 +1,1 @@
-"""Many pictures: where they come from, how they are classified, and where the rows go."""
+"""Classify many pictures: read the sources, run the model, write rows of answers."""

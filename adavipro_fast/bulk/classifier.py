@@ -1,4 +1,4 @@
-"""A classifier for engines that run many processes: Ray Data, Spark, Daft."""
+"""A classifier for data engines with many processes: Ray Data, Spark, Daft."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +17,11 @@ PIECE = 256
 
 @cache
 def opened(path: str, changed_ns: int, task: str | None, device: str) -> Artifact:
-    """Open a file once in a process, however often a classifier of it arrives there.
+    """Open a file once per process, however many copies of its classifier are unpickled there.
 
     Args:
-        path: of the file.
-        changed_ns: when it was last changed; a new file is opened anew.
+        path: the file's path.
+        changed_ns: when the file was last changed; a changed file is opened again.
         task: see `Classifier`.
         device: see `Classifier`.
     """
@@ -31,23 +31,23 @@ def opened(path: str, changed_ns: int, task: str | None, device: str) -> Artifac
 
 
 def changed_ns(path: str) -> int:
-    """Return when a file was last changed; 0 for one on the Hub."""
+    """Return a file's modification time in nanoseconds; 0 for a file on the Hub."""
     file = Path(path)
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
 class Classifier:
-    """Classifies columns of pictures; opened once in each process, at the first call.
+    """Classifies columns of pictures; the file is opened once per process, at the first call.
 
-    It is sent to other processes by its settings alone.
+    Only its settings are pickled, so it is cheap to send to other processes.
 
     Args:
         path: see `open_artifact`.
-        task: one of a file that holds several.
-        threads: of the process that it runs in (default: its cores).
+        task: name of a task, for a file that holds several.
+        threads: number of threads in each process (default: the process's cores).
         reject: share of known images that may be answered `unknown`.
         device: auto, cpu, cuda, ...
-        embeddings: return the unit embeddings, too.
+        embeddings: also return the unit-length embeddings.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Classifier:
         """Classify a batch of rows.
 
         Args:
-            columns: `image` (encoded bytes) or `path`, and any others.
+            columns: `image` (encoded bytes) or `path`, and any other columns.
 
         Returns:
             The columns without `image`, and answer, probability, rejected, error, and embedding
-            where it is asked for. A picture that cannot be read has an error and no answer.
+            if requested. A picture that cannot be read has an error and no answer.
 
         Raises:
-            KeyError: there is neither `image` nor `path`.
+            KeyError: the columns include neither `image` nor `path`.
         """
         key = next((name for name in ("image", "path") if name in columns), None)
         if key is None:
@@ -96,10 +96,10 @@ class Classifier:
         pictures: Sequence[Any] = columns[key]
         rows: list[Any] = []
         with ThreadPoolExecutor(threads()) as pool:
-            # A batch of the engine's may be ten thousand pictures: their pixels would be large.
+            # The engine's batches may have ten thousand pictures, whose pixels need much memory.
             for start in range(0, len(pictures), PIECE):
-                some = list(pool.map(decode, pictures[start : start + PIECE]))
-                rows += values_of(artifact, some, self.reject)
+                batch = list(pool.map(decode, pictures[start : start + PIECE]))
+                rows += values_of(artifact, batch, self.reject)
         kept = {name: values for name, values in columns.items() if name != "image"}
         names = ["answer", "probability", "rejected", "error"]
         names += ["embedding"] if self.embeddings else []

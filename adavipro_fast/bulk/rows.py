@@ -1,7 +1,7 @@
-"""Rows of answers, written in finished parts and joined at the end; a killed run goes on.
+"""Write rows of answers as parts and join them at the end, so that a killed run can continue.
 
-Beside the output lies a record of how it was made and of the parts that are finished. A part that
-the record does not know is written again.
+A record beside the output holds the run's options and the number of rows of each finished part.
+Parts that are not in the record are written again.
 """
 
 import csv
@@ -24,22 +24,22 @@ Row = dict[str, Any]
 
 @dataclass
 class Record:
-    """What is kept about an output."""
+    """The progress of an output, saved beside it."""
 
     plan: dict[str, Any]
     """the artifact, the sources and the options that the rows depend on"""
     parts: list[int] = field(default_factory=list)
-    """rows of each finished part"""
+    """number of rows of each finished part"""
     last: str = ""
     """id of the last row"""
     errors: int = 0
     seconds: float = 0.0
-    """of all starts"""
+    """total over all starts of the run"""
     done: bool = False
 
     @property
     def images(self) -> int:
-        """Rows that are finished."""
+        """Number of rows in finished parts."""
         return sum(self.parts)
 
 
@@ -47,13 +47,13 @@ class Output:
     """A file or folder of rows.
 
     Args:
-        path: ends in .csv, .jsonl or .parquet; else a folder, which then holds Parquet files.
-        plan: what the rows depend on.
-        embeddings: whether rows have one.
+        path: a name in .csv, .jsonl or .parquet, or else a folder of Parquet files.
+        plan: the settings that the rows depend on.
+        embeddings: whether rows have an embedding.
 
     Raises:
         ImportError: pyarrow is not installed.
-        ValueError: the output was made otherwise.
+        ValueError: the output already exists and was written with other settings.
     """
 
     def __init__(self, path: Path, plan: dict[str, Any], *, embeddings: bool) -> None:
@@ -67,7 +67,7 @@ class Output:
         if self.kind == ".parquet":
             _pyarrow()
         self.parts = path if self.folder else path.with_name(path.name + ".parts")
-        # Readers of folders of Parquet files leave out what begins with _.
+        # Readers of Parquet folders ignore names that begin with _.
         self.record_path = (
             path / "_run.json" if self.folder else path.with_name(path.name + ".json")
         )
@@ -94,15 +94,15 @@ class Output:
         return record
 
     def part(self, number: int) -> Path:
-        """Name a part's file."""
+        """Return the path of a part's file."""
         return self.parts / f"part-{number:06d}{self.kind}"
 
     def add(self, rows: Sequence[Row], seconds: float) -> None:
-        """Write a part, then the record that knows it.
+        """Write a part, then add it to the record.
 
         Args:
-            rows: in order.
-            seconds: that they took.
+            rows: the part's rows, in order.
+            seconds: time that they took.
         """
         if rows:
             write_whole(self.part(len(self.record.parts)), self.encoded(rows))
@@ -137,11 +137,11 @@ class Output:
     def _csv(self, lines: Sequence[Sequence[Any]]) -> bytes:
         text = io.StringIO(newline="")
         csv.writer(text).writerows(lines)
-        # Names of files need not be UTF-8.
+        # File names are not always valid UTF-8.
         return text.getvalue().encode(errors="backslashreplace")
 
     def finish(self) -> None:
-        """Join the parts under the output's name, and remove them."""
+        """Join the parts under the output's name, then remove the parts."""
         self.record.done = True
         self._keep()
         if self.folder:
@@ -149,7 +149,8 @@ class Output:
         if self.parts.exists():
             with named_when_whole(self.path) as path:
                 self._join(path)
-            # First out of the way as a whole: half of the parts would be joined once more.
+            # Rename the folder before deleting it: if deleting stops halfway, the next start must
+            # not join the parts that are left.
             trash = self.parts.with_name(self.parts.name + ".old")
             shutil.rmtree(trash, ignore_errors=True)
             self.parts.replace(trash)
@@ -162,12 +163,12 @@ class Output:
         if self.kind == ".parquet":
             self._join_parquet(path)
             return
-        with path.open("wb") as whole:
+        with path.open("wb") as joined:
             if self.kind == ".csv":
-                whole.write(self._csv([self.columns]))
+                joined.write(self._csv([self.columns]))
             for part in self._finished():
                 with part.open("rb") as file:
-                    shutil.copyfileobj(file, whole)
+                    shutil.copyfileobj(file, joined)
 
     def _join_parquet(self, path: Path) -> None:
         pyarrow, parquet = _pyarrow()
@@ -178,7 +179,7 @@ class Output:
 
 
 def _text(value: Any) -> Any:
-    """Make a name that is not UTF-8 one that a table can hold."""
+    """Escape bytes of a name that are not UTF-8, which a table cannot hold."""
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Classify a stream of pictures: threads decode the next batches while one runs."""
+"""Classify a stream of pictures: threads decode the next batches while the model runs."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from adavipro_fast.bulk.values import Decoded, decoded, values_of
 from adavipro_fast.data.ahead import decoded_ahead
 
 BATCH = 32
-# A part is finished after so many rows or seconds: what a killed run loses.
+# A part is written after this many rows or seconds; a killed run loses at most that much.
 PART_ROWS, PART_S = 4096, 20.0
 
 
@@ -23,18 +23,18 @@ Answers = Callable[[Iterator[Item]], Iterator[list[Row]]]
 
 
 def classify_all(answers: Answers, sources: Sequence[Path], output: Output) -> dict[str, Any]:
-    """Classify all pictures of the sources into an output, or go on with one.
+    """Classify all pictures of the sources into a new output, or continue an unfinished one.
 
     Args:
         answers: yields the rows of batches of pictures, in order.
         sources: see `sources.items`.
-        output: new, or of a run that was stopped.
+        output: a new output, or that of a stopped run.
 
     Returns:
-        images, errors, seconds, images_per_s, output and resumed: rows that were there already.
+        images, errors, seconds, images_per_s, output, and resumed (rows from earlier starts).
 
     Raises:
-        ValueError: the sources are not those that the output began with.
+        ValueError: the sources changed since the output was started.
     """
     record, resumed, began = output.record, output.record.images, time.perf_counter()
     if not record.done:
@@ -43,9 +43,9 @@ def classify_all(answers: Answers, sources: Sequence[Path], output: Output) -> d
         since = began
         try:
             with tqdm(initial=resumed, unit="image", disable=None, leave=False) as bar:
-                for found in answers(waiting):
-                    rows += found
-                    bar.update(len(found))
+                for batch in answers(waiting):
+                    rows += batch
+                    bar.update(len(batch))
                     now = time.perf_counter()
                     if len(rows) >= PART_ROWS or now - since > PART_S:
                         output.add(rows, now - since)
@@ -67,10 +67,10 @@ def classify_all(answers: Answers, sources: Sequence[Path], output: Output) -> d
 
 
 def skipped(pictures: Iterator[Item], count: int, last: str) -> Iterator[Item]:
-    """Leave out the pictures that have rows already.
+    """Skip the pictures that already have rows.
 
     Raises:
-        ValueError: another picture is in the last one's place.
+        ValueError: picture number `count` is not the one named `last`.
     """
     if count:
         found = next(islice(pictures, count - 1, None), None)
@@ -88,9 +88,9 @@ def answered(
     """Yield the rows of each batch of pictures, in order.
 
     Args:
-        artifact: of one task.
-        pictures: are read and decoded in threads, beside the encoder.
-        columns: of the rows.
+        artifact: a file of one task.
+        pictures: read and decoded in threads while the encoder runs.
+        columns: names of the rows' columns.
         reject: share of known images that may be answered `unknown`.
     """
     preprocess = artifact.about.preprocess
@@ -104,8 +104,8 @@ def answered(
 
     for batch, contents in decoded_ahead(pictures, decode, BATCH):
         empty = dict.fromkeys(columns)
-        found = values_of(artifact, contents, reject)
+        results = values_of(artifact, contents, reject)
         yield [
             empty | {"id": item.id} | {name: v for name, v in values.items() if name in empty}
-            for item, values in zip(batch, found, strict=True)
+            for item, values in zip(batch, results, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""Pictures of folders, lists, tar shards and Parquet files, one after the other."""
+"""Iterate over the pictures of folders, lists, tar shards and Parquet files."""
 
 import sys
 import tarfile
@@ -11,14 +11,14 @@ from typing import Any
 from adavipro_fast.data.walk import SUFFIXES, kind_of, streamed
 
 INSTALL = "Parquet needs pyarrow: pip install 'adavipro_fast[bulk]'"
-# Names that data sets give the column of encoded images, tried before the others.
+# Common names for the column of encoded images, preferred over other binary columns.
 COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes", "content")
 ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture that is not read yet."""
+    """A picture that is not yet read."""
 
     id: str
     """its path, `shard.tar/key`, or `file.parquet#row`"""
@@ -33,7 +33,7 @@ def items(sources: Sequence[Path]) -> Iterator[Item]:
             `.parquet` files with a column of encoded images.
 
     Raises:
-        FileNotFoundError: a source is not there.
+        FileNotFoundError: a source does not exist.
         ImportError: pyarrow is not installed.
         ValueError: a Parquet file has no column of images.
     """
@@ -70,7 +70,7 @@ def _failed(reason: str) -> bytes:
 
 
 def _tar(path: Path) -> Iterator[Item]:
-    """Read a shard from its beginning to its end; a key is a member's name up to its suffix."""
+    """Stream a shard's pictures; a picture's key is the member's name without its suffix."""
     try:
         with tarfile.open(path, "r|*") as shard:
             for member in shard:
@@ -100,10 +100,10 @@ def _parquet(path: Path) -> Iterator[Item]:
 
 
 def image_column(schema: Any, path: Path) -> str:
-    """Find the column of encoded images: binary, or Hugging Face's struct with `bytes`.
+    """Return the column of encoded images: binary, or Hugging Face's struct with `bytes`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such column.
     """
     import pyarrow.types as types
 

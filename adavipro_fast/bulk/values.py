@@ -1,4 +1,4 @@
-"""What a row says about a picture: the same for a file of rows and for columns."""
+"""The values of a row: shared by the output files and the column classifier."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ Decoded = np.ndarray[Any, np.dtype[np.uint8]] | str
 
 
 def decoded(picture: Any, preprocess: Preprocess, name: str = "of bytes") -> Decoded:
-    """Decode a picture: (3, S, S) uint8, or why it cannot be read."""
+    """Decode a picture to (3, S, S) uint8; return the reason as text if it cannot be read."""
     try:
         return pixels_of(picture, preprocess, name)
     except (OSError, ValueError, TypeError) as error:
@@ -26,9 +26,9 @@ def decoded(picture: Any, preprocess: Preprocess, name: str = "of bytes") -> Dec
 def values_of(
     artifact: Artifact, pictures: Sequence[Decoded], reject: float | None
 ) -> list[dict[str, Any]]:
-    """Classify decoded pictures: answer, probability, rejected and embedding, or error, of each."""
-    found = _classified(artifact, [p for p in pictures if not isinstance(p, str)], reject)
-    return [{"error": one} if isinstance(one, str) else next(found) for one in pictures]
+    """Return answer, probability, rejected and embedding of each picture, or its error."""
+    results = _classified(artifact, [p for p in pictures if not isinstance(p, str)], reject)
+    return [{"error": one} if isinstance(one, str) else next(results) for one in pictures]
 
 
 def _classified(
