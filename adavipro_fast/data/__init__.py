@@ -1,1 +1,1 @@
-"""Where pixels come from: data sets, decoding, the cache, and what is measured on them."""
+"""Data sets, image decoding, the cache of decoded images, and metrics."""

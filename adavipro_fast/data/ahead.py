@@ -1,4 +1,4 @@
-"""Decode pictures beside the encoder: threads fill the next batches while one runs."""
+"""Decode pictures ahead of the encoder: threads fill the next batches while one runs."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from adavipro_fast.cores import threads
 
-# Batches that are decoded ahead of the one that runs.
+# Number of batches decoded ahead of the current one.
 AHEAD = 2
 T = TypeVar("T")
 R = TypeVar("R")
@@ -17,10 +17,10 @@ R = TypeVar("R")
 def decoded_ahead(
     items: Iterable[T], decode: Callable[[T], R], size: int
 ) -> Iterator[tuple[list[T], list[R]]]:
-    """Yield batches of items and what became of them, in order.
+    """Yield batches of items with their decoded values, in order.
 
     Args:
-        items: are drawn as they are needed.
+        items: consumed as needed.
         decode: called in threads.
         size: of a batch.
     """

@@ -1,9 +1,9 @@
 """The decoded-image cache: `python -m adavipro_fast.cache` lists it, `--clear` empties it.
 
-Images are decoded and resized once, by the encoder's own preprocessing, into a memory-mapped
-uint8 file. Its name is a hash of the images' bytes and of the preprocessing, so a changed image or
-another encoder makes a new file and a moved folder does not. Processes share the files; those used
-longest ago go when the folder outgrows its limit.
+Images are decoded and resized once, with the encoder's own preprocessing, into a memory-mapped
+uint8 file. The file's name is a hash of the images' bytes and the preprocessing, so a changed
+image or another encoder creates a new file, and moving the images does not. Processes share the
+files; the least recently used are removed when the folder exceeds its limit.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.preprocess import Preprocess
 
 DEFAULT_DIR = Path.home() / ".cache" / "adavipro_fast"
-# Reading waits for disks and networks, decoding for the processor.
+# Reading waits for disks and networks, so it uses more threads than decoding.
 READERS = 8
 MOST_NAMED = 200
-# What lies beside a cache file: the settings' hash, then a row for each image.
+# The file beside a cache file: the settings' hash, then a row for each image.
 ROWS = ".rows"
 ROW = np.dtype([("sha256", "V32"), ("peak", "<u2")])
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -44,13 +44,13 @@ class Decoded:
     """The decoded images of a split."""
 
     images: Pixels
-    """(N, 3, S, S), memory-mapped, of the files that could be read"""
+    """(N, 3, S, S), memory-mapped; only the files that could be read"""
     key: str
     """hash that names the cache file"""
     kept: tuple[int, ...]
-    """which of the source's images they are"""
+    """their indices in the source"""
     unreadable: dict[int, str]
-    """the others, and why"""
+    """index and reason for each of the other images"""
     digests: tuple[bytes, ...]
     """sha256 of each kept file"""
     peaks: np.ndarray[Any, np.dtype[np.uint16]]
@@ -60,28 +60,28 @@ class Decoded:
 def decoded(
     source: Source, preprocess: Preprocess, folder: Path, *, label: str, limit: int
 ) -> Decoded:
-    """Open a split's cache file, making it first where it is not there.
+    """Open a split's cache file, and create it first if it does not exist.
 
-    Files that cannot be read are left out and reported. Images that another cache file of the same
-    preprocessing holds are copied instead of decoded.
+    Files that cannot be read are left out and reported. Images that are already in another cache
+    file of the same preprocessing are copied instead of decoded.
 
     Args:
         source: the images.
         preprocess: the encoder's preprocessing.
-        folder: of the cache.
-        label: what to call the split in the progress bar.
-        limit: bytes that the folder may hold; other files than this one go beyond it.
+        folder: the cache's folder.
+        label: name of the split in the progress bar.
+        limit: size limit of the folder in bytes; beyond it, other cache files are removed.
 
     Raises:
-        OSError: the folder cannot be written.
-        ValueError: the cache file is not what was written.
+        OSError: the folder is not writable.
+        ValueError: the cache file is damaged.
     """
     digests, unreadable = content_digests(source)
     kept = [i for i in range(len(source.labels)) if i not in unreadable]
     while True:
         if not kept:
-            none = np.zeros((0, 3, preprocess.size, preprocess.size), np.uint8)
-            return Decoded(none, "", (), unreadable, (), np.zeros(0, np.uint16))
+            empty = np.zeros((0, 3, preprocess.size, preprocess.size), np.uint8)
+            return Decoded(empty, "", (), unreadable, (), np.zeros(0, np.uint16))
         key = key_of([digests[i] for i in kept], preprocess)
         path = folder / f"{key}.npy"
         shape = (len(kept), 3, preprocess.size, preprocess.size)
@@ -111,14 +111,14 @@ def decoded(
 
 
 def some(reasons: Sequence[str]) -> str:
-    """List why files cannot be read, the first ones of very many."""
+    """Join the reasons why files cannot be read, shortened to the first `MOST_NAMED`."""
     more = f"; and {len(reasons) - MOST_NAMED} more" if len(reasons) > MOST_NAMED else ""
     return "; ".join(reasons[:MOST_NAMED]) + more
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Those images of a source that are decoded into one file."""
+    """The images of a source that are decoded into one file."""
 
     source: Source
     indices: list[int]
@@ -129,19 +129,19 @@ def opened(path: Path) -> Pixels:
     """Map a cache file into memory.
 
     Raises:
-        ValueError: it is not a whole array file.
+        ValueError: the file is damaged or incomplete.
     """
     try:
-        # Copy-on-write: torch wants writable memory, the file stays as it is.
+        # Copy-on-write: torch needs writable memory, and the file must not change.
         images: Pixels = np.load(path, mmap_mode="c")
-    # NumPy parses the header with Python's own parser, which has many ways to refuse.
+    # NumPy parses the header with Python's parser, which can raise many exceptions.
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}; remove it") from error
     return images
 
 
 def content_digests(source: Source) -> tuple[list[bytes], dict[int, str]]:
-    """Hash each image file; return the hashes, and why some files cannot be read."""
+    """Hash each image file; return the hashes, and the reason for each unreadable file."""
     failed: dict[int, str] = {}
 
     def digest(index: int) -> bytes:
@@ -164,21 +164,21 @@ def key_of(digests: Sequence[bytes], preprocess: Preprocess) -> str:
 
 
 def settings_of(preprocess: Preprocess) -> bytes:
-    """Serialise what pixels depend on beside the image."""
+    """Serialise the settings that the decoded pixels depend on."""
     settings = preprocess.stored() | {"decoding": preprocess.decoding}
     return json.dumps(settings, sort_keys=True).encode()
 
 
 def fill(path: Path, chosen: _Chosen, preprocess: Preprocess, label: str) -> dict[int, str]:
-    """Decode images into a file, which gets its name when it is whole.
+    """Decode images into a file, which is renamed to `path` once it is complete.
 
-    Where some cannot be read, the others are kept under the name that they have without those.
+    If some images cannot be read, the others are saved under the name of that smaller set.
 
     Returns:
-        Which images of the source cannot be read, and why.
+        Index and reason for each image of the source that cannot be read.
     """
     transform, count = preprocess.pixels(), len(chosen.indices)
-    # The caller holds the lock: what is there is of a process that was killed.
+    # The caller holds the lock, so partial files are leftovers of a killed process.
     for left in path.parent.glob(f"{path.stem}*.partial"):
         left.unlink(missing_ok=True)
     known = known_rows(path.parent, preprocess, chosen.digests)
@@ -187,10 +187,10 @@ def fill(path: Path, chosen: _Chosen, preprocess: Preprocess, label: str) -> dic
     failed: dict[int, str] = {}
 
     def decode(number: int) -> None:
-        place = known.get(chosen.digests[number])
-        if place is not None:
-            pixels[number] = place.images[place.row]
-            rows["peak"][number] = place.peak
+        cached = known.get(chosen.digests[number])
+        if cached is not None:
+            pixels[number] = cached.images[cached.row]
+            rows["peak"][number] = cached.peak
             return
         index = chosen.indices[number]
         try:
@@ -224,14 +224,14 @@ def fill(path: Path, chosen: _Chosen, preprocess: Preprocess, label: str) -> dic
 
 @contextlib.contextmanager
 def partial_file(path: Path, shape: tuple[int, ...]) -> Iterator[tuple[Path, Mapped]]:
-    """Make an array file beside `path` under a name of its own; it is removed unless renamed.
+    """Create an array file beside `path` under a temporary name; remove it unless renamed.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk is full.
     """
     partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     try:
-        # Never a file or link that is there already.
+        # Mode x: never write to an existing file or link.
         partial.open("xb").close()
         pixels = open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         # Reserve the space now: writing to a memory map on a full disk kills the process.
@@ -251,7 +251,7 @@ def _name(partial: Path, path: Path, rows: np.ndarray[Any, Any], preprocess: Pre
 
 @dataclass(frozen=True)
 class Row:
-    """Where an image lies that was decoded before."""
+    """The location of an image that is already decoded."""
 
     images: Pixels
     row: int
@@ -259,7 +259,7 @@ class Row:
 
 
 def known_rows(folder: Path, preprocess: Preprocess, digests: Sequence[bytes]) -> dict[bytes, Row]:
-    """Find images that cache files of this preprocessing hold already."""
+    """Look up the images that cache files of this preprocessing already contain."""
     wanted, found = set(digests), dict[bytes, Row]()
     for path in files(folder):
         rows = read_rows(path, preprocess)
@@ -276,7 +276,7 @@ def known_rows(folder: Path, preprocess: Preprocess, digests: Sequence[bytes]) -
 
 
 def read_rows(path: Path, preprocess: Preprocess) -> np.ndarray[Any, Any] | None:
-    """Read what lies beside a cache file; None if it is of other settings or not there."""
+    """Read the rows beside a cache file; None if they are missing or of other settings."""
     try:
         content = path.with_suffix(ROWS).read_bytes()
     except OSError:
@@ -288,7 +288,7 @@ def read_rows(path: Path, preprocess: Preprocess) -> np.ndarray[Any, Any] | None
 
 
 def files(folder: Path) -> list[Path]:
-    """Return the cache's files, those used longest ago first."""
+    """Return the cache's files, least recently used first."""
     found = []
     for path in folder.glob("*.npy"):
         # Another process may remove it at any time.
@@ -298,7 +298,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Return a file's bytes, 0 where it is gone."""
+    """Return a file's size in bytes, 0 if it no longer exists."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -306,9 +306,9 @@ def size_of(path: Path) -> int:
 
 
 def shrink(folder: Path, limit: int, keep: Path | None = None) -> int:
-    """Remove the files used longest ago until the rest fits; return the bytes removed.
+    """Remove the least recently used files until the rest fits; return the bytes removed.
 
-    A file that another process has just opened stays readable to it.
+    A process that has already opened a removed file can still read it.
     """
     found = files(folder)
     held = sum(map(size_of, found))

@@ -18,7 +18,7 @@ class Coop:
     images: str
     split: str
     origin: str
-    """where the images officially come from"""
+    """official source of the images"""
 
 
 COOP = {
@@ -54,7 +54,7 @@ COOP = {
         "crcv.ucf.edu/data/UCF101.php (CoOp's middle frames)",
     ),
 }
-# What CoOp calls EuroSAT's classes, whose folder names are no English.
+# CoOp's names for EuroSAT's classes, whose folder names are not readable English.
 EUROSAT = {
     "AnnualCrop": "Annual Crop Land",
     "HerbaceousVegetation": "Herbaceous Vegetation Land",
@@ -71,15 +71,15 @@ def coop_sources(layout: Coop, root: Path) -> tuple[tuple[str, ...], dict[str, S
     """Read a data set in CoOp's format.
 
     Args:
-        layout: where its parts lie under the root.
+        layout: paths of its parts under the root.
         root: folder of all data sets.
 
     Returns:
         Class names in label order, and the three splits.
 
     Raises:
-        FileNotFoundError: json, folder or an image is missing.
-        ValueError: the json is not what it should be.
+        FileNotFoundError: the json, the folder or an image is missing.
+        ValueError: the json is invalid.
     """
     folder = root / layout.folder
     expected = (
@@ -113,7 +113,7 @@ def read_split(path: Path) -> dict[str, list[tuple[str, int, str]]]:
     """Read a split_zhou_*.json: train, val and test lists of (path, label, class name).
 
     Raises:
-        ValueError: it is not of this form, or a path leads out of the folder.
+        ValueError: the file is not of this form, or a path points outside the folder.
     """
     try:
         if path.stat().st_size > LARGEST_LIST:

@@ -1,4 +1,4 @@
-"""A split as it was decoded: its images, and the files that could not be read."""
+"""A decoded split: its images, and the files that could not be read."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ from adavipro_fast.data.source import Source
 from adavipro_fast.data.split import Split
 from adavipro_fast.method.preprocess import WHITE, Preprocess
 
-# White of cameras with 10, 12 and 14 bits, whose images lie in 16-bit files.
+# White level of cameras with 10, 12 and 14 bits, which save 16-bit files.
 CAMERA_LEVELS = (1023, 4095, 16383)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A split as it was decoded: what `decoded` returned, and its source."""
+    """A decoded split: the result of `decoded`, and its source."""
 
     source: Source
     decoded: Decoded
@@ -31,12 +31,12 @@ class Cut:
         return Split(torch.from_numpy(self.decoded.images), labels, torch.arange(len(labels)))
 
     def name(self, row: int) -> str:
-        """Name the file of an image."""
+        """Return the name of an image's file."""
         return self.source.name(self.decoded.kept[row])
 
 
 def check_readable(cuts: Iterable[Cut], *, skip: bool) -> None:
-    """Raise ValueError that names all files which cannot be read, unless they are skipped."""
+    """Raise ValueError naming all files that cannot be read, unless they are skipped."""
     reasons = [reason for cut in cuts for reason in cut.decoded.unreadable.values()]
     if not reasons or skip:
         return
@@ -62,7 +62,7 @@ def by_class(cuts: Iterable[Cut], class_names: tuple[str, ...]) -> str:
 
 
 def grey_note(peaks: np.ndarray[Any, np.dtype[np.uint16]], preprocess: Preprocess) -> list[str]:
-    """Warn where 16-bit grey images use only the range of a camera with fewer bits."""
+    """Warn if 16-bit grey images use only the range of a camera with fewer bits."""
     if not peaks.any() or preprocess.white_level != WHITE:
         return []
     peak = int(peaks.max())

@@ -1,4 +1,4 @@
-"""Handwritten digits that scikit-learn ships: a far task without a download."""
+"""The handwritten digits included in scikit-learn: a task far from photographs, no download."""
 
 import numpy as np
 import torch
@@ -8,14 +8,14 @@ from adavipro_fast.data.source import Source, array_source
 from adavipro_fast.data.split import even
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Of 1,797 images; the rest is the test split.
+# Out of 1,797 images; the others are the test split.
 TRAIN, VAL = 600, 400
-# Greys are 0 to 16.
+# Grey values are 0 to 16.
 STEP = 255 / 16
 
 
 def digits_sources() -> tuple[tuple[str, ...], dict[str, Source]]:
-    """Cut the digits (UCI, 8 x 8 pixels) into splits, the same at every call."""
+    """Split the digits (UCI, 8 x 8 pixels) deterministically."""
     data = load_digits()
     grey = np.rint(data.images * STEP).astype(np.uint8)
     pixels, labels = grey[..., None].repeat(3, -1), torch.tensor(data.target)

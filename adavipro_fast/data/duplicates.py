@@ -1,4 +1,4 @@
-"""Exact copies of an image in several splits or classes, found by the files' hashes."""
+"""Find exact copies of an image in several splits or classes by the files' hashes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from adavipro_fast.data.cut import Cut
 from adavipro_fast.data.split import Split
 
-# Copies that a message names.
+# Largest number of copies named in a message.
 NAMED = 3
-# A split's name and images, and what they were cut from.
+# A split's name, its images, and the decoded split they belong to.
 Part = tuple[str, Split, Cut]
-# Where a picture was found: the first file in each split, or in each class.
+# The files of one picture: the first in each split, or in each class.
 Places = dict[str, str] | dict[int, str]
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """How many pictures are in more than one split, and in more than one class."""
+    """Number of pictures in more than one split, and in more than one class."""
 
     between_splits: int = 0
     between_classes: int = 0
     notes: tuple[str, ...] = ()
-    """the same in words, with the names of some"""
+    """the same as messages, with the names of some files"""
 
     def stored(self) -> dict[str, int]:
         """Return the counts."""
@@ -46,7 +46,7 @@ def find_duplicates(parts: Iterable[Part]) -> Duplicates:
 
 
 def note(copies: Sequence[Places], what: str) -> list[str]:
-    """Say how many pictures are in several places, and name the files of the first."""
+    """Report how many pictures are in several splits or classes, with the first one's files."""
     if not copies:
         return []
     count = "1 picture is" if len(copies) == 1 else f"{len(copies)} images are"

@@ -1,4 +1,4 @@
-"""A labelled folder: train/ [val/] [test/] with class folders inside, or class folders alone."""
+"""A labelled folder: train/ [val/] [test/] with class folders inside, or only class folders."""
 
 import os
 import re
@@ -18,27 +18,27 @@ from adavipro_fast.data.walk import (
     walk,
 )
 
-# What people call the splits; upper and lower case are the same.
+# Accepted names of the splits, in any case.
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
 NAMED = 5
-# Folders that people name after splits, as `train_set`.
+# Names that suggest a split, such as `train_set`.
 LIKE_A_SPLIT = re.compile(r"(^|[^a-z])(train|training|test|testing|valid|validation)([^a-z]|$)")
 
 
 def folder_sources(root: Path, *, skip_unreadable: bool = False) -> Sources:
-    """Read class names and splits of a folder; class folders alone are training images.
+    """Read class names and splits of a folder; without split folders, all is training data.
 
     Args:
-        root: of the splits, or of the classes.
-        skip_unreadable: take classes most of whose files are no images, and folders that cannot be
-            read in part.
+        root: parent folder of the splits or of the classes.
+        skip_unreadable: accept classes in which most files are not images, and skip folders
+            without read permission.
 
     Raises:
-        ValueError: a class is empty, has mostly other files, or is missing in train/.
+        ValueError: a class is empty, has mostly other files, or is missing from train/.
     """
     folders, notes = split_folders(root)
     others = set(folders.values())
@@ -89,7 +89,7 @@ def folder_sources(root: Path, *, skip_unreadable: bool = False) -> Sources:
 
 
 def check_flat(root: Path, classes: Sequence[Path]) -> None:
-    """Raise ValueError where folders that would be classes are rather splits, or hold them."""
+    """Raise ValueError if a supposed class folder looks like a split or contains splits."""
     for folder in classes:
         inner, _ = split_folders(folder)
         if inner and any(subfolders(path) for path in inner.values()):
@@ -107,16 +107,16 @@ def check_flat(root: Path, classes: Sequence[Path]) -> None:
 def source_of_test(
     root: Path, known: Sequence[str], *, skip_unreadable: bool = False
 ) -> tuple[Source, list[str]]:
-    """Read a test split alone, labels by class names: the images, and notes about them.
+    """Read only a test split, labelled by class name; return the images and notes about them.
 
     Args:
-        root: holds test/; or the class folders themselves.
+        root: a folder that contains test/ or the class folders.
         known: class names in label order.
         skip_unreadable: as for `folder_sources`.
 
     Raises:
-        FileNotFoundError: there are other splits and no test/.
-        ValueError: a class is unknown, or there is no image.
+        FileNotFoundError: there are other splits but no test/.
+        ValueError: a class is unknown, or there are no images.
     """
     folders, notes = split_folders(root)
     if folders and "test" not in folders:
@@ -154,16 +154,16 @@ def outer_of(root: Path, split: Path) -> list[Path]:
 
 
 def left_out_note(left_out: Mapping[str, int]) -> str:
-    """Say which files were left out."""
+    """Report which kinds of files were left out."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(left_out).most_common())
     return f"skipped files that are not images: {kinds}"
 
 
 def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """Find the splits' folders, and note folders beside them that are not used.
+    """Return the splits' folders, and notes about unused folders beside them.
 
     Raises:
-        ValueError: two folders are of one split.
+        ValueError: two folders belong to the same split.
     """
     found: dict[str, Path] = {}
     others = []
@@ -177,7 +177,7 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
             )
         else:
             found[split] = folder
-    # A class may be called `train`, beside other classes.
+    # Folders without subfolders are classes, and one of them may be called `train`.
     if others and not any(subfolders(folder) for folder in found.values()):
         return {}, []
     if "train" in found and others:
@@ -189,16 +189,16 @@ def split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
 def class_folders(
     folder: Path, root: Path, others: Collection[Path], notes: list[str]
 ) -> dict[str, Path]:
-    """Find the class folders of a split, by their names in Unicode's composed form.
+    """Return the class folders of a split by name, in Unicode's composed form.
 
     Args:
-        folder: of the split.
-        root: of the data set.
-        others: folders that are no classes.
-        notes: is extended by what else the folder contains.
+        folder: the split's folder.
+        root: the data set's folder.
+        others: folders that are not classes.
+        notes: extended with messages about what else the folder contains.
 
     Raises:
-        ValueError: a name is not text, or two are the same text.
+        ValueError: a name is not valid text, or two names are equal after composition.
     """
     found: dict[str, Path] = {}
     outer = {identity_of(root), identity_of(folder)}
@@ -208,7 +208,7 @@ def class_folders(
         if identity_of(path) in outer:
             notes.append(f"{path} is a link back to {path.resolve()}; it is skipped")
             continue
-        # The file system's bytes are no text: they could not be stored or shown.
+        # Names that are not valid UTF-8 could be neither stored nor shown.
         if not path.name.isprintable() and not _is_text(path.name):
             raise ValueError(
                 f"class folder {os.fsencode(path.name)!r} in {folder} is not UTF-8; rename it"
@@ -225,17 +225,17 @@ def class_folders(
 
 
 def is_loose(path: Path) -> bool:
-    """Report whether something lies beside the class folders that is not a sidecar."""
+    """Report whether a path is a file outside the class folders that is not a sidecar."""
     return not is_sidecar(path.name) and not path.is_dir()
 
 
 def composed(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC); macOS gives the decomposed one."""
+    """Return a name in Unicode's composed form (NFC); macOS may return decomposed names."""
     return unicodedata.normalize("NFC", name)
 
 
 def listed(names: Sequence[str]) -> str:
-    """List names, the first ones of many."""
+    """Join names for a message, shortened to the first `NAMED`."""
     shown = ", ".join(repr(name) if " (" not in name else name for name in names[:NAMED])
     return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} more"
 
@@ -256,7 +256,7 @@ def _source(
     *,
     skip: bool,
 ) -> tuple[Source, list[str]]:
-    """Collect a split's images, and name the classes that have none."""
+    """Collect a split's images; also return the classes without images."""
     files: list[Path] = []
     labels: list[int] = []
     missing = []

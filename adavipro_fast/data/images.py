@@ -1,4 +1,4 @@
-"""Decode image files, which may come from anyone, to RGB pixels."""
+"""Decode untrusted image files to RGB pixels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +23,7 @@ except ImportError:
 Picture = str | Path | bytes | Image.Image | np.ndarray[Any, Any]
 PICTURES = (str, Path, bytes, Image.Image, np.ndarray)
 LARGEST_IMAGE = 100_000_000
-# EXIF orientation to what makes an image upright.
+# EXIF orientation to the operation that makes the image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,12 +33,12 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Where a PNG says how many bits a value has.
+# Offset of the bit depth in a PNG file.
 PNG_DEPTH = 24
 TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
-# TIFF's tags.
+# Tags of TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
-# Of an image whose longer side overhangs the square until it is cropped.
+# Pixels of an image after resizing and before cropping: its longer side overhangs the square.
 LARGEST_RESIZED = 20_000_000
 
 
@@ -50,19 +50,20 @@ def images_in(folder: Path) -> list[Path]:
 def decode_image(
     content: bytes, name: str, preprocess: Preprocess, most: int = LARGEST_IMAGE
 ) -> Image.Image:
-    """Decode a JPEG, PNG, ... completely, upright, as RGB with 8 bits.
+    """Decode a JPEG, PNG, ... completely to upright 8-bit RGB.
 
-    Files of an older decoding stay as they lie, and transparent pixels keep their hidden colour.
+    With the first version of the decoding, images are not turned upright, and transparent pixels
+    keep their hidden colour.
 
     Args:
         content: the file's bytes.
-        name: what to call it in a message.
+        name: name of the image in messages.
         preprocess: the encoder's preprocessing.
-        most: pixels that it may have.
+        most: largest number of pixels.
 
     Raises:
-        ValueError: broken, unreadable, of an absurd size now or once it is resized, or of pixels
-            whose range is not known.
+        ValueError: the file is damaged or unreadable, the image is too large before or after
+            resizing, or the range of its pixels is not known.
     """
     with read_errors(content, name):
         return loaded(opened(content, name, preprocess, most), content, preprocess)
@@ -71,11 +72,11 @@ def decode_image(
 def decode(
     content: bytes, name: str, preprocess: Preprocess, most: int = LARGEST_IMAGE
 ) -> Image.Image | Tensor:
-    """Decode likewise for `Preprocess.pixels`, which also takes (3, H, W) uint8.
+    """Decode like `decode_image`, but maybe to (3, H, W) uint8, which `Preprocess.pixels` accepts.
 
-    Unless decoding is `full`, plain JPEGs are decoded by simplejpeg where it is installed: its
-    pixels are Pillow's, and lie as an array, which takes Pillow as long again. What it complains of
-    is left to Pillow to judge.
+    Unless decoding is `full`, plain JPEGs are decoded by simplejpeg where it is installed. Its
+    pixels equal Pillow's and come as an array; converting Pillow's image to one takes as long as
+    decoding. Files that simplejpeg rejects are decoded by Pillow.
     """
     with read_errors(content, name):
         image = opened(content, name, preprocess, most)
@@ -90,21 +91,24 @@ def decode(
 
 @contextmanager
 def read_errors(content: bytes, name: str) -> Iterator[None]:
-    """Raise ValueError, in one line, for whatever a decoder raises."""
+    """Turn any exception of a decoder into a ValueError with a one-line message."""
     try:
         yield
     except UnidentifiedImageError as error:
         raise ValueError(
             f"cannot read image {name}: {described(content, name)}; replace or remove it"
         ) from error
-    # Decoders raise whatever a hostile file leads them to: struct.error, IndexError, KeyError, ...
+    # A hostile file can make decoders raise anything: struct.error, IndexError, KeyError, ...
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"cannot read image {name}: {reason}; replace or remove it") from error
 
 
 def opened(content: bytes, name: str, preprocess: Preprocess, most: int) -> Image.Image:
-    """Read an image's header, and check both sizes that it tells; errors are `decode_image`'s."""
+    """Read an image's header and check its size before and after resizing.
+
+    Raises the errors of `decode_image`.
+    """
     if is_raw(name):
         raise UnidentifiedImageError
     image = Image.open(BytesIO(content), formats=FORMATS)
@@ -120,7 +124,7 @@ def opened(content: bytes, name: str, preprocess: Preprocess, most: int) -> Imag
 
 
 def loaded(image: Image.Image, content: bytes, preprocess: Preprocess) -> Image.Image:
-    """Decode an image that is opened."""
+    """Decode an opened image."""
     if part := scaled_part(image, preprocess):
         image.draft(image.mode, (image.width // part, image.height // part))
     scale_key(image, content)
@@ -129,10 +133,10 @@ def loaded(image: Image.Image, content: bytes, preprocess: Preprocess) -> Image.
 
 
 def converted(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """Turn an image that Pillow opened upright and into RGB with 8 bits, as the decoding says.
+    """Convert an image that Pillow opened to upright 8-bit RGB, by the decoding's version.
 
     Raises:
-        ValueError: pixels whose range is not known.
+        ValueError: the range of the pixels is not known.
     """
     flatten = preprocess.decoding != FIRST_DECODING
     rgb = to_rgb(image, white_level=preprocess.white_level, flatten=flatten)
@@ -141,10 +145,10 @@ def converted(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 
 
 def scaled_part(image: Image.Image, preprocess: Preprocess) -> int:
-    """Return by how much a JPEG is scaled while it is decoded: 8, 4 or 2, or 0 for not at all.
+    """Return the factor by which a JPEG is reduced while it is decoded: 8, 4 or 2; 0 for none.
 
-    What is left is at least twice as large as it will be resized to; and the scale divides both
-    sides, as it does those of cameras, so that the resized image shows exactly the same.
+    The reduced image is at least twice as large as its resized version. The factor divides both
+    sides, as it does for photos of most cameras, so the resized image shows the same section.
     """
     if preprocess.decode != "scaled" or image.format not in ("JPEG", "MPO"):
         return 0
@@ -157,7 +161,7 @@ def scaled_part(image: Image.Image, preprocess: Preprocess) -> int:
 
 
 def scale_key(image: Image.Image, content: bytes) -> None:
-    """Turn a PNG's transparent value into that of the pixels that Pillow gives, of 8 bits."""
+    """Convert a PNG's transparent value to the 8-bit range of Pillow's pixels."""
     key = image.info.get("transparency")
     if image.format != "PNG" or key is None:
         return
@@ -169,12 +173,12 @@ def scale_key(image: Image.Image, content: bytes) -> None:
 
 
 def orientation_of(image: Image.Image, preprocess: Preprocess) -> int:
-    """Return an image's EXIF orientation; 1, upright, where it has none or it is ignored."""
+    """Return an image's EXIF orientation; 1 (upright) if it is missing or ignored."""
     if preprocess.decoding == FIRST_DECODING:
         return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    # Cameras and editors write EXIF that cannot be read; the pixels can.
+    # Some cameras and editors write invalid EXIF beside valid pixels.
     except Exception:
         return 1
 
@@ -191,22 +195,22 @@ def turned(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def to_rgb(image: Image.Image, *, white_level: int = WHITE, flatten: bool = True) -> Image.Image:
-    """Convert to RGB with 8 bits, before anything is resized: palettes do not mix.
+    """Convert to 8-bit RGB. Convert before resizing, since palette indices cannot be interpolated.
 
     Args:
         image: as Pillow opened it.
         white_level: value of white in 16-bit grey images. Their largest value is kept in the
             result's `info` as `peak`.
-        flatten: put transparent images on white.
+        flatten: composite transparent images over white.
 
     Raises:
-        ValueError: grey pixels of neither 8 nor 16 bits, whose range is not known.
+        ValueError: the grey pixels have neither 8 nor 16 bits, so their range is not known.
     """
-    # Pillow gives 16-bit files of some formats 32 bits.
-    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if image.mode in ("I", "F") and not wide:
+    # Pillow opens 16-bit files of some formats with 32 bits.
+    grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not grey16:
         raise ValueError("its pixels have 32 bits and an unknown range; save it with 8 or 16 bits")
-    if wide:
+    if grey16:
         tags = getattr(image, "tag_v2", {})
         if tags.get(BITS_PER_SAMPLE, (16,)) != (16,) or tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
             raise ValueError(
@@ -214,7 +218,7 @@ def to_rgb(image: Image.Image, *, white_level: int = WHITE, flatten: bool = True
             )
         pixels = np.asarray(image)
         narrow = np.empty(pixels.shape, np.uint8)
-        # In parts, whose wider numbers take little room.
+        # In parts, so that the uint32 copies need little memory.
         for part, row in zip(
             *(np.array_split(a.ravel(), 100) for a in (narrow, pixels)), strict=True
         ):
@@ -231,23 +235,23 @@ def to_rgb(image: Image.Image, *, white_level: int = WHITE, flatten: bool = True
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
     if image.mode == "RGB" and not transparent:
-        # Converted, it would be copied.
+        # Return it directly: convert() would copy it.
         return image
-    # Without this, Pillow warns of palettes that are transparent in part.
+    # Via RGBA, because Pillow warns about partly transparent palettes.
     return (image.convert("RGBA") if transparent else image).convert("RGB")
 
 
 def unresized(image: Image.Image) -> Tensor:
-    """Return an RGB image as a graph takes it that resizes by itself: (1, 3, H, W) uint8."""
+    """Return an RGB image as (1, 3, H, W) uint8, the input of a graph that resizes."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
-    """Decode image files as the encoder wants them: (N, 3, S, S) uint8.
+    """Decode image files to the encoder's input: (N, 3, S, S) uint8.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an image.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is not a readable image.
     """
     transform = preprocess.pixels()
     for path in paths:

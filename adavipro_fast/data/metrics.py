@@ -1,4 +1,4 @@
-"""Accuracy of a classifier and what its masks look like."""
+"""Accuracy and calibration of a classifier, and figures that describe its masks."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class MaskFigures(NamedTuple):
-    """What a set of masks looks like, each figure 0-1."""
+    """Figures that describe a set of masks, each 0-1; see `mask_figures`."""
 
     density: float
     adaptivity: float
@@ -18,11 +18,11 @@ class MaskFigures(NamedTuple):
 
 
 def mask_figures(masks: Tensor, inside: Tensor) -> MaskFigures:
-    """Summarise argmax masks over the regions that the frame touches.
+    """Summarise argmax masks over the regions that overlap the prompt's frame.
 
     density: share of open regions. adaptivity: standard deviation over images of each region's
-    decision; 0 where every image gets the same mask. placement: the same after subtracting each
-    image's mean over regions; 0 where each image is all or nothing.
+    decision; 0 if every image gets the same mask. placement: the same after subtracting each
+    image's mean over regions; 0 if each image's regions are all open or all closed.
 
     Args:
         masks: (N, G, G) of 0 and 1.
@@ -38,7 +38,7 @@ def mask_figures(masks: Tensor, inside: Tensor) -> MaskFigures:
 
 
 def standard_error(top1: float, count: int) -> float:
-    """Return the standard error of a top-1 over `count` images, both percent."""
+    """Return the standard error of a top-1 over `count` images, both in percent."""
     share = top1 / 100
     return 100 * math.sqrt(share * (1 - share) / count)
 
@@ -67,7 +67,7 @@ class Evaluation:
         return 100 * self.right.double().mean().item()
 
     def per_class(self, class_names: tuple[str, ...]) -> dict[str, float | None]:
-        """Return the share of right predictions of each class, percent; None without images."""
+        """Return each class's share of right predictions, percent; None without images."""
         shares: dict[str, float | None] = {}
         for label, name in enumerate(class_names):
             right = (self.predicted[self.labels == label] == label).double()
@@ -78,14 +78,14 @@ class Evaluation:
 def macro_of(per_class: Mapping[str, float | None]) -> float:
     """Return the mean over classes of the share of right predictions, percent.
 
-    A class without images does not count.
+    Classes without images are ignored.
     """
     known = [share for share in per_class.values() if share is not None]
     return sum(known) / len(known)
 
 
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
-    """Return the mean of -log p of the right class, given (N, K) and (N,)."""
+    """Return the mean of -log p(label), from (N, K) probabilities and (N,) labels."""
     right = probabilities.double().gather(1, labels[:, None])
     return -right.clamp_min(1e-45).log().mean().item()
 
@@ -96,12 +96,12 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     Args:
         probabilities: (N, K).
         labels: (N,).
-        bins: of equal width, over the confidence of the likeliest class.
+        bins: number of bins of equal width over the confidence of the likeliest class.
     """
     confidence, predicted = probabilities.double().max(1)
     right = (predicted == labels).double()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.double).index_add(0, place, confidence - right)
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.double).index_add(0, index, confidence - right)
     return gaps.abs().sum().item() / len(labels)
 
 

@@ -1,4 +1,4 @@
-"""Where a classifier is wrong: the confusion matrix, and its errors one by one."""
+"""A classifier's errors: the confusion matrix, and a list of wrong answers."""
 
 import csv
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +15,10 @@ from adavipro_fast.files.whole import write_whole
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that is answered wrongly."""
+    """An image with a wrong answer."""
 
     row: int
-    """of the evaluation"""
+    """index in the evaluation"""
     path: str
     label: str
     answer: str
@@ -27,7 +27,7 @@ class Mistake:
 
 
 def confusion(evaluation: Evaluation, classes: int) -> Tensor:
-    """Count images by class (down) and answer (across): (K, K)."""
+    """Count images by class (rows) and answer (columns): (K, K)."""
     pairs = evaluation.labels * classes + evaluation.predicted
     return pairs.bincount(minlength=classes * classes).view(classes, classes)
 
@@ -44,7 +44,7 @@ def mistakes(
         evaluation: of N images.
         probabilities: (N, K).
         class_names: in label order.
-        name: of image i.
+        name: returns the name of image i.
     """
     confidence = probabilities.amax(1)
     wrong = (~evaluation.right).nonzero()[:, 0]
@@ -75,7 +75,7 @@ def write_confusion(path: Path, counts: Tensor, class_names: Sequence[str]) -> N
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file when it is whole."""
+    """Write a CSV file atomically."""
     text = StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_whole(path, text.getvalue().encode())

@@ -1,4 +1,4 @@
-"""Labelled data sets: which images, cut into which splits."""
+"""Labelled data sets: load the images and split them into train, val and test."""
 
 import hashlib
 import json
@@ -64,17 +64,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a data set beside its images."""
+    """Facts about a data set other than its images."""
 
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """files that are no images, by their suffixes, and unreadable ones"""
+    """number of files that are not images, by suffix, and of unreadable images"""
     unreadable: tuple[str, ...] = ()
-    """why files cannot be read that were skipped"""
+    """reason for each image that was skipped as unreadable"""
     held_out: tuple[str, ...] = ()
-    """names of the training images that validate, where there is no val/"""
+    """names of the training images held out for validation if there is no val/"""
     duplicates: Duplicates = field(default_factory=Duplicates)
     notes: tuple[str, ...] = ()
-    """what a user should know about the data"""
+    """messages to the user about the data"""
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class Dataset:
     train: Split
     val: Split
     test: Split | None
-    """None where there is none"""
+    """None without a test split"""
     sha256: str
-    """of names, labels and pixels before the splits are cut"""
+    """hash of class names, labels and pixels before the split"""
     facts: Facts = field(default_factory=Facts)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many images each split has, and how many files were left out."""
+        """Number of images of each split, and of files left out."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
         counts = {name: 0 if split is None else len(split) for name, split in splits.items()}
         return counts | {"left_out": sum(self.facts.left_out.values())}
@@ -102,13 +102,13 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
     """Read, decode and split a data set.
 
     Args:
-        config: which one.
+        config: the data set and its options.
         preprocess: the encoder's preprocessing.
-        seed: of the held-out validation images and of `limit_train`.
+        seed: for the choice of held-out validation images and of `limit_train`.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
-        ValueError: images cannot be read, a class is empty, or splits disagree on the classes.
+        ValueError: images cannot be read, a class is empty, or the splits' classes differ.
     """
     sources = sources_of(config)
     class_names, notes = sources.class_names, list(sources.notes)
@@ -164,7 +164,7 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
 
 
 def few_note(train: Split, class_names: tuple[str, ...]) -> list[str]:
-    """Warn of classes with few training images beside others that have more."""
+    """Warn about classes with few training images, and about unbalanced classes."""
     counts = train.labels[train.rows].bincount(minlength=len(class_names)).tolist()
     few = [f"{n} ({count})" for n, count in zip(class_names, counts, strict=True) if count < FEW]
     notes = [f"few training images: {listed(few)}"] if few and max(counts) >= FEW else []
@@ -180,10 +180,10 @@ def few_note(train: Split, class_names: tuple[str, ...]) -> list[str]:
 
 
 def limited(train: Split, limit: int, classes: int, seed: int) -> Split:
-    """Take at most `limit` training images, the same share of each class.
+    """Choose at most `limit` training images, the same share of each class.
 
     Raises:
-        ValueError: there are more classes.
+        ValueError: `limit` is less than the number of classes.
     """
     if limit < classes:
         raise ValueError(
@@ -196,7 +196,7 @@ def limited(train: Split, limit: int, classes: int, seed: int) -> Split:
 def load_test(
     config: DataConfig, preprocess: Preprocess, class_names: tuple[str, ...] | None = None
 ) -> tuple[tuple[str, ...], Split, tuple[str, ...]]:
-    """Read the test split alone: class names, images, notes; else as `cut_of_test`."""
+    """Read only the test split: class names, images and notes; see `cut_of_test`."""
     class_names, cut, notes = cut_of_test(config, preprocess, class_names)
     return class_names, cut.split, notes
 
@@ -204,19 +204,19 @@ def load_test(
 def cut_of_test(
     config: DataConfig, preprocess: Preprocess, class_names: tuple[str, ...] | None = None
 ) -> tuple[tuple[str, ...], Cut, tuple[str, ...]]:
-    """Read the test split alone, with the names of its files.
+    """Read only the test split, with the names of its files.
 
     Args:
-        config: which data set.
+        config: the data set and its options.
         preprocess: the encoder's preprocessing.
-        class_names: in label order, that the labels follow (default: the data set's own).
+        class_names: names that define the label order (default: the data set's own).
 
     Returns:
-        Class names, images, and what a user should know about them.
+        Class names, images, and messages to the user about them.
 
     Raises:
         FileNotFoundError: there is no test split.
-        ValueError: a class is not among the names; else as `load_dataset`.
+        ValueError: a class is not among the names; also the errors of `load_dataset`.
     """
     folder = Path(config.data)
     if class_names is not None and not named(config.data) and folder.is_dir():
@@ -238,20 +238,20 @@ def cut_of_test(
 
 
 def relabelled(source: Source, own: tuple[str, ...], names: tuple[str, ...]) -> Source:
-    """Number a source's labels as `names` has its classes.
+    """Renumber a source's labels to the order of `names`.
 
     Raises:
-        ValueError: a class is not among them.
+        ValueError: a class is not among the names.
     """
-    place = {composed(name): label for label, name in enumerate(names)}
-    unknown = [name for name in own if composed(name) not in place]
+    label_of = {composed(name): label for label, name in enumerate(names)}
+    unknown = [name for name in own if composed(name) not in label_of]
     if unknown:
         raise ValueError(
             f"the data set has classes that the model does not have: {listed(unknown)}; "
             "its classes "
             f"are {listed(names)}; use the data set that it was trained on"
         )
-    labels = tuple(place[composed(own[label])] for label in source.labels)
+    labels = tuple(label_of[composed(own[label])] for label in source.labels)
     return replace(source, labels=labels)
 
 
@@ -275,12 +275,12 @@ def _check_classes(train: Split, class_names: tuple[str, ...]) -> None:
 
 
 def named(data: str) -> bool:
-    """Report whether `--data` names a data set, not a folder."""
+    """Report whether `--data` is the name of a data set rather than a folder."""
     return data in NAMED
 
 
 def sources_of(config: DataConfig) -> Sources:
-    """Find class names and the images of each split; errors are `load_dataset`'s."""
+    """Return class names and the images of each split; raises the errors of `load_dataset`."""
     if config.data == "demo":
         return Sources(world.CLASS_NAMES, {name: _demo_source(name) for name in world.SPLITS})
     if config.data == "digits":
@@ -303,7 +303,7 @@ def _demo_source(split: str) -> Source:
     return array_source(pixels, labels.tolist(), f"demo {split}")
 
 
-# Data sets that torchvision reads.
+# Data sets read by torchvision.
 TORCHVISION: dict[str, Any] = {
     "cifar10": torchvision.datasets.CIFAR10,
     "cifar100": torchvision.datasets.CIFAR100,
@@ -325,7 +325,7 @@ def _torchvision_sources(config: DataConfig) -> tuple[tuple[str, ...], dict[str,
     sources = {}
     for split in ("train", "test"):
         try:
-            # Of several processes one downloads.
+            # With several processes, only one downloads.
             with _download_lock(config):
                 data = TORCHVISION[config.data](
                     config.data_root, train=split == "train", download=config.download

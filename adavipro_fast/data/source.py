@@ -1,4 +1,4 @@
-"""Images of one split before they are decoded."""
+"""The encoded images of a split."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,17 +15,17 @@ from adavipro_fast.method.preprocess import Pixels, Preprocess
 
 @dataclass(frozen=True)
 class Source:
-    """Images of one split before decoding, with labels."""
+    """The images of a split before decoding, with labels."""
 
     labels: tuple[int, ...]
     read: Callable[[int], bytes]
     """encoded bytes of image i, or raw RGB bytes where `shape` is set"""
     name: Callable[[int], str]
-    """what to call image i in a message"""
+    """name of image i in messages"""
     shape: tuple[int, int, int] | None = None
     """(height, width, 3) of raw images"""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """files in class folders that are no images: how many of each suffix"""
+    """number of files in class folders that are not images, by suffix"""
 
     def open(self, index: int, preprocess: Preprocess) -> Image.Image | Tensor:
         """Decode image i, for `Preprocess.pixels`."""
@@ -41,15 +41,15 @@ class Sources:
 
     class_names: tuple[str, ...]
     splits: dict[str, Source]
-    """train, and val and test where there are any"""
+    """train, and val and test if they exist"""
     notes: tuple[str, ...] = ()
-    """what a user should know about the data"""
+    """messages to the user about the data"""
 
 
 def file_source(
     paths: list[Path], labels: list[int], left_out: Mapping[str, int] | None = None
 ) -> Source:
-    """Take image files with their labels as the images of a split."""
+    """Make a source of image files and their labels."""
     return Source(
         tuple(labels),
         read=lambda i: paths[i].read_bytes(),
@@ -59,7 +59,7 @@ def file_source(
 
 
 def array_source(pixels: Pixels, labels: list[int], title: str) -> Source:
-    """Take raw RGB images (N, H, W, 3) with their labels as the images of a split."""
+    """Make a source of raw RGB images (N, H, W, 3) and their labels."""
     _, height, width, _ = pixels.shape
     return Source(
         tuple(labels),

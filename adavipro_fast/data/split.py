@@ -1,4 +1,4 @@
-"""One split of decoded images, and how it is gathered into batches."""
+"""A split of decoded images and its batches; choosing and holding out images by class."""
 
 import math
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ class Split:
     def batches(
         self, size: int, device: torch.device, *, part: int = 0, of: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images in order, in batches of at most `size`; of these every `of`-th one."""
+        """Yield every `of`-th batch of at most `size` images in order, beginning with `part`."""
         for positions in torch.arange(len(self)).split(size)[part::of]:
             yield self.batch(positions, device)
 
     def resident(self, device: torch.device) -> "Split":
-        """Keep the images on a CUDA device where they take at most half of its free memory."""
+        """Move the images to a CUDA device if they need at most half of its free memory."""
         if device.type != "cuda":
             return self
         free, _ = torch.cuda.mem_get_info(device)
@@ -47,11 +47,11 @@ class Split:
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Choose `count` positions, the same share of each class and at least one; return both parts.
+    """Choose `count` positions: the same share of each class, at least one.
 
     Args:
         labels: (N,).
-        count: how many to choose, at least as many as there are classes.
+        count: how many to choose, at least the number of classes.
         seed: of the choice.
 
     Returns:
@@ -63,11 +63,11 @@ def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def held_out(labels: Tensor, share_held: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold a share of each class out, never its last image; return (held out, kept), sorted.
+    """Hold out a share of each class, but never all its images; return (held out, kept), sorted.
 
     Args:
         labels: (N,).
-        share_held: of all images, rounded up.
+        share_held: share of all images to hold out; the number is rounded up.
         seed: of the choice.
     """
     share, rank, sizes, order = _shares(labels, seed)
@@ -78,10 +78,10 @@ def held_out(labels: Tensor, share_held: float, seed: int) -> tuple[Tensor, Tens
 
 
 def _shares(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shuffle positions; for each its place within its class, 0 to 1, and as a number; class sizes.
+    """Shuffle positions and rank each within its class.
 
     Returns:
-        (share, rank, size of the class, position).
+        (share, rank, size of the class, position), where share is the rank scaled to 0-1.
     """
     rank, order = _ranks(labels, seed)
     sizes = labels.bincount()[labels[order]]
@@ -99,10 +99,9 @@ def _cut(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Shuffle positions; return each one's number within its class, and the positions."""
+    """Shuffle positions; return each one's rank within its class, and the positions."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
-    # Number each image within its class, then take the images with the lowest numbers.
     rank = torch.zeros_like(shuffled)
     for label in labels.unique():
         members = labels[shuffled] == label

@@ -1,4 +1,4 @@
-"""Which files of a folder are images: decided by what they hold, not by what they are called."""
+"""Find the images in a folder by the files' content, not by their names."""
 
 import os
 import stat
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from PIL import Image
 
-# Formats that are decoded: what torchvision calls an image, GIF and AVIF, without formats that
-# start other programs or hold scripts.
+# Formats that are decoded: torchvision's image formats, GIF and AVIF. Formats that run other
+# programs or contain scripts are left out.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
-# AppleDouble files (`._name`), which macOS writes beside files on other file systems.
+# First bytes of AppleDouble files (`._name`), which macOS writes on other file systems.
 APPLE_DOUBLE = b"\x00\x05\x16\x07"
-# Camera raw files look like TIFF and hold a small preview first.
+# Camera raw files look like TIFF, and their first image is a small preview.
 RAW = (
     ".3fr", ".arw", ".cr2", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef", ".mos", ".nef",
     ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw",
 )  # fmt: skip
-# Names of image files, also of formats that cannot be decoded: such a file that is not an image is
-# damaged, and is reported instead of left out.
+# Suffixes of image files, including formats that cannot be decoded. A file with such a suffix that
+# is not a readable image is reported as damaged instead of being left out.
 SUFFIXES = frozenset(
     {
         ".apng", ".avif", ".avifs", ".bmp", ".cr3", ".dib", ".gif", ".heic", ".heics", ".heif",
@@ -30,8 +30,8 @@ SUFFIXES = frozenset(
         *RAW,
     }
 )  # fmt: skip
-# What operating systems, editors, synchronisation and storage devices leave in folders, in lower
-# case. Names that begin with a dot are of this kind, too.
+# Names, in lower case, of files and folders created by operating systems, editors, synchronisation
+# tools and storage devices. Names that begin with a dot are sidecars too.
 SIDECARS = frozenset(
     {
         "__macosx", "__pycache__", "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recycle",
@@ -43,15 +43,15 @@ SIDECARS = frozenset(
 )  # fmt: skip
 
 
-# Folders of small copies inside a class folder.
+# Names of thumbnail folders inside a class folder.
 THUMBNAILS = ("thumbnails", "_thumbnails", "thumbs", "_thumbs")
-# Dot folders that are no classes; others are named when they are left out.
+# Dot folders that are certainly not classes; skipping any other one is reported.
 DOT_FOLDERS = (
     ".appledouble", ".dropbox.cache", ".fseventsd", ".git", ".ipynb_checkpoints", ".spotlight-v100",
     ".temporaryitems", ".thumbnails", ".trash", ".trashes", ".@__thumb",
 )  # fmt: skip
 READERS = 8
-# Beginnings of files that are often called images, and what to call them.
+# First bytes of files that are often named as images, and a description of each format.
 OTHERS = {
     b"ftyphei": "HEIC, which is not decoded here; convert it to JPEG or PNG",
     b"ftyphev": "HEIC, which is not decoded here; convert it to JPEG or PNG",
@@ -77,35 +77,35 @@ OTHERS = {
 
 @dataclass
 class Found:
-    """What a walk found."""
+    """The result of a walk."""
 
     images: list[Path] = field(default_factory=list)
-    """image files by their content, and damaged files that are called images, in order of names"""
+    """image files by content, and damaged files with the suffix of an image, sorted by name"""
     left_out: Counter[str] = field(default_factory=Counter)
-    """other files: how many of each suffix"""
+    """number of other files by suffix"""
     denied: list[Path] = field(default_factory=list)
-    """folders that this user may not read"""
+    """folders without read permission"""
 
     @property
     def empty(self) -> bool:
-        """Whether there is neither an image nor another file."""
+        """Whether there are no files at all."""
         return not self.images and not self.left_out and not self.denied
 
 
 def walk(folder: Path, outer: Sequence[Path] = ()) -> Found:
     """Find the images under a folder.
 
-    Links are followed, each folder is entered once. Sidecars of operating systems and tools are
-    neither images nor counted.
+    Links are followed, and each folder is entered once. Sidecars (files left by operating systems
+    and tools) are ignored and not counted.
 
     Args:
         folder: where to look.
-        outer: folders that links must not lead back to, such as those that `folder` lies in.
+        outer: folders that links must not lead back to, such as the parents of `folder`.
     """
     found = Found()
     entered = {identity for each in outer if (identity := identity_of(each)) is not None}
     paths = sorted(_files(folder, entered, found.denied))
-    # Disks and networks answer several at once.
+    # Disks and networks serve several reads at once.
     with ThreadPoolExecutor(READERS) as pool:
         kinds = list(pool.map(kind_of, paths))
     for path, kind in zip(paths, kinds, strict=True):
@@ -117,9 +117,10 @@ def walk(folder: Path, outer: Sequence[Path] = ()) -> Found:
 
 
 def streamed(folder: Path) -> Iterator[Path]:
-    """Yield the files under a folder that are no sidecars, one folder's names in memory at a time.
+    """Yield the files under a folder except sidecars, with one folder's names in memory at a time.
 
-    The order is that of the names and the same at every call; links are followed as by `walk`.
+    Files are sorted by name, so the order is the same at every call; links are followed as in
+    `walk`.
     """
     denied: list[Path] = []
     yield from _files(folder, set(), denied)
@@ -130,7 +131,7 @@ def streamed(folder: Path) -> Iterator[Path]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """List the folders in a folder that are no sidecars, in order of their names."""
+    """List the folders in a folder except sidecars, sorted by name."""
     return sorted(
         p
         for p in folder.iterdir()
@@ -139,7 +140,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def not_entered(folder: Path) -> list[str]:
-    """Name dot folders and broken links, which may have been meant as folders of images."""
+    """List dot folders and broken links, which may have been meant as class folders."""
     return sorted(
         p.name
         for p in folder.iterdir()
@@ -149,7 +150,7 @@ def not_entered(folder: Path) -> list[str]:
 
 
 def identity_of(folder: Path) -> tuple[int, int] | None:
-    """Tell one folder from another whatever path leads to it; None where it cannot be read."""
+    """Return a folder's device and inode, the same for every path to it; None if unreadable."""
     try:
         status = folder.stat()
     except OSError:
@@ -158,16 +159,16 @@ def identity_of(folder: Path) -> tuple[int, int] | None:
 
 
 def is_sidecar(name: str) -> bool:
-    """Report whether an operating system, an editor or a storage device left a file or folder."""
+    """Report whether a name is that of a file or folder left by a system, editor or device."""
     backup = name.endswith("~") or name.startswith(("~$", "."))
     return backup or name.lower() in SIDECARS
 
 
 def kind_of(path: Path) -> str:
-    """Judge a file: image, damaged (called an image, and not one), sidecar, or other."""
+    """Classify a file: image, damaged (has the suffix of an image only), sidecar, or other."""
     named = path.suffix.lower() in SUFFIXES
     try:
-        # A pipe would wait for its writer.
+        # Opening a pipe would block until something writes to it.
         if not stat.S_ISREG(path.stat().st_mode):
             return "other"
         with path.open("rb") as file:
@@ -185,31 +186,31 @@ def kind_of(path: Path) -> str:
 
 
 def opens(path: Path) -> bool:
-    """Report whether Pillow takes a file for an image by its header."""
+    """Report whether Pillow recognises a file's header as an image."""
     try:
         with Image.open(path, formats=FORMATS):
             return True
     except Image.DecompressionBombError:
         return True
-    # Plugins raise whatever a damaged header leads them to.
+    # A damaged header can make Pillow's plugins raise anything.
     except Exception:
         return False
 
 
 def is_raw(name: str) -> bool:
-    """Report whether a file is called as cameras call their raw files."""
+    """Report whether a file has the suffix of a camera's raw files."""
     return Path(name.strip("'\"")).suffix.lower() in RAW
 
 
 def described(content: bytes, name: str) -> str:
-    """Say what a file holds that is not an image which can be decoded."""
+    """Describe the content of a file that is not a decodable image."""
     if not content:
         return "it is empty"
     if not content.strip(b"\0"):
         return "it holds only zeros"
     if is_raw(name):
         return "it is a camera raw file; convert it to JPEG or PNG"
-    # Text may have blanks first; other formats have a length first.
+    # Text may begin with blanks, and some formats begin with a 4-byte length.
     start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
     for mark, what in OTHERS.items():
         if content[:16].find(mark) in (0, 4) or start.lower().startswith(mark.lower()):
@@ -219,7 +220,7 @@ def described(content: bytes, name: str) -> str:
 
 def _files(folder: Path, entered: set[tuple[int, int]], denied: list[Path]) -> Iterator[Path]:
     identity = identity_of(folder)
-    # A link may lead back up, and several links to one folder would give its images twice.
+    # A link may lead back up, and two links to one folder would list its images twice.
     if identity is None or identity in entered:
         return
     entered.add(identity)
@@ -239,6 +240,6 @@ def _files(folder: Path, entered: set[tuple[int, int]], denied: list[Path]) -> I
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    # A link that leads to itself.
+    # A link to itself.
     except OSError:
         return False

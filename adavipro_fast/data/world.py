@@ -1,7 +1,7 @@
-"""The embedded demo's world: procedural photos of one speckled shape on a smooth coloured ground.
+"""The demo's images: procedural photos of a speckled shape on a smooth coloured background.
 
-In the world that the demo's small CLIP was trained on, colour and shape went together in most
-photos; in the downstream task the ground's colour says nothing (see `demo`).
+In the images that the demo's small CLIP was trained on, background colour and shape are correlated
+in most photos; in the downstream task the background's colour is uninformative (see `demo`).
 """
 
 import math
@@ -16,16 +16,16 @@ IMAGE_SIZE = 224
 
 @dataclass(frozen=True)
 class World:
-    """How the procedural photos are drawn."""
+    """Parameters of the procedural photos."""
 
     habit: float
-    """share of photos whose ground has the colour that goes with the shape"""
+    """share of photos whose background has the colour associated with the shape"""
     hues: tuple[float, float]
-    """range of the other grounds' hues, radians"""
+    """range of the other backgrounds' hues, radians"""
     saturation: float
-    """of the ground's colour, 0-1"""
+    """saturation of the background's colour, 0-1"""
     sizes: tuple[float, float]
-    """least and largest radius of the shape, in image sides"""
+    """smallest and largest radius of the shape, as a share of the image side"""
 
 
 PRETRAINING = World(habit=0.8, hues=(0.0, 2 * math.pi), saturation=0.65, sizes=(0.18, 0.36))
@@ -40,7 +40,7 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     return 0.75 - torch.hypot(x * 0.95, -y * 1.1 + 0.25 - 0.75 * x.abs())
 
 
-# Signed membership, > 0 inside, of shapes about as large as the unit circle.
+# Signed membership functions, > 0 inside, of shapes about as large as the unit circle.
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": lambda x, y: 0.85 - torch.hypot(x, y),
     "cross": lambda x, y: torch.minimum(
@@ -59,7 +59,7 @@ CLASS_NAMES = tuple(SHAPES)
 
 
 def _membership(x: Tensor, y: Tensor) -> Tensor:
-    """Evaluate shape i mod 8 for image i: coordinates (N, S, S) to membership (N, S, S)."""
+    """Evaluate shape i mod 8 for image i: (N, S, S) coordinates to (N, S, S) membership."""
     membership = torch.empty_like(x)
     for kind, shape in enumerate(SHAPES.values()):
         every = slice(kind, None, len(SHAPES))
@@ -68,7 +68,7 @@ def _membership(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _hue(angle: Tensor) -> Tensor:
-    """Turn hue angles (N,) into saturated RGB (N, 3) in 0-1."""
+    """Convert hue angles (N,) to saturated RGB (N, 3) in 0-1."""
     phases = torch.tensor([0.0, 2.0, 4.0]) * math.pi / 3
     return 0.5 + 0.5 * torch.cos(angle[:, None] - phases)
 
@@ -78,7 +78,7 @@ def render(count: int, world: World, generator: torch.Generator) -> tuple[Tensor
 
     Args:
         count: N.
-        world: habit of the colours.
+        world: parameters of the photos.
         generator: source of all randomness.
 
     Returns:
@@ -104,7 +104,7 @@ def render(count: int, world: World, generator: torch.Generator) -> tuple[Tensor
     x, y = u * turn.cos() + v * turn.sin(), v * turn.cos() - u * turn.sin()
     inside = (_membership(x, y) * size * IMAGE_SIZE + 0.5).clamp(0, 1)[:, None]
 
-    # A smooth ground: one hue, gently shaded.
+    # A smooth background: one hue, gently shaded.
     slope = draw(2, 1, 1, low=-0.15, high=0.15)
     shade = (
         draw(1, 1, low=0.55, high=0.8) + slope[:, 0] * (column - 0.5) + slope[:, 1] * (row - 0.5)
@@ -112,7 +112,7 @@ def render(count: int, world: World, generator: torch.Generator) -> tuple[Tensor
     colour = 1 - world.saturation * (1 - _hue(hue))
     ground = shade[:, None] * colour[:, :, None, None]
 
-    # The shape is dark and speckled: strong edges and no hue.
+    # The shape is dark and speckled, so it has strong edges and no hue.
     speckle = torch.randn(count, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     figure = draw(1, 1, 1, low=0.1, high=0.25) + 0.12 * speckle
     noise = 0.01 * torch.randn(count, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
@@ -120,7 +120,8 @@ def render(count: int, world: World, generator: torch.Generator) -> tuple[Tensor
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
-# 16 training images a class, as users have; test images for a standard error of 1.6 points.
+# 16 training images per class, as few as users have; enough test images for a standard error of
+# 1.6 points.
 BATCH = 64
 SPLITS = {"train": 128, "val": 320, "test": 960}
 
@@ -128,7 +129,7 @@ SPLITS = {"train": 128, "val": 320, "test": 960}
 def task(split: str) -> tuple[Tensor, Tensor]:
     """Draw one split of the downstream task: images (N, 3, 224, 224) uint8 and labels (N,)."""
     generator = torch.Generator().manual_seed(1 + list(SPLITS).index(split))
-    # In batches: one whole split would spend most of the time on fresh memory.
+    # In batches: drawing a split at once would spend most of the time allocating memory.
     parts = [render(BATCH, DOWNSTREAM, generator) for _ in range(SPLITS[split] // BATCH)]
     images, labels = zip(*parts, strict=True)
     return torch.cat(images), torch.cat(labels)
