@@ -54,16 +54,16 @@ class AppConfig:
 
 
 def main() -> None:
-    """Parse, show the page until a signal comes, print how many pictures it showed."""
+    """Parse, serve the page until a signal arrives, print how many pictures were classified."""
     cli.main(AppConfig, command)
 
 
 def command(config: AppConfig) -> dict[str, Any]:
-    """Show the page until a signal comes.
+    """Serve the page until a signal arrives.
 
     Raises:
         ImportError: the extra is not installed.
-        ValueError: a file cannot be shown, or the address is not of this machine alone.
+        ValueError: a file cannot be used, or other machines can reach the address.
     """
     page = prepared(config)
     address = page.address
@@ -73,7 +73,7 @@ def command(config: AppConfig) -> dict[str, Any]:
 
 
 def prepared(config: AppConfig) -> Server:
-    """Listen, and open the files; errors are `command`'s."""
+    """Listen and open the files; raises the errors of `command`."""
     if not is_loopback(config.host):
         raise ValueError(
             f"{config.host} is reachable from other machines; use `python -m "
@@ -93,7 +93,7 @@ def prepared(config: AppConfig) -> Server:
         printable(config.beside.name) if config.beside else "Without the prompt",
     )
     warm(served.now, page)
-    # Names of other hosts are refused, as of rebound ones.
+    # Requests for any other host name are refused, which stops DNS rebinding.
     host = f"[{config.host}]" if ":" in config.host else config.host
     local = ["localhost", "127.0.0.1", "[::1]", host]
     return server(
@@ -107,10 +107,10 @@ def prepared(config: AppConfig) -> Server:
 
 
 def opened(config: AppConfig) -> tuple[Served, Artifact | None]:
-    """Open the file, and the one beside it.
+    """Open the file and the one to compare it with.
 
     Raises:
-        ValueError: neither can be asked without the name of a task.
+        ValueError: a file needs the name of a task.
     """
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
     options: dict[str, Any] = {

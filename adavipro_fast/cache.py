@@ -1,9 +1,9 @@
 """List or clear the cache of decoded images: `python -m adavipro_fast.cache`.
 
-Images are decoded and resized once, by the encoder's own preprocessing, into a memory-mapped
-uint8 file. Its name is a hash of the images' bytes and of the preprocessing, so a changed image or
-another encoder makes a new file and a moved folder does not. Processes share the files; those used
-longest ago go when the folder outgrows its limit.
+Images are decoded and resized once, with the encoder's own preprocessing, into a memory-mapped
+uint8 file. The file's name is a hash of the images' bytes and the preprocessing, so a changed
+image or another encoder creates a new file, and moving the images does not. Processes share the
+files; the least recently used are removed when the folder exceeds its limit.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class CacheConfig:
 
 
 def command(config: CacheConfig) -> dict[str, Any]:
-    """List or clear, and return what there is now."""
+    """List or clear the cache, and return its remaining files."""
     removed = shrink(config.cache_dir, 0) if config.clear else 0
     sizes = {path.name: size_of(path) for path in files(config.cache_dir)}
     return {
@@ -37,7 +37,7 @@ def command(config: CacheConfig) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say how much there is."""
+    """Format the size of the cache in one line."""
     return (
         f"{result['cache_dir']}: {len(result['files'])} files, {result['bytes'] / 1e6:.1f} MB; "
         f"{result['removed_bytes'] / 1e6:.1f} MB removed"

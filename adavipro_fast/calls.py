@@ -1,4 +1,4 @@
-"""Train and export from Python: the work of two commands, as calls."""
+"""Train and export from Python: the `train` and `to_onnx` commands as functions."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ def fit(data: str | Path, **settings: Any) -> dict[str, Any]:
         The command's result: `checkpoint` (path of the best model), `val_top1`, `test_top1`, ...
 
     Raises:
-        TypeError: no such setting.
+        TypeError: a setting does not exist.
         ValueError: a setting is invalid, or the output folder already contains a run.
         FileNotFoundError: the data are missing.
     """
-    # The trainer is loaded when it is needed.
+    # Imported here so that importing the package does not load the trainer.
     from adavipro_fast.training.config import TrainConfig, recipe, stored
     from adavipro_fast.training.run import start_run
 
@@ -46,7 +46,7 @@ def to_onnx(
         to_onnx("runs/mine/checkpoint.safetensors", "mine.onnx", input="uint8")
 
     Args:
-        checkpoint: one, or several of the same encoder: a task each.
+        checkpoint: one, or several of the same encoder; each becomes a task.
         output: the file to write.
         settings: the command's flags, with underscores: `input`, `precision`, `task`, `images`, ...
 
@@ -54,9 +54,9 @@ def to_onnx(
         The command's result: `path`, `verified`, `mask_agreement`, ...
 
     Raises:
-        TypeError: no such setting.
-        ValueError: checkpoints and settings do not go together.
-        VerificationError: the file computes something else than PyTorch, or loses accuracy.
+        TypeError: a setting does not exist.
+        ValueError: checkpoints and settings do not fit together.
+        VerificationError: the file's output differs from PyTorch's, or it loses accuracy.
     """
     from adavipro_fast.cli import on_disk
     from adavipro_fast.export.onnx_export import OnnxConfig, export
@@ -70,10 +70,10 @@ def to_onnx(
 
 
 def changed(name: str, values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put settings into the nested values of a configuration.
+    """Override the nested values of a configuration with settings.
 
     Raises:
-        TypeError: there is no such setting.
+        TypeError: a setting does not exist.
     """
     known: set[str] = set()
 

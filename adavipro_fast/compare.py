@@ -1,7 +1,7 @@
 """Compare methods on your data within a time budget: `python -m adavipro_fast.compare`.
 
-Zero-shot, a linear probe, prompts with either head and full fine-tuning are tried on your data;
-the best one's checkpoint is left for the exporters.
+Tries zero-shot, a linear probe, prompts with either head, and full fine-tuning on your data, and
+keeps the winner's checkpoint, ready to export.
 """
 
 import json
@@ -32,7 +32,7 @@ REFERENCES: tuple[tuple[Method, HeadKind], ...] = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a search lies."""
+    """The folder of a search: a new one, or one to resume."""
 
     output: Path | None = None
     resume: Path | None = None
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Given:
-    """Flags that say what may be tried."""
+    """Flags that restrict the candidates."""
 
     method: Method | None = None
     head: HeadKind | None = None
@@ -49,26 +49,26 @@ class Given:
     epochs: int | None = None
 
     def allows(self, method: Method, head: HeadKind) -> bool:
-        """Tell whether a method and a head may be tried."""
+        """Report whether the flags allow a method and a head."""
         margin = not self.margin or method in PROMPTED
         return margin and self.method in (None, method) and self.head in (None, head)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What may be tried, where flags leave it open."""
+    """A candidate to try if the flags allow it."""
 
     method: Method
     head: HeadKind
     prompt_size: int = PromptConfig.prompt_size
     margin: int = 0
     slowed: float = 1.0
-    """factor on the rates"""
+    """factor on the learning rates"""
     ending: str = ""
-    """of the name"""
+    """suffix of the candidate's name"""
 
     def under(self, given: Given) -> TrainConfig:
-        """Return the defaults of a run, under the flags that were given."""
+        """Return the run's default configuration, with the given flags applied."""
         size, margin = self.prompt_size, self.margin
         if self.method in PROMPTED:
             size = size if given.prompt_size is None else given.prompt_size
@@ -83,7 +83,7 @@ class Proposal:
         return replace(start, prompt=prompt, optimiser=optimiser)
 
 
-# The most promising first: a short budget tries the first ones only.
+# The most promising first, since a short budget tries only the first ones.
 PROPOSALS = (
     Proposal("adavipro", "linear"),
     Proposal("vp", "linear"),
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def command() -> dict[str, Any]:
-    """Search in a folder that this process holds, and write what was reached."""
+    """Search in a folder that this process locks, and write the results."""
     place = cli.parse_some(Place)
     flags = sys.argv[1:] if place.resume is None else kept_flags(place.resume)
     config = cli.parse(CompareConfig, CompareConfig(train=recipe("best")), flags)
@@ -145,10 +145,10 @@ def command() -> dict[str, Any]:
 
 
 def keep_flags(folder: Path) -> None:
-    """Keep a new search's flags.
+    """Save a new search's flags.
 
     Raises:
-        ValueError: the folder holds one already.
+        ValueError: the folder already contains a search.
     """
     path = folder / FLAGS
     if path.exists():
@@ -157,11 +157,11 @@ def keep_flags(folder: Path) -> None:
 
 
 def kept_flags(folder: Path) -> list[str]:
-    """Return the flags of a search.
+    """Return the saved flags of a search.
 
     Raises:
-        FileNotFoundError: the folder holds none.
-        ValueError: other flags are given beside --resume.
+        FileNotFoundError: the folder contains no search.
+        ValueError: other flags are given with --resume.
     """
     path = folder / FLAGS
     if not path.exists():
@@ -172,10 +172,10 @@ def kept_flags(folder: Path) -> list[str]:
 
 
 def candidates(base: TrainConfig, folder: Path, flags: Sequence[str]) -> list[Candidate]:
-    """List what is tried under the flags that were given."""
+    """List the candidates that the given flags allow."""
     given = cli.parse_some(Given, flags)
     listed = []
-    # An encoder without text has no embeddings of names.
+    # An encoder without a text model cannot embed class names.
     mute = base.model.startswith(PREFIX) and base.class_embeddings is None
     for method, head in REFERENCES:
         if mute and head == "text":
@@ -192,7 +192,7 @@ def candidates(base: TrainConfig, folder: Path, flags: Sequence[str]) -> list[Ca
 
 
 def name_of(config: TrainConfig, ending: str) -> str:
-    """Name a candidate by what tells it from the others."""
+    """Name a candidate by what distinguishes it from the others."""
     prompt = config.prompt
     parts: list[str] = [prompt.method, prompt.head]
     if prompt.method in PROMPTED:
@@ -203,7 +203,7 @@ def name_of(config: TrainConfig, ending: str) -> str:
 
 
 def in_folders(listed: Sequence[Candidate], folder: Path) -> list[Candidate]:
-    """Give each candidate a folder, and leave out those that flags made equal to another."""
+    """Give each candidate a folder; drop those that the flags made equal to another."""
     unique: dict[str, Candidate] = {}
     for candidate in listed:
         config = replace(candidate.config, output=None, resume=None)
@@ -214,7 +214,7 @@ def in_folders(listed: Sequence[Candidate], folder: Path) -> list[Candidate]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Tabulate a search's result."""
+    """Format a search's result as a Markdown table."""
     lines = [
         "| candidate | epochs | validation top-1 | test top-1 | trained parameters | file, kB "
         "| seconds | inference |",
@@ -239,7 +239,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Show the table, the winner and what to do next."""
+    """Format the table, the winner and the next command."""
     shown = sorted(result["rows"], key=lambda row: -row["val_top1"])
     table = [f"{'candidate':<32} {'val':>6} {'test':>6} {'params':>11} {'seconds':>8}"]
     for row in shown:

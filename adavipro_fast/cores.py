@@ -1,4 +1,4 @@
-"""How many processor cores a process may use: its affinity, and its container's quota."""
+"""How many processor cores a process may use, from its affinity and its container's quota."""
 
 import math
 import os
@@ -11,10 +11,10 @@ CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """Return the cores of this process: the least of its affinity and its cgroups' quotas."""
+    """Return the cores of this process: the minimum of its affinity and its cgroups' quotas."""
     try:
         cores = len(os.sched_getaffinity(0))
-    # macOS and Windows have none.
+    # macOS and Windows lack this function.
     except AttributeError:
         cores = os.cpu_count() or 1
     quota = cpu_quota(CGROUPS, MEMBERSHIP)
@@ -22,11 +22,11 @@ def available_cores() -> int:
 
 
 def cpu_quota(cgroups: Path, membership: Path) -> float | None:
-    """Return the least quota of a process's cgroups, in cores; None where there is none.
+    """Return the smallest quota of a process's cgroups, in cores; None if none has a quota.
 
     Args:
         cgroups: where the control groups are mounted, version 2 or 1.
-        membership: the process's `cgroup` file, a line for each hierarchy.
+        membership: the process's `cgroup` file, with one line per hierarchy.
     """
     quotas = []
     try:
@@ -51,13 +51,13 @@ def cpu_quota(cgroups: Path, membership: Path) -> float | None:
 
 
 class _Asked:
-    """How many threads this process was asked to use, if it was."""
+    """The number of threads that was requested for this process, if any."""
 
     threads: int | None = None
 
 
 def threads() -> int:
-    """Return how many threads runtimes and decoders use: as asked for, else one a core."""
+    """Return how many threads runtimes and decoders use: the requested number or one per core."""
     return _Asked.threads or available_cores()
 
 
@@ -65,11 +65,11 @@ def use_threads(count: int | None) -> int:
     """Set the threads of PyTorch, ONNX Runtime, OpenVINO and the decoders; return how many.
 
     Args:
-        count: for this process, before files are opened (default: one for each core that it may
-            use; PyTorch keeps a smaller number, as from OMP_NUM_THREADS).
+        count: threads of this process; set it before files are opened (default: one per available
+            core; PyTorch keeps a smaller number, for example from OMP_NUM_THREADS).
 
     Raises:
-        ValueError: there is no such number of threads.
+        ValueError: the number is out of range.
     """
     if count is not None and not 1 <= count <= MOST:
         raise ValueError(f"threads is {count}; use 1 to {MOST}")
@@ -81,7 +81,7 @@ def use_threads(count: int | None) -> int:
 
 
 def _quota(group: Path) -> float | None:
-    """Return a group's own quota in cores."""
+    """Return a group's own quota in cores; None without one."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()
