@@ -1,1 +1,1 @@
-"""What is computed: the prompt, the mask generator, and the frozen encoder behind them."""
+"""The model: the prompt, the mask generator, the frozen encoder and the head."""

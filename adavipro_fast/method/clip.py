@@ -1,4 +1,4 @@
-"""Load a CLIP with open_clip: its image tower, frozen, and its text tower."""
+"""Load a CLIP with open_clip: its frozen image tower and its text tower."""
 
 import re
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise ValueError where a template has no `{}` for the class name."""
+    """Raise ValueError if a template has no `{}` for the class name."""
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no {{}} for the class name")
 
 
 def readable(class_name: str) -> str:
-    """Write a raw name as the text tower reads it: `_` and `-` as spaces, in lower case."""
+    """Format a raw class name for the text tower: lower case, with spaces for `_` and `-`."""
     return class_name.replace("_", " ").replace("-", " ").lower()
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """The text side of a CLIP, needed once to embed the class names."""
+    """The text tower of a CLIP, which embeds the class names."""
 
     model: Any
     tokenizer: Any
@@ -50,8 +50,8 @@ class TextTower:
         """Embed each class as the mean over templates of its text embeddings.
 
         Args:
-            class_names: K raw names, read as `readable` writes them.
-            templates: texts with `{}` in the class name's place.
+            class_names: K raw names, formatted by `readable`.
+            templates: texts with `{}` where the class name goes.
 
         Returns:
             (K, E) fp32 unit rows.
@@ -64,7 +64,7 @@ class TextTower:
         return F.normalize(torch.stack(rows), dim=-1)
 
     def cut(self, class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-        """Return the names whose end the tokenizer cuts off, with a template around them."""
+        """Return the names that the tokenizer truncates when they are put into a template."""
         return [
             name
             for name in class_names
@@ -73,14 +73,14 @@ class TextTower:
 
     def _is_cut(self, text: str) -> bool:
         """Report whether a text without its last letter or digit has the same tokens."""
-        # Tokenizers drop blanks and some signs at the end.
-        whole = re.sub(r"\W+$", "", text)
-        tokens = self.tokenizer([whole, whole[:-1]])
+        # Tokenizers drop trailing blanks and some punctuation.
+        stripped = re.sub(r"\W+$", "", text)
+        tokens = self.tokenizer([stripped, stripped[:-1]])
         return bool(torch.equal(tokens[0], tokens[1]))
 
 
 def alike(class_names: Sequence[str], rows: Tensor) -> tuple[str, str] | None:
-    """Return two classes whose embeddings (K, E) are equal, so that no image tells them apart."""
+    """Return two classes with equal embeddings (K, E), which no image can distinguish."""
     first: dict[bytes, str] = {}
     for name, row in zip(class_names, rows.contiguous().numpy(), strict=True):
         other = first.setdefault(row.tobytes(), name)
@@ -91,12 +91,12 @@ def alike(class_names: Sequence[str], rows: Tensor) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class NoText:
-    """In a text tower's place, of an encoder that has none."""
+    """Replaces the text tower of an encoder without one; any use of it raises ValueError."""
 
     name: str
 
     def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Raise ValueError: names cannot be embedded."""
+        """Raise ValueError, since names cannot be embedded."""
         raise ValueError(
             f"encoder {self.name!r} has no text encoder; use --head linear or --class-embeddings"
         )
@@ -105,12 +105,14 @@ class NoText:
 def load_clip(
     model: str, pretrained: str = "", *, quick_gelu: bool | None = None
 ) -> tuple[FrozenEncoder, TextTower | NoText]:
-    """Load a CLIP with open_clip, or an encoder without text of timm, on the CPU in fp32.
+    """Load a CLIP with open_clip, or an image encoder with timm, on the CPU in fp32.
 
     Args:
         model: open_clip name, `local-dir:PATH`, `demo`, or `timm:NAME`.
-        pretrained: open_clip tag or path of the weights; empty is random for a built-in name.
-        quick_gelu: activation of a built-in name (default: that of the published weights).
+        pretrained: open_clip tag or path of the weights; empty means random weights for a
+            built-in name.
+        quick_gelu: whether a built-in architecture uses QuickGELU (default: as the published
+            weights do).
 
     Raises:
         ValueError: open_clip does not know the model, cannot load it, or its images are not
@@ -125,7 +127,7 @@ def load_clip(
         settings = dict(open_clip.get_pretrained_cfg(source, pretrained))
         if not settings and ":" not in source and Path(pretrained).is_file():
             settings = dict(settings_of_file(source, Path(pretrained)))
-        # Where the weights were trained with QuickGELU, open_clip only warns of another one.
+        # Set explicitly: if the weights need QuickGELU, open_clip only warns about a mismatch.
         quick = bool(settings.pop("quick_gelu", False))
         built_in = ":" not in source and not folder.is_dir()
         if quick_gelu is not None and built_in:
@@ -142,7 +144,7 @@ def load_clip(
             )
             tokenizer = open_clip.get_tokenizer(source)
     if getattr(clip.visual, "output_tokens", False):
-        # CoCa's tower also returns tokens, for its captions.
+        # CoCa's tower would also return tokens for its captions.
         clip.visual.output_tokens = False
     settings = open_clip.get_model_preprocess_cfg(clip)
     height, width = (
@@ -173,5 +175,5 @@ def load_clip(
 
 
 def load_encoder(model: str, pretrained: str = "") -> FrozenEncoder:
-    """Load the frozen image tower alone; arguments and errors are `load_clip`'s."""
+    """Load only the frozen image tower; arguments and errors are those of `load_clip`."""
     return load_clip(model, pretrained)[0]

@@ -1,4 +1,4 @@
-"""What a prompt is made of: the settings that travel in the checkpoint."""
+"""Settings of the prompt and the head, which are stored in the checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
-    # What is not quantised stays in it.
+    # The dtype of the layers that are not quantised.
     "int8": torch.float32,
     "fp8": torch.float32,
 }
@@ -78,7 +78,7 @@ class PromptConfig:
 
     @staticmethod
     def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn a mapped head of older versions, rows that read features, into a linear one."""
+        """Turn the `mapped` head of older files into the equivalent linear head on features."""
         if values.get("head") != "mapped":
             return dict(values)
         method = values.get("method")
@@ -86,7 +86,7 @@ class PromptConfig:
         return {**values, "method": method, "head": "linear", "head_input": "features"}
 
     def stored(self) -> dict[str, Any]:
-        """Return what files keep; they keep the margin with the preprocessing."""
+        """Return the values that files store; the margin is stored with the preprocessing."""
         values = asdict(self)
         del values["margin"]
         if self.head == "text":

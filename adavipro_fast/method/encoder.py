@@ -1,4 +1,4 @@
-"""The frozen image tower: no gradients, its precision, its hash."""
+"""The frozen image tower, with its precision and the hash of its weights."""
 
 import copy
 import hashlib
@@ -23,11 +23,11 @@ class EncoderIdentity:
     pretrained: str
     sha256: str
     quick_gelu: bool | None = None
-    """the activation of an open_clip architecture; None where its name or folder decides, and in
+    """activation of an open_clip architecture; None if its name or folder defines it, and in
     older files"""
 
     def stored(self) -> dict[str, Any]:
-        """Return what files keep."""
+        """Return the values that files store."""
         values = asdict(self)
         if self.quick_gelu is None:
             del values["quick_gelu"]
@@ -35,13 +35,13 @@ class EncoderIdentity:
 
 
 class LeanAttention(nn.Module):
-    """Self-attention without the copies of PyTorch's: heads are views of one projection.
+    """Self-attention without the copies that PyTorch makes: heads are views of one projection.
 
-    On a CPU with gradients the weights are formed, for the backward pass of PyTorch's blockwise
-    attention takes most of a step there.
+    On a CPU with gradients, the attention weights are materialised, because the backward pass of
+    PyTorch's blockwise attention would take most of a training step.
 
     Args:
-        attention: whose weights it takes over.
+        attention: the module to replace; its weights are shared.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -52,7 +52,7 @@ class LeanAttention(nn.Module):
         self.out_proj = attention.out_proj
 
     def forward(self, query: Tensor, *_: Tensor, **__: Any) -> tuple[Tensor, None]:
-        """Attend (B, N, C) to itself; a residual block's other arguments say no more."""
+        """Self-attention over (B, N, C); the block's other arguments repeat it and are ignored."""
         batch, tokens, channels = query.shape
         packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
         split = packed.view(batch, tokens, 3, self.num_heads, self.head_dim)
@@ -66,18 +66,18 @@ class LeanAttention(nn.Module):
 
 
 class FrozenEncoder(nn.Module):
-    """A CLIP image tower that never learns, and that is never changed in place.
+    """A CLIP image tower that is never trained or changed in place.
 
-    No gradients to its weights, always in evaluation mode; `with_` gives a twin that differs.
+    Its weights get no gradients and it stays in evaluation mode; `with_` returns a modified twin.
 
     Args:
         visual: image tower, (B, 3, S, S) normalised to (B, E).
-        preprocess: how images become its input.
+        preprocess: turns images into its input.
         name: open_clip model name, `local-dir:PATH` or `demo`.
         pretrained: open_clip's tag of the weights.
         logit_scale: factor of the cosine, at most 100 as in CLIP.
-        logit_bias: added to it where the encoder was trained with a sigmoid, as SigLIP.
-        sha256: of its weights, where it is known.
+        logit_bias: added to the logits if the encoder was trained with a sigmoid, like SigLIP.
+        sha256: hash of its weights, if known.
         quick_gelu: see `EncoderIdentity`.
     """
 
@@ -103,12 +103,12 @@ class FrozenEncoder(nn.Module):
         self.quick_gelu = quick_gelu
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Keep evaluation mode whatever the surrounding model is put into."""
+        """Stay in evaluation mode, whatever the mode of the surrounding model."""
         return super().train(False) if mode else super().train(mode)
 
     @property
     def projection(self) -> Tensor | None:
-        """The last projection of a vision transformer (F, E); other towers have none apart."""
+        """The last projection (F, E) of a vision transformer; None for other towers."""
         return self.visual.proj if isinstance(self.visual, VisionTransformer) else None
 
     def with_(
@@ -118,17 +118,17 @@ class FrozenEncoder(nn.Module):
         precision: Precision | None = None,
         lean: bool = True,
     ) -> "FrozenEncoder":
-        """Return a twin; weights are shared unless the precision is another one.
+        """Return a twin; it shares the weights unless a precision is given.
 
         Args:
-            preprocess: that a file or a setting asks for.
-            precision: of matrix products, as under autocast. Weights of linear and convolution
-                layers are cast once, not at every step; LayerNorm, softmax and the final
-                normalisation stay in fp32.
-            lean: with a precision, attention is `LeanAttention` instead of PyTorch's.
+            preprocess: replaces the preprocessing.
+            precision: precision of matrix products, as under autocast. Weights of linear and
+                convolution layers are cast once, not at every step; LayerNorm, softmax and the
+                final normalisation stay in fp32.
+            lean: if a precision is given, replace PyTorch's attention with `LeanAttention`.
 
         Raises:
-            ValueError: images of another size than the tower's.
+            ValueError: the image size differs from the tower's.
         """
         if preprocess is not None and preprocess.size != self.preprocess.size:
             raise ValueError(
@@ -151,7 +151,7 @@ class FrozenEncoder(nn.Module):
         return twin
 
     def thawed(self, precision: Precision = "fp32") -> "FrozenEncoder":
-        """Return a copy whose weights learn, in fp32; autocast runs its products in `precision`."""
+        """Return a trainable fp32 copy; autocast runs its matrix products in `precision`."""
         twin = copy.deepcopy(self)
         twin.precision = precision
         for parameter in twin.parameters():
@@ -163,7 +163,7 @@ class FrozenEncoder(nn.Module):
         return self.embed(images)[0]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return fp32 unit rows (B, E), and the features (B, F) that they are projected from."""
+        """Return fp32 unit rows (B, E), and the features (B, F) before the projection."""
         with (
             torch.autocast(
                 images.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
@@ -177,14 +177,14 @@ class FrozenEncoder(nn.Module):
     def _features(self, images: Tensor) -> Tensor:
         visual = self.visual
         if not isinstance(visual, VisionTransformer):
-            whole: Tensor = visual(images)
-            return whole
+            output: Tensor = visual(images)
+            return output
         pooled: Tensor = visual._pool(visual.transformer(visual._embeds(images)))[0]
         return pooled
 
 
 def fingerprint(visual: nn.Module) -> str:
-    """Hash an image tower: sha256 over its state dict, names sorted, values as fp32 bytes."""
+    """Hash an image tower: sha256 over its state dict, sorted by name, values as fp32 bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(visual.state_dict().items()):
         digest.update(name.encode())
@@ -193,7 +193,7 @@ def fingerprint(visual: nn.Module) -> str:
 
 
 def _cast(visual: nn.Module, dtype: torch.dtype, lean: bool) -> None:
-    """Cast the weights of matrix products, and take lean attention where it computes the same."""
+    """Cast the weights of matrix products; use lean attention in plain residual blocks."""
     for module in visual.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(dtype)

@@ -1,6 +1,6 @@
 """The method in plain PyTorch: the specification that the fast paths are tested against.
 
-An image x is covered by a prompt template P where a mask m says so, region by region:
+A prompt template P is added to an image x in the regions that a mask m selects:
 
     e  = edges(x)                               edge detector (paper eq. 3)
     Δ  = F_p(F_c(e))[apply] - F_p(F_c(e))[discard]   mask generator, one number per region
@@ -42,7 +42,7 @@ def check_region(image_size: int, region_size: int) -> None:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn pixels into what the encoder was trained on: (images / 255 - mean) / std.
+    """Normalise pixels for the encoder: (images / 255 - mean) / std.
 
     Args:
         images: (B, 3, S, S), uint8 RGB in 0-255.
@@ -61,9 +61,9 @@ def edge_map(images: Tensor, edge: Edge, padding: EdgePadding) -> Tensor:
 
     Args:
         images: (B, 3, S, S), normalised.
-        edge: `laplacian` signed, 4-neighbour; `laplacian-magnitude` its absolute value;
-            `sobel` the length of the gradient; `none` the image itself.
-        padding: what the detector sees outside the image.
+        edge: `laplacian` is signed and has 4 neighbours; `laplacian-magnitude` is its absolute
+            value; `sobel` is the length of the gradient; `none` is the image itself.
+        padding: values outside the image.
 
     Returns:
         (B, 3, S, S), in the dtype of `images`.
@@ -74,7 +74,8 @@ def edge_map(images: Tensor, edge: Edge, padding: EdgePadding) -> Tensor:
         return images
     mode = "replicate" if padding == "replicate" else "constant"
     padded = F.pad(images, (1, 1, 1, 1), mode=mode)
-    # Shifted views cost half of a depthwise convolution on a CPU, and no GPU rounds them to TF32.
+    # Shifted views take half the time of a depthwise convolution on a CPU, and are never rounded
+    # to TF32 on a GPU.
     if edge == "sobel":
         left, right = padded[..., :-2], padded[..., 2:]
         top, bottom = padded[..., :-2, :], padded[..., 2:, :]
@@ -101,7 +102,7 @@ def uncollapsed_logit(
     policy_bias: Tensor,
     activation: Activation = "none",
 ) -> Tensor:
-    """Compute Δ as the paper writes it: F_p(F_c(e))[apply] - F_p(F_c(e))[discard].
+    """Compute Δ as in the paper: F_p(F_c(e))[apply] - F_p(F_c(e))[discard].
 
     Args:
         edges: (B, 3, S, S).
@@ -109,10 +110,11 @@ def uncollapsed_logit(
         convergence_bias: (D,), b_c.
         policy_weight: (2, D, R, R), W_p; index 0 discards, 1 applies.
         policy_bias: (2,), b_p.
-        activation: between the two.
+        activation: between F_c and F_p.
 
     Returns:
-        (B, G, G). Costs 27·D·S² + 2·D·S² multiply-adds an image and D maps of the image's size.
+        (B, G, G). Costs 27·D·S² + 2·D·S² multiply-adds per image and stores D maps of the image's
+        size.
     """
     converged = F.conv2d(edges, convergence_weight, convergence_bias, padding=1)
     if activation == "relu":
@@ -148,7 +150,7 @@ def collapse(
 
 
 def region_logit(edges: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """Compute Δ, the logit of applying the prompt, of every region from the collapsed generator.
+    """Compute Δ, each region's logit of applying the prompt, with the collapsed generator.
 
     Args:
         edges: (B, 3, S, S).
@@ -159,7 +161,7 @@ def region_logit(edges: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
         (B, G, G).
     """
     region_size = kernel.shape[-1] - 2
-    # The bias is added apart: Inductor on a CPU cannot reshape a scalar that it computes.
+    # The bias is added separately: Inductor on a CPU cannot reshape a computed scalar.
     return F.conv2d(edges, kernel[None], stride=region_size, padding=1)[:, 0] + bias
 
 
@@ -168,7 +170,7 @@ def philox_uniform(
 ) -> Tensor:
     """Draw uniform numbers from the Philox4x32-10 counter generator (Salmon et al., 2011).
 
-    Number i depends only on `seed` and `offset + i`, so that a batch may be split in any way.
+    Number i depends only on `seed` and `offset + i`, so a batch may be split in any way.
     Equals Triton's `tl.rand(seed, offset + i)`.
 
     Returns:
@@ -180,7 +182,7 @@ def philox_uniform(
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & low32, (seed >> 32) & low32
     for _ in range(10):
-        # int64 products wrap modulo 2^64, which leaves all 64 bits of the unsigned product right.
+        # int64 products wrap modulo 2^64, so all 64 bits of the unsigned product are right.
         product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c2 = (product2 >> 32) & low32 ^ c1 ^ k0, (product0 >> 32) & low32 ^ c3 ^ k1
         c1, c3 = product2 & low32, product0 & low32
@@ -198,7 +200,7 @@ def logistic_noise(
         seed: 64-bit key of the stream.
         offset: position of the first number in the stream.
         shape: shape of the result.
-        device: where to draw; the numbers are the same everywhere.
+        device: where to draw; the numbers are the same on all devices.
 
     Returns:
         fp32 of shape `shape`, finite.
@@ -219,7 +221,7 @@ def decide(delta: Tensor, mode: Mode, *, tau: float = 1.0, noise: Tensor | None 
         delta: (B, G, G), fp32 or fp64.
         mode: see above.
         tau: temperature, > 0.
-        noise: (B, G, G) logistic noise; none means 0.
+        noise: (B, G, G) logistic noise; None means 0.
 
     Returns:
         (B, G, G) in the dtype of `delta`.
@@ -239,7 +241,7 @@ def dilate(mask: Tensor, region_size: int) -> Tensor:
 
 
 def apply_prompt(images: Tensor, template: Tensor, mask: Tensor) -> Tensor:
-    """Add the prompt where the mask says so: x' = x + dilate(m) * P (paper eq. 5).
+    """Add the prompt in the regions that the mask selects: x' = x + dilate(m) * P (paper eq. 5).
 
     The mask is broadcast over each region's pixels, so no dilated mask is stored.
 
@@ -272,10 +274,10 @@ def adaptive_prompt(
     edge: Edge = "laplacian",
     edge_padding: EdgePadding = "zero",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompt a batch with the collapsed generator: edges, decision, dilation, multiply-add.
+    """Add the prompt to a batch, with the collapsed generator.
 
     Args:
-        images: (B, 3, S, S), normalised; gets no gradient through the edge map.
+        images: (B, 3, S, S), normalised; no gradient flows through the edge map.
         template: (3, S, S), P.
         kernel: (3, R + 2, R + 2), K.
         bias: (), b.
@@ -283,7 +285,7 @@ def adaptive_prompt(
         tau: temperature, > 0.
         noise: (B, G, G) logistic noise for soft and hard.
         edge: edge detector.
-        edge_padding: what the detector sees outside the image.
+        edge_padding: the edge detector's values outside the image.
 
     Returns:
         Prompted images (B, 3, S, S), Δ (B, G, G) and mask (B, G, G).

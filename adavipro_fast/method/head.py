@@ -1,4 +1,4 @@
-"""What scores the classes: one linear map of what an encoder gives, whatever its rows come from."""
+"""The head: a linear map from the encoder's output to class logits, fixed or trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,34 +10,34 @@ from torch import Tensor, nn
 from adavipro_fast.method.calibration import Link
 from adavipro_fast.method.config import HeadInput, PromptConfig
 
-# What files call the tensors of a head.
+# Names of a head's tensors in files.
 ROWS, BIAS, SCALE = "class_embeddings", "class_bias", "logit_scale"
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """A head as numbers alone: logits = x @ rowsᵀ + bias."""
+    """A head's tensors: logits = x @ rowsᵀ + bias."""
 
     rows: Tensor
-    """(K, E) on the embedding, or (K, F) on the features"""
+    """(K, E) for the embedding, or (K, F) for the features"""
     bias: Tensor | None
     """(K,)"""
     reads: HeadInput
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Rows and bias, named as in files."""
+        """Rows and bias, with their names in files."""
         return {ROWS: self.rows} | ({} if self.bias is None else {BIAS: self.bias})
 
 
 class Head(nn.Module):
-    """logits = scale · x @ rowsᵀ + bias, where x is the unit embedding; or the features, unscaled.
+    """logits = scale · x @ rowsᵀ + bias, where x is the unit embedding or the features.
 
     Args:
         kept: rows and bias; copied.
-        scale: factor of the cosine; features have none.
+        scale: factor of the cosine; not applied to features.
         learns: rows and bias are parameters.
-        link: what turns logits into probabilities.
+        link: turns logits into probabilities.
     """
 
     rows: Tensor
@@ -65,14 +65,15 @@ class Head(nn.Module):
         scale: float,
         sigmoid_bias: float | None,
     ) -> "Head":
-        """Build the head that a configuration asks for.
+        """Build the head that a configuration describes.
 
         Args:
-            config: says its kind, and what it reads.
+            config: defines the head's kind and input.
             rows: (K, E) or (K, F).
-            bias: (K,), of a learned head.
+            bias: (K,), for a trained head.
             scale: factor of the cosine.
-            sigmoid_bias: of all classes, where the encoder was trained with a sigmoid.
+            sigmoid_bias: bias of all classes of a text head if the encoder was trained with a
+                sigmoid.
         """
         named = config.head == "text"
         sigmoid = named and sigmoid_bias is not None
@@ -87,7 +88,7 @@ class Head(nn.Module):
 
     @staticmethod
     def shapes(config: PromptConfig, classes: int) -> dict[str, tuple[int | None, ...]]:
-        """Return which tensors a file holds of a head, and their shapes; None is any size."""
+        """Return names and shapes of a head's tensors in a file; None means any size."""
         shapes: dict[str, tuple[int | None, ...]] = {ROWS: (classes, None)}
         if config.method != "linear_probe":
             shapes[SCALE] = ()
@@ -105,10 +106,10 @@ class Head(nn.Module):
 
         Args:
             embedding: (B, E), unit rows.
-            features: (B, F), what it is projected from.
+            features: (B, F), before the projection.
 
         Raises:
-            ValueError: rows and what they read differ in width.
+            ValueError: the rows and their input differ in width.
         """
         read = features if self.reads == "features" else embedding
         if read.shape[1] != self.rows.shape[1]:
@@ -122,16 +123,16 @@ class Head(nn.Module):
         return logits if self.bias is None else logits + self.bias
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return what learned, named as in files; nothing of a text head."""
+        """Return the trained tensors with their names in files; empty for a text head."""
         files = {"rows": ROWS, "bias": BIAS}
         return {files[name]: parameter for name, parameter in self.named_parameters()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors that `trained` named."""
+        """Copy in the tensors that `trained` returned."""
         for name, parameter in self.trained().items():
             parameter.data.copy_(tensors[name])
 
     def stored(self) -> dict[str, Tensor]:
-        """Return what files keep."""
+        """Return the tensors that files store."""
         kept: dict[str, Any] = {ROWS: self.rows, SCALE: torch.tensor(self.scale), **self.trained()}
         return {name: value.detach().cpu().clone() for name, value in kept.items()}

@@ -21,15 +21,16 @@ class Prediction(NamedTuple):
 
 
 class AdaViPro(nn.Module):
-    """A frozen encoder with an adaptive prompt in front and class embeddings behind it.
+    """A frozen encoder with an adaptive prompt in front and a head behind it.
 
-    Only the prompt's parameters are trainable; the encoder stays frozen and in evaluation mode.
+    Only the prompt and a linear head are trainable; the encoder stays frozen and in evaluation
+    mode.
 
     Args:
         encoder: frozen CLIP image tower, from `load_encoder`.
-        class_embeddings: (K, E), unit rows; (K, F) where the head reads the features.
-        config: what the prompt is made of.
-        class_bias: (K,), of a linear head (default: the encoder's bias, or none).
+        class_embeddings: (K, E), unit rows; (K, F) if the head's input is the features.
+        config: settings of prompt and head.
+        class_bias: (K,), for a linear head; a text head uses the encoder's bias, if it has one.
         logit_scale: factor of the cosine (default: the encoder's).
         kernel: see `AdaptivePrompt`.
     """
@@ -63,17 +64,17 @@ class AdaViPro(nn.Module):
 
     @property
     def config(self) -> PromptConfig:
-        """What the prompt is made of."""
+        """Settings of prompt and head."""
         return self.prompt.config
 
     @property
     def preprocess(self) -> Preprocess:
-        """How images become the model's input: the encoder's way, and the prompt's margin."""
+        """The model's preprocessing: the encoder's, with the prompt's margin."""
         return replace(self.encoder.preprocess, margin=self.config.margin)
 
     @property
     def trainable_params(self) -> int:
-        """How many parameters learn."""
+        """Number of trainable parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def forward(self, images: Tensor, **sampling: Any) -> Prediction:
@@ -81,21 +82,22 @@ class AdaViPro(nn.Module):
 
         Args:
             images: (B, 3, S, S), uint8 RGB or normalised float.
-            sampling: of training masks, fields of `prompt.Sampling`: tau, noise, seed, first.
+            sampling: how training masks are drawn; fields of `prompt.Sampling`: tau, noise, seed,
+                first.
         """
         prompted = self.prompted(images, **sampling)
         return self.classify(prompted.images, prompted.mask)
 
     def prompted(self, images: Tensor, **sampling: Any) -> Prompted:
-        """Prompt a batch, in the encoder's precision; arguments are `forward`'s."""
+        """Add the prompt to a batch, in the encoder's precision; arguments as for `forward`."""
         prompted: Prompted = self.prompt(images, dtype=DTYPES[self.encoder.precision], **sampling)
         return prompted
 
     def classify(self, images: Tensor, mask: Tensor) -> Prediction:
-        """Classify normalised images (B, 3, S, S) as they are, prompted or not.
+        """Classify normalised images (B, 3, S, S) without adding the prompt.
 
         Raises:
-            ValueError: embeddings of images and classes differ in width.
+            ValueError: the head's rows and its input differ in width.
         """
         embedding, features = self.encoder.embed(images)
         return Prediction(self.head(embedding, features), mask, embedding)

@@ -1,4 +1,4 @@
-"""How an image becomes the encoder's input."""
+"""Preprocessing: turn an image into the encoder's input."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,12 +20,12 @@ INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
 Decode = Literal["full", "fast", "scaled"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-# How files become RGB pixels. 3 turns images upright by their EXIF orientation and puts transparent
-# ones on white; 2 ignored orientation and transparency, and is that of files without a number.
+# Versions of the decoding to RGB pixels. 3 applies the EXIF orientation and composites transparent
+# images over white; 2 ignores orientation and transparency, and applies to files without a version.
 DECODING, FIRST_DECODING = 3, 2
-# Of 16-bit grey images.
+# Largest value of 16-bit grey images.
 WHITE = 65535
-# Settings that files leave out where they have these values.
+# Settings that files leave out if they have these values.
 UNSET: dict[str, Any] = {
     "margin": 0,
     "crop": 1,
@@ -37,7 +37,7 @@ UNSET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the encoder's input; travels in the checkpoint."""
+    """How an image becomes the encoder's input; stored in the checkpoint."""
 
     size: int
     mean: tuple[float, ...]
@@ -45,16 +45,16 @@ class Preprocess:
     interpolation: str
     resize_mode: str
     margin: int = 0
-    """pixels on each side that keep the mean colour, the image shrunk to what is left"""
+    """pixels on each side filled with the mean colour; the image is shrunk to fit inside"""
     crop: float = 1.0
     """share of the resized image's shorter side that the centre crop keeps (timm's crop_pct)"""
     decoding: int = DECODING
-    """how image files become RGB pixels, 2 or 3"""
+    """version of the decoding to RGB pixels, 2 or 3"""
     decode: Decode = "full"
-    """full resizes with Pillow; fast with PyTorch, in a tenth of the time and within two grey
-    levels; scaled also decodes large JPEGs at a half, a quarter or an eighth of their size"""
+    """full resizes with Pillow; fast resizes with PyTorch, in a tenth of the time and within two
+    grey levels; scaled also decodes large JPEGs at a half, a quarter or an eighth of their size"""
     white_level: int = WHITE
-    """value of white in 16-bit grey images; 4095 for cameras of 12 bits"""
+    """value of white in 16-bit grey images; 4095 for 12-bit cameras"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST_SIDE:
@@ -87,7 +87,7 @@ class Preprocess:
             )
 
     def stored(self) -> dict[str, Any]:
-        """Return what files keep: open_clip's settings, and others that are not the default."""
+        """Return the values that files store: open_clip's settings, and others if not default."""
         values = asdict(self)
         for name, unset in UNSET.items():
             if values[name] == unset:
@@ -96,28 +96,28 @@ class Preprocess:
 
     @property
     def inner(self) -> int:
-        """Side of what is not margin."""
+        """Side of the image inside the margin."""
         return self.size - 2 * self.margin
 
     @property
     def shorter(self) -> int:
-        """The shorter side of a resized image before it is cropped, as timm rounds it."""
+        """The shorter side after resizing and before the crop, rounded as in timm."""
         return math.floor(self.inner / self.crop)
 
     def cropped(self, resized: Any) -> tuple[Any, Any]:
-        """Return how many pixels of a resized side the centre crop leaves out before and after."""
+        """Return how many pixels the centre crop removes at either end of a resized side."""
         over = resized - self.inner
-        # Halves go to the even number, as torchvision's crop has it.
+        # Halves round to the even number, as in torchvision's crop.
         begin = over // 2 + (over % 2) * ((over // 2) % 2)
         return begin, over - begin
 
     @property
     def colour(self) -> Tensor:
-        """The margin's: the mean, (3,) uint8."""
+        """Colour of the margin: the mean, (3,) uint8."""
         return (255 * torch.tensor(self.mean).double().clamp(0, 1)).round().to(torch.uint8)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return the size that an image has once it is resized and not yet cropped."""
+        """Return an image's (width, height) after resizing and before the crop."""
         side = self.shorter
         if self.resize_mode == "squash":
             return side, side
@@ -128,9 +128,9 @@ class Preprocess:
         return side * width // by, side * height // by
 
     def pixels(self) -> Callable[[Image.Image | Tensor], Pixels]:
-        """Return open_clip's preprocessing, then the margin.
+        """Return a function that applies open_clip's preprocessing and adds the margin.
 
-        It takes an RGB image, of Pillow or (3, H, W) uint8, and returns (3, S, S).
+        Its argument is an RGB image, from Pillow or (3, H, W) uint8; it returns (3, S, S) uint8.
         """
         return _transform(self)
 
@@ -146,8 +146,8 @@ class Preprocess:
         if isinstance(image, Tensor):
             image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         kernel = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-        # In two steps, since Pillow 13 goes down the columns first where that is less work,
-        # rounds to bytes in between and gives other pixels than Pillow 12 and our graphs.
+        # Resize each axis in its own step. Otherwise Pillow 13 resizes columns first where that is
+        # less work and rounds in between, so its pixels differ from Pillow 12's and our graphs'.
         return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
 
@@ -156,10 +156,10 @@ def _transform(preprocess: Preprocess) -> Callable[[Image.Image | Tensor], Pixel
     inner = replace(preprocess, size=preprocess.inner, margin=0, crop=1.0)
     names = ("size", "mean", "std", "interpolation", "resize_mode")
     config = open_clip.transform.PreprocessCfg(**{n: getattr(inner, n) for n in names})
-    whole = open_clip.transform.image_transform_v2(config, is_train=False)
-    # The first step resizes, which is done here; the last two are ToTensor and Normalize, which
-    # run later and on the device.
-    fit, last = whole.transforms[1:-2], [type(t).__name__ for t in whole.transforms[-2:]]
+    transform = open_clip.transform.image_transform_v2(config, is_train=False)
+    # The first step resizes, which `scaled` does instead. The last two are ToTensor and Normalize,
+    # which run later, on the device.
+    fit, last = transform.transforms[1:-2], [type(t).__name__ for t in transform.transforms[-2:]]
     assert last[0].endswith("ToTensor"), last
     assert last[1] == "Normalize", last
     colour = tuple(preprocess.colour.tolist())
@@ -176,5 +176,5 @@ def _transform(preprocess: Preprocess) -> Callable[[Image.Image | Tensor], Pixel
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete what `Preprocess.stored` returned: older files leave the decoding out."""
+    """Add the defaults that `Preprocess.stored` left out, for older files too."""
     return UNSET | dict(values)

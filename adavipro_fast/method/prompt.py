@@ -1,4 +1,4 @@
-"""The prompt template and the mask generator, together in front of an encoder."""
+"""The prompt template and the mask generator, used in front of an encoder."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from adavipro_fast.method.functional import (
 
 
 def frame(image_size: int, prompt_size: int) -> Tensor:
-    """Mark the pixels that the prompt template may change: (S, S) bool."""
+    """Return a mask of the pixels that the prompt template covers: (S, S) bool."""
     if not 1 <= prompt_size <= image_size // 2:
         raise ValueError(
             f"prompt size {prompt_size} does not fit an image of side {image_size}; "
@@ -37,13 +37,13 @@ def frame(image_size: int, prompt_size: int) -> Tensor:
 
 
 def frame_regions(image_size: int, config: PromptConfig) -> Tensor:
-    """Mark the regions that the frame touches: (G, G) bool."""
+    """Return a mask of the regions that overlap the frame: (G, G) bool."""
     pixels = frame(image_size, config.prompt_size).float()
     return F.max_pool2d(pixels[None], config.region_size)[0] > 0
 
 
 class PromptTemplate(nn.Module):
-    """What to add: 12·p·(S - p) values on a frame of width p, zero inside it."""
+    """The learned prompt: 12·p·(S - p) values on a frame of width p, zero inside it."""
 
     index: Tensor
 
@@ -57,18 +57,18 @@ class PromptTemplate(nn.Module):
         self.values = nn.Parameter(first)
 
     def forward(self) -> Tensor:
-        """Lay the values out as an image: (3, S, S), zero outside the frame."""
+        """Return the values as an image: (3, S, S), zero outside the frame."""
         flat = self.values.new_zeros(self.shape.numel())
         return flat.index_copy(0, self.index, self.values).view(self.shape)
 
     @torch.no_grad()
     def load(self, template: Tensor) -> None:
-        """Take the values of a (3, S, S) template."""
+        """Copy in the values of a (3, S, S) template."""
         self.values.copy_(template.flatten()[self.index])
 
 
 class MaskGenerator(nn.Module):
-    """Where to add: convergence module F_c and policy module F_p (paper section 3.3)."""
+    """Decides where to add the prompt: modules F_c and F_p (paper section 3.3)."""
 
     def __init__(self, config: PromptConfig) -> None:
         super().__init__()
@@ -89,18 +89,18 @@ class MaskGenerator(nn.Module):
         return collapse(*self.weights())
 
     def forward(self, edges: Tensor) -> Tensor:
-        """Compute Δ (B, G, G) of edge maps (B, 3, S, S) as the paper writes it, uncollapsed."""
+        """Compute Δ (B, G, G) of edge maps (B, 3, S, S) as in the paper, uncollapsed."""
         return uncollapsed_logit(edges, *self.weights(), self.activation)
 
     @torch.no_grad()
     def avoid_edges(self, energy: Tensor) -> None:
-        """Start from Δ ∝ mean + 1.5 spread - energy: open but where edges are strongest.
+        """Initialise to Δ ∝ mean + 1.5 spread - energy: open except where edges are strongest.
 
-        One convergence channel becomes the mean over the 27 inputs and carries the decision; the
-        others keep their random weights, unused until the policy module learns to read them.
+        One convergence channel becomes the mean over its 27 inputs and makes the decision. The
+        others keep their random weights, unused until the policy module gives them weight.
 
         Args:
-            energy: (N,), mean edge value of sample regions.
+            energy: (N,), mean edge value of each sampled region.
         """
         region = self.policy.kernel_size[0]
         assert self.convergence.bias is not None
@@ -110,8 +110,8 @@ class MaskGenerator(nn.Module):
         self.convergence.weight[0] = 1 / 27
         self.convergence.bias.zero_()
         self.policy.weight.zero_()
-        # F_c averages three channels, F_p averages R² pixels. A spread of 8 leaves the sampled
-        # masks (noise of spread 1.8) near the argmax ones that the template must work with later.
+        # F_c averages three channels and F_p averages R² pixels. With a spread of 8, the masks
+        # sampled in training (noise of spread 1.8) stay close to the argmax masks of inference.
         sign = torch.tensor([4.0, -4.0], device=energy.device)
         self.policy.weight[:, 0] = (sign / spread / region**2)[:, None, None]
         self.policy.bias.copy_(-sign * threshold / spread)
@@ -127,20 +127,20 @@ class Prompted(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a training batch's masks are drawn; evaluation mode takes argmax masks."""
+    """How the masks of a training batch are drawn; evaluation mode uses argmax masks."""
 
     tau: float = 1.0
     """temperature, > 0"""
     noise: Tensor | None = None
-    """(B, G, G) logistic noise; none draws it from the seed"""
+    """(B, G, G) logistic noise; None draws it from the seed"""
     seed: int = 0
-    """64-bit key of the noise; give every step its own"""
+    """64-bit key of the noise; use a different one for every step"""
     first: int = 0
-    """number of the first image within its step, where a step has several parts"""
+    """index of the batch's first image within its step, if the step is split into parts"""
 
 
 def fused_obstacle(config: PromptConfig) -> str | None:
-    """Say what keeps the fused kernel from running a configuration on any device."""
+    """Return why the fused kernel cannot run a configuration on any device; None if it can."""
     if config.method != "adavipro":
         return f"method {config.method} has no mask"
     if config.activation != "none":
@@ -155,7 +155,7 @@ def fused_obstacle(config: PromptConfig) -> str | None:
 
 
 def triton_interprets() -> bool:
-    """Tell whether Triton's interpreter is on, which runs kernels on a CPU, slowly, for tests."""
+    """Report whether Triton's interpreter is on, which runs kernels slowly on a CPU for tests."""
     if find_spec("triton") is None:
         return False
     import triton
@@ -164,17 +164,17 @@ def triton_interprets() -> bool:
 
 
 class AdaptivePrompt(nn.Module):
-    """Template and mask generator together: images in, prompted images out.
+    """Adds the prompt to images: the template, where the mask generator applies it.
 
-    Method adavipro decides per region, vp prompts everywhere, the others nowhere.
+    Method adavipro decides per region, vp prompts all regions, and the other methods none.
 
     Args:
         image_size: S, a multiple of the region size.
-        config: what the prompt is made of.
+        config: settings of the prompt.
         mean: per channel, to normalise uint8 images.
         std: per channel, to normalise uint8 images.
-        kernel: fused is the Triton kernel, plain is PyTorch; auto takes the fused one on CUDA
-            devices wherever it can run.
+        kernel: fused is the Triton kernel, plain is PyTorch; auto uses the fused kernel on CUDA
+            devices if it can run.
 
     Raises:
         ValueError: region or prompt size does not fit the image.
@@ -205,7 +205,7 @@ class AdaptivePrompt(nn.Module):
         self.obstacle, self.interpreted = fused_obstacle(config), triton_interprets()
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Normalise uint8 pixels (B, 3, S, S); float images are taken as normalised."""
+        """Normalise uint8 pixels (B, 3, S, S); return float images unchanged."""
         if images.dtype != torch.uint8:
             return images
         return normalise(images, self.mean, self.std)
@@ -215,7 +215,7 @@ class AdaptivePrompt(nn.Module):
         return edge_map(images.detach(), self.config.edge, self.config.edge_padding)
 
     def delta(self, images: Tensor) -> Tensor:
-        """Compute Δ (B, G, G) of normalised images (B, 3, S, S), collapsed where that is exact."""
+        """Compute Δ (B, G, G) of normalised images (B, 3, S, S), collapsed if that is exact."""
         assert self.generator is not None
         edges = self.edges(images)
         if self.config.activation != "none":
@@ -225,7 +225,7 @@ class AdaptivePrompt(nn.Module):
 
     @torch.no_grad()
     def initialise(self, images: Tensor) -> None:
-        """Set the generator's first values where they depend on data (`generator_init`).
+        """Initialise the generator from data if `generator_init` needs it.
 
         Args:
             images: (N, 3, S, S) sample of the training images, uint8 or normalised.
@@ -240,25 +240,25 @@ class AdaptivePrompt(nn.Module):
     def forward(
         self, images: Tensor, *, dtype: torch.dtype = torch.float32, **sampling: Any
     ) -> Prompted:
-        """Prompt a batch: sampled masks in training mode, argmax masks in evaluation mode.
+        """Add the prompt: with sampled masks in training mode, argmax masks in evaluation mode.
 
         Args:
             images: (B, 3, S, S), uint8 RGB or normalised float.
-            dtype: of the images that the fused kernel writes.
+            dtype: dtype of the fused kernel's output images.
             sampling: fields of `Sampling`.
         """
         drawn = Sampling(**sampling)
-        # The mask path runs in fp32 whatever the encoder's precision: a near-tie flips a region.
+        # The mask is computed in fp32 in any precision, since rounding would flip near-ties.
         with torch.autocast(images.device.type, enabled=False), full_fp32():
             if self.path(images.device) == "fused":
                 return self._fused(images, drawn, dtype)
             return self._plain(self.normalised(images).float(), drawn)
 
     def path(self, device: torch.device) -> Literal["fused", "plain"]:
-        """Say which implementation runs on a device.
+        """Return which implementation runs on a device.
 
         Raises:
-            ValueError: the fused kernel was asked for and cannot run.
+            ValueError: the fused kernel was requested and cannot run.
         """
         obstacle = self.obstacle
         if obstacle is None and device.type != "cuda" and not self.interpreted:
@@ -270,7 +270,7 @@ class AdaptivePrompt(nn.Module):
 
     @property
     def mode(self) -> Mode:
-        """How regions are decided now."""
+        """How regions are decided in the current mode."""
         return self.config.gumbel if self.training else "argmax"
 
     def _fused(self, images: Tensor, drawn: Sampling, dtype: torch.dtype) -> Prompted:

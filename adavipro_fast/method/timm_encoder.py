@@ -1,4 +1,4 @@
-"""Load any image encoder of timm: DINO's, ConvNeXt, ResNet, ... It has no text tower."""
+"""Load any image encoder of timm (DINO, ConvNeXt, ResNet, ...), which has no text tower."""
 
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.preprocess import Preprocess
 
 PREFIX = "timm:"
-# Of cosines, as CLIP's at most; a linear head carries any scale itself.
+# Factor of the cosine: CLIP's largest. A linear head learns its own scale.
 LOGIT_SCALE = 100.0
 RESIZE_MODES = {"center": "shortest", "squash": "squash"}
 
 
 def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
-    """Load a timm model's features, without its classifier, on the CPU in fp32.
+    """Load a timm model without its classifier, on the CPU in fp32.
 
     Args:
         model: `timm:NAME`.
-        pretrained: a tag of timm's, a file with its weights, or empty for random ones.
+        pretrained: one of timm's tags, a file of weights, or empty for random weights.
 
     Raises:
-        ValueError: timm does not know the model or cannot load it, or its images are not square or
-            are prepared in a way that is not known.
+        ValueError: timm does not know the model or cannot load it, or its images are not square, or
+            its preprocessing is not supported.
     """
     name = model.removeprefix(PREFIX)
     if not timm.is_model(name.split(".")[0]):
@@ -38,7 +38,7 @@ def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
     try:
         options = {} if file is None else _options(file, tagged)
         visual: Any = timm.create_model(tagged, pretrained=bool(tag or file), **options).eval()
-    except Exception as error:  # What timm, its hub and torch raise has no common base.
+    except Exception as error:  # timm, its hub and torch share no base exception.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}"
@@ -73,14 +73,14 @@ def load_timm(model: str, pretrained: str = "") -> FrozenEncoder:
 
 
 def _options(file: Path, name: str) -> dict[str, Any]:
-    """Return how `create_model` loads a file: with as many classes as it holds, or as features."""
+    """Return `create_model`'s options for a file: with the file's classes, or no classifier."""
     overlay: dict[str, Any] = {"file": str(file), "hf_hub_id": None, "url": None}
     settings = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    # JAX's archives are read by a loader of their own, which knows no other number of classes.
+    # JAX archives have a separate loader, which does not support another number of classes.
     state = {} if file.suffix == ".npz" else load_state_dict(str(file))
     rows = state.get(f"{settings.classifier}.weight") if settings is not None else None
     if rows is None:
         return {"num_classes": 0, "pretrained_cfg_overlay": overlay}
-    # Of other numbers of classes than its own timm would leave the classifier out.
+    # timm would drop the classifier if the number of classes differed from the configuration's.
     overlay["num_classes"] = len(rows)
     return {"num_classes": len(rows), "pretrained_cfg_overlay": overlay}

@@ -1,4 +1,4 @@
-"""A CLIP that Hugging Face's transformers saved, loaded as a model of open_clip."""
+"""Load a CLIP saved by Hugging Face's transformers as an open_clip model."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from torch import Tensor
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Pillow's numbers.
+# Keys are Pillow's resampling constants.
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-# Words of CLIP's own byte-pair encoding, which open_clip's tokenizer has.
+# Size of CLIP's byte-pair vocabulary, which open_clip's tokenizer uses.
 VOCABULARY = 49408
-# transformers' names to open_clip's, the more special first.
+# transformers' names to open_clip's, the most specific first.
 NAMES = (
     (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
@@ -40,7 +40,7 @@ ATTENTION = re.compile(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 
 def is_transformers_clip(folder: Path) -> bool:
-    """Report whether a folder holds a CLIP that transformers saved."""
+    """Report whether a folder contains a CLIP saved by transformers."""
     try:
         return bool(json.loads((folder / CONFIG).read_text()).get("model_type") == "clip")
     except (OSError, ValueError, AttributeError):
@@ -51,11 +51,11 @@ def load_transformers_clip(folder: Path) -> tuple[Any, Any]:
     """Load model and tokenizer on the CPU in fp32.
 
     Args:
-        folder: with config.json and model.safetensors or pytorch_model.bin, as `save_pretrained`
-            of `CLIPModel` writes them.
+        folder: contains config.json and model.safetensors or pytorch_model.bin, as written by
+            `CLIPModel.save_pretrained`.
 
     Raises:
-        ValueError: a file is missing, or the model is of another form.
+        ValueError: a file is missing, or the model is not supported.
     """
     config = json.loads((folder / CONFIG).read_text())
     settings, acts = settings_of(config), acts_of(config)
@@ -85,7 +85,7 @@ def acts_of(config: dict[str, Any]) -> set[str]:
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Translate a configuration into arguments of open_clip's `CLIP`, with its own defaults."""
+    """Translate a transformers configuration, with its defaults, to open_clip's arguments."""
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
     width, words = vision.get("hidden_size", 768), text.get("hidden_size", 512)
     return {
@@ -115,7 +115,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read the weights, in fp32.
 
     Raises:
-        ValueError: there are none, or in several files.
+        ValueError: there are no weights, or they are split into several files.
     """
     for name in WEIGHTS:
         path = folder / name
@@ -129,8 +129,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give weights open_clip's names and layout: one matrix for query, key and value."""
-    found: dict[str, Tensor] = {}
+    """Convert weights to open_clip's names and layout: one matrix for query, key and value."""
+    direct: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.endswith("position_ids"):
@@ -142,13 +142,13 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if attention:
             parts.setdefault(new, {})[attention[2]] = value
         else:
-            found[new] = value.t().contiguous() if new in PROJECTED else value
+            direct[new] = value.t().contiguous() if new in PROJECTED else value
     joined = {k: torch.cat([v[part] for part in "qkv"]) for k, v in parts.items() if len(v) == 3}
-    return found | joined
+    return direct | joined
 
 
 def preprocessing(folder: Path, side: int) -> dict[str, Any]:
-    """Read how images are prepared; without the file as OpenAI's are."""
+    """Read the preprocessing; without its file, return that of OpenAI's models."""
     path = folder / PREPROCESSOR
     values = json.loads(path.read_text()) if path.exists() else {}
     default = open_clip.get_pretrained_cfg("ViT-B-32", "openai")

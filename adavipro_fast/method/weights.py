@@ -1,4 +1,4 @@
-"""Which encoder of open_clip a name means, and how weights from a file were trained."""
+"""Resolve names of open_clip models, and the settings that weights in a file need."""
 
 import difflib
 import hashlib
@@ -17,10 +17,10 @@ from huggingface_hub import constants
 from adavipro_fast.errors import EncoderWarning
 from adavipro_fast.method.transformers_clip import CONFIG, is_transformers_clip
 
-# What open_clip keeps of published weights that decides how they run.
+# open_clip's settings of published weights that affect their output.
 SETTINGS = ("quick_gelu", "mean", "std", "interpolation", "resize_mode")
 SHA256_IN_ADDRESS = re.compile(r"/([0-9a-f]{64})/")
-# Names of OpenAI's models on the Hub: size, patch, and side where it is not 224.
+# Names of OpenAI's models on the Hub: size, patch, and image side if not 224.
 HUB_NAME = re.compile(r"(?:openai/)?clip-vit-(base|large)-patch(\d+)(?:-(\d+))?")
 SIZES = {"base": "B", "large": "L"}
 NEAREST = 3
@@ -28,10 +28,10 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def resolved_name(model: str) -> str:
-    """Return open_clip's own form of a name: `ViT-B/32` is `ViT-B-32`, a folder is `local-dir:`.
+    """Return open_clip's form of a name: `ViT-B/32` is `ViT-B-32`, a folder is `local-dir:`.
 
     Raises:
-        ValueError: open_clip does not know it; the message names the nearest ones.
+        ValueError: open_clip does not know the name; the message suggests similar ones.
     """
     known: list[str] = open_clip.list_models()
     name = model.replace("/", "-")
@@ -51,7 +51,7 @@ def resolved_name(model: str) -> str:
 
 
 def what_lacks(folder: Path) -> str:
-    """Say what a folder without open_clip's configuration holds, and how to use it."""
+    """Describe the content of a folder without open_clip's configuration, and the way out."""
     try:
         kind = json.loads((folder / CONFIG).read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
@@ -64,7 +64,7 @@ def what_lacks(folder: Path) -> str:
 
 
 def suggestion(model: str, known: list[str]) -> str:
-    """Say which name may have been meant."""
+    """Suggest the name that was probably meant."""
     on_hub = HUB_NAME.fullmatch(model.lower())
     if on_hub is not None:
         size, patch, side = on_hub.groups()
@@ -82,16 +82,17 @@ def suggestion(model: str, known: list[str]) -> str:
 
 
 def settings_of_file(model: str, path: Path) -> Mapping[str, Any]:
-    """Return how weights in a file run: what all published weights of the name agree on.
+    """Return the settings of weights in a file.
 
-    A file that is one of the published ones, by its hash, has that one's settings.
+    They are those of the published weights with the file's hash; otherwise, those that all
+    published weights of the architecture share.
 
     Args:
         model: open_clip's name of the architecture.
-        path: of the weights.
+        path: file of the weights.
 
     Warns:
-        EncoderWarning: published weights differ, and the file does not say which it is.
+        EncoderWarning: settings of published weights differ, and the file's hash is not known.
     """
     tags = open_clip.list_pretrained_tags_by_model(model)
     published = {tag: open_clip.get_pretrained_cfg(model, tag) for tag in tags}
@@ -101,8 +102,8 @@ def settings_of_file(model: str, path: Path) -> Mapping[str, Any]:
     if any(addresses.values()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        for tag, found in addresses.items():
-            if found is not None and found[1] == digest:
+        for tag, match in addresses.items():
+            if match is not None and match[1] == digest:
                 return {name: published[tag].get(name) for name in SETTINGS}
     agreed = {}
     for name in SETTINGS:
@@ -117,7 +118,7 @@ def settings_of_file(model: str, path: Path) -> Mapping[str, Any]:
 
 
 def difference(model: str, name: str, ways: Mapping[Any, list[str]]) -> str:
-    """Say how published weights of one architecture differ, and how to choose."""
+    """Explain how published weights of one architecture differ, and how to choose."""
     listed = "; ".join(
         f"{way} ({', '.join(tags[:NEAREST])}{' ...' if len(tags) > NEAREST else ''})"
         for way, tags in ways.items()
@@ -135,10 +136,10 @@ def difference(model: str, name: str, ways: Mapping[Any, list[str]]) -> str:
 
 @contextmanager
 def one_line_errors(model: str, pretrained: str) -> Iterator[None]:
-    """Raise what open_clip cannot load as one line, and keep its own lines off the terminal.
+    """Turn open_clip's loading errors into one-line messages, and silence its log.
 
     Raises:
-        ValueError: it cannot be loaded, with the way out.
+        ValueError: the model cannot be loaded; the message names the way out.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -164,7 +165,7 @@ def one_line_errors(model: str, pretrained: str) -> Iterator[None]:
 
 
 def published_at(model: str, pretrained: str) -> str | None:
-    """Say where on the Hub published weights lie; None of what is not published there."""
+    """Return where published weights can be downloaded; None if they are not published."""
     if model.startswith("hf-hub:"):
         return f"the files of {model.removeprefix('hf-hub:')} from the Hugging Face Hub"
     cfg = open_clip.get_pretrained_cfg(model, pretrained)
