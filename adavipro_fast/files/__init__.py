@@ -1,1 +1,1 @@
-"""What is stored, and how it is read back."""
+"""Read and write checkpoints, task files, exported files and their descriptions."""

@@ -1,6 +1,6 @@
-"""What a file says about itself: one description, written into and read from every kind of file.
+"""The description of an artifact, stored in every kind of file.
 
-ONNX files hold it as metadata, engines in their sidecar, Triton's models in `about.json`.
+ONNX files store it as metadata, engines in their sidecar, Triton models in `about.json`.
 """
 
 import json
@@ -21,7 +21,7 @@ from adavipro_fast.method.functional import Edge, EdgePadding, normalise
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Preprocess
 
-# A task for all images, or one for each.
+# One task for all images, or one per image.
 Tasks = str | Sequence[str]
 
 
@@ -34,9 +34,9 @@ class Task:
     config: PromptConfig
     calibration: Calibration = UNCALIBRATED
     checkpoint_sha256: str = ""
-    """of the file that it was exported from; empty in older files"""
+    """hash of the checkpoint it was exported from; empty in older files"""
     bytes: int = 0
-    """of its tables; 0 in older files"""
+    """size of its tables; 0 in older files"""
 
     @classmethod
     def of(cls, name: str, checkpoint: Checkpoint, sha256: str = "", size: int = 0) -> "Task":
@@ -45,50 +45,51 @@ class Task:
         return cls(name, names, config, checkpoint.calibration, sha256, size)
 
     def stored(self) -> dict[str, Any]:
-        """Return what files keep."""
+        """Return the values that files store."""
         return asdict(self) | {"config": self.config.stored()}
 
 
 @dataclass(frozen=True)
 class OpenFor:
-    """Which tasks a file takes whose tables are inputs."""
+    """The tasks that a file accepts if its tables are inputs."""
 
     encoder_sha256: str
     edge: Edge | None
-    """that the graph forms; none where it takes prompts without a mask path only"""
+    """edge detector in the graph; None if it accepts only prompts without a mask"""
     edge_padding: EdgePadding
 
 
 @dataclass(frozen=True)
 class Description:
-    """What an artifact says about itself."""
+    """The description of an artifact."""
 
     class_names: tuple[str, ...]
     """raw names in label order"""
     preprocess: Preprocess
-    """how images become its pixels"""
+    """how images become its input pixels"""
     config: PromptConfig
-    """what the prompt is made of"""
+    """settings of prompt and head"""
     precision: ExportPrecision
-    """of the encoder; what is not quantised with int8 and fp8 is fp32"""
+    """precision of the encoder; with int8 and fp8, layers that are not quantised are fp32"""
     input: Input
     """float32 (normalised), uint8 (RGB 0-255), or any: uint8 of any height and width"""
     baseline: bool
-    """the encoder alone, without a prompt"""
+    """whether it is the encoder without a prompt"""
     calibration: Calibration = UNCALIBRATED
-    """from logits to probabilities"""
+    """turns logits into probabilities"""
     tasks: tuple[Task, ...] = ()
-    """where there are several; class names, configuration and calibration are then theirs"""
+    """the tasks of a file with several, which have their own class names, configuration and
+    calibration"""
     open_for: OpenFor | None = None
-    """where tasks are added while it runs"""
+    """set if tasks can be added while the file runs"""
     encoder: EncoderIdentity | None = None
-    """that is in the file; None in older files"""
+    """the encoder in the file; None in older files"""
     templates: tuple[str, ...] = ()
-    """texts that class names were embedded in"""
+    """text templates that class names were embedded with"""
     graph: str = ""
-    """folded or pixel; empty where PyTorch runs a checkpoint"""
+    """folded or pixel; empty if PyTorch runs a checkpoint"""
     checkpoint_sha256: str = ""
-    """of the file that it was exported from"""
+    """hash of the checkpoint it was exported from"""
 
     @classmethod
     def of_checkpoint(
@@ -100,18 +101,18 @@ class Description:
         baseline: bool = False,
         several: bool = False,
     ) -> "Description":
-        """Describe what runs a checkpoint.
+        """Describe an artifact made from a checkpoint.
 
         Args:
-            checkpoint: the first of a file.
+            checkpoint: the file's first checkpoint.
             precision: of the encoder.
             input: of the graph.
-            baseline: the prompt is left out.
-            several: the file takes the task of each image.
+            baseline: whether the prompt is left out.
+            several: whether the file has several tasks.
         """
         preprocess, calibration = checkpoint.preprocess, checkpoint.calibration
         if baseline:
-            # A margin is the prompt's, and so is a calibration, whose logits a baseline lacks.
+            # Margin and calibration belong to the prompt, and do not apply without it.
             preprocess, calibration = replace(preprocess, margin=0), calibration.without
         unprompted = not several and checkpoint.config.method not in PROMPTED
         return cls(
@@ -127,7 +128,7 @@ class Description:
         )
 
     def stored(self) -> dict[str, Any]:
-        """Return what files keep; `of` reads it."""
+        """Return the values that files store; `of` reads them."""
         kept = {
             "format": FORMAT,
             **asdict(self),
@@ -143,7 +144,7 @@ class Description:
         """Read and check the metadata of an exported file.
 
         Raises:
-            ValueError: not one of ours.
+            ValueError: the file was not exported by us, or its metadata is invalid.
         """
         if values.get("format") != FORMAT:
             raise ValueError(
@@ -162,7 +163,7 @@ class Description:
             raise ValueError(f"{path} has invalid metadata: {error}") from error
 
     def facts(self) -> dict[str, Any]:
-        """Return what Triton's Python models need; lists have an entry a task."""
+        """Return what Triton's Python models need; lists have one entry per task."""
         tasks = self.tasks or (self,)
         facts = {
             "preprocess": self.preprocess.stored(),
@@ -171,14 +172,14 @@ class Description:
             "temperatures": [task.calibration.temperature for task in tasks],
             "links": [task.calibration.link for task in tasks],
         }
-        # As it is read back: tuples are lists.
+        # In the form in which it is read back: tuples become lists.
         return dict(json.loads(json.dumps(facts)))
 
     def check_shapes(self, shapes: dict[str, Sequence[Any]], path: Path) -> None:
         """Check the shapes of a graph's input and outputs, batch first, against this description.
 
         Raises:
-            ValueError: it describes another graph.
+            ValueError: the shapes differ.
         """
         side, grid = self.preprocess.size, self.preprocess.size // self.config.region_size
         needed: dict[str, list[Any]] = {"image": [3, side, side]}
@@ -190,7 +191,7 @@ class Description:
             needed["mask"] = [grid, grid]
         for name, shape in needed.items():
             sizes = list(shapes.get(name, ()))[1:]
-            # Dynamic axes have a name in ONNX, and are -1 in engines.
+            # Dynamic axes are names in ONNX and -1 in engines.
             got = [size if isinstance(size, int) and size >= 0 else None for size in sizes]
             if got != shape:
                 raise ValueError(
@@ -201,14 +202,18 @@ class Description:
 
     @property
     def most_classes(self) -> int:
-        """Classes of the task that has the most."""
+        """The largest number of classes of any task."""
         return max(map(len, [self.class_names, *(task.class_names for task in self.tasks)]))
 
     def numbers(self, task: Tasks | None, count: int) -> list[int]:
-        """Return the number of the task of each of `count` images; none where there is one task.
+        """Return each image's task number; an empty list for a file of one task.
+
+        Args:
+            task: name for all images, or one name per image.
+            count: number of images.
 
         Raises:
-            ValueError: no task is named, or one that the file does not hold.
+            ValueError: a name is missing, or the file has no task of that name.
         """
         names = [known.name for known in self.tasks]
         if task is None and not names:
@@ -224,7 +229,7 @@ class Description:
         return [names.index(name) for name in each]
 
     def check_one_task(self, path: Path) -> None:
-        """Raise ValueError where a file waits for the name of a task."""
+        """Raise ValueError if a task must be chosen first."""
         if self.tasks:
             names = ", ".join(task.name for task in self.tasks)
             raise ValueError(f"{path} holds the tasks {names}; choose one with --task")
@@ -232,10 +237,10 @@ class Description:
             raise ValueError(f"{path} needs a task; add --task F.task")
 
     def of_task(self, name: str) -> "Description":
-        """Describe one of the tasks as a file of its own would.
+        """Describe one of the tasks as if it were the file's only one.
 
         Raises:
-            ValueError: no such task.
+            ValueError: there is no task of that name.
         """
         task = self.tasks[self.numbers(name, 1)[0]] if self.tasks else None
         if task is None:
@@ -255,7 +260,7 @@ class Description:
         if self.input == "uint8":
             return pixels
         if self.input == "any":
-            # Of the size that the graph's resize leaves as it is; it crops, and adds the margin.
+            # Pad to the size that the graph does not resize; it then crops and adds the margin.
             margin, side = self.preprocess.margin, self.preprocess.size
             inner = pixels[..., margin : side - margin, margin : side - margin]
             begin, end = self.preprocess.cropped(self.preprocess.shorter)
@@ -267,7 +272,7 @@ class Description:
         return normalise(pixels, mean, std)
 
     def prediction(self, outputs: dict[str, Tensor]) -> Prediction:
-        """Name the graph's outputs; a baseline's mask is closed everywhere."""
+        """Build a Prediction from the graph's outputs; a baseline's mask is closed everywhere."""
         logits, embedding = outputs["logits"], outputs["embedding"]
         grid = self.preprocess.size // self.config.region_size
         closed = torch.zeros(len(logits), grid, grid, dtype=torch.int32)

@@ -1,6 +1,6 @@
-"""The model card of a checkpoint: what it is, how good, how to use it, and its limits.
+"""The model card of a checkpoint: description, accuracy, usage and limits.
 
-Every figure in it is the run's own; what is unknown is left out or called unknown.
+All its figures come from the run; unknown facts are left out or marked as unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,15 +46,15 @@ WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's own files say about its checkpoint."""
+    """The record of the run that trained a checkpoint."""
 
     data: str | None
-    """name of a known data set; none of the author's own images"""
+    """name of a known data set; None for the author's own images"""
     images: Mapping[str, int]
-    """how many are in `train`, `val` and `test`; empty where it did not count them"""
+    """number of images in `train`, `val` and `test`; empty if unknown"""
     seed: int
     figures: Mapping[str, Any]
-    """what training returned"""
+    """the result of training"""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Source:
     repository: str | None = None
     """owner/name on the Hub"""
     licence: str | None = None
-    """that its library records"""
+    """licence recorded by its library"""
     flags: tuple[tuple[str, str], ...] = ()
-    """that others must give, where it is a file of the author's"""
+    """flags that others must set if the encoder is one of the author's files"""
 
 
 def model_card(
@@ -81,11 +81,11 @@ def model_card(
     """Write a checkpoint's model card.
 
     Args:
-        checkpoint: what is published.
-        repository: where the card will lie, owner/name.
-        run: that made it, where its files are known.
-        license: that the author gives the trained weights, such as apache-2.0.
-        pictures: names among `PICTURES` that lie beside it.
+        checkpoint: the published checkpoint.
+        repository: the card's repository, owner/name.
+        run: the run that trained it, if its files are available.
+        license: licence of the trained weights, such as apache-2.0.
+        pictures: the names in `PICTURES` that are published with it.
     """
     config, source = checkpoint.config, source_of(checkpoint.encoder)
     known = None if run is None or run.data in (None, "demo") else run.data
@@ -127,13 +127,13 @@ def model_card(
 
 
 def counted(run: Run | None) -> dict[str, str]:
-    """Write how many images each split has, a space behind it; nothing where it is not known."""
+    """Format each split's number of images with a trailing space; empty if unknown."""
     images = {} if run is None else run.images
     return {name: f"{images[name]} " if name in images else "" for name in ("train", "val", "test")}
 
 
 def figures_of(run: Run, method: Method) -> list[tuple[str, str, float]]:
-    """List what the run measured: of what, on which images, top-1 in percent."""
+    """List the run's measurements: (model, images, top-1 in percent)."""
     images = counted(run)
     rows = [
         ("This model", f"{images['val']}validation", "val_top1"),
@@ -142,12 +142,12 @@ def figures_of(run: Run, method: Method) -> list[tuple[str, str, float]]:
     if method != "zero_shot":
         alone = "Zero-shot: the encoder with the class names alone"
         rows.append((alone, f"{images['test']}test", "zero_shot_top1"))
-    found = ((what, split, run.figures.get(key)) for what, split, key in rows)
-    return [(what, split, figure) for what, split, figure in found if figure is not None]
+    measured = ((what, split, run.figures.get(key)) for what, split, key in rows)
+    return [(what, split, figure) for what, split, figure in measured if figure is not None]
 
 
 def source_of(encoder: EncoderIdentity) -> Source:
-    """Say where an encoder comes from; paths of its author are left out."""
+    """Describe where to get an encoder; the author's local paths are left out."""
     name, tag = encoder.name, encoder.pretrained
     flags: tuple[tuple[str, str], ...] = ()
     weights = f", weights {code(tag)}" if tag else ""
@@ -172,7 +172,7 @@ def source_of(encoder: EncoderIdentity) -> Source:
 
 
 def timm_record(name: str, tag: str) -> Any:
-    """Return what timm records of an encoder's weights; none of weights that it does not know."""
+    """Return timm's record of an encoder's weights; None if timm does not know them."""
     name, _, own = name.partition(".")
     if not (tag or own):
         return None
@@ -182,12 +182,12 @@ def timm_record(name: str, tag: str) -> Any:
 
 
 def code(text: str) -> str:
-    """Show a name as it is: names come from folders, and may hold Markdown."""
+    """Quote a name as code: names come from folders and may contain Markdown."""
     return "`" + printable(text).replace("`", "'") + "`"
 
 
 def result_of(run: Run) -> EvalResult:
-    """Return the test figure as the Hub's model-index holds it, or validation's without one."""
+    """Return the test accuracy for the Hub's model-index; the validation accuracy without one."""
     split = "validation" if run.figures["test_top1"] is None else "test"
     figure = run.figures["val_top1" if split == "validation" else "test_top1"]
     return EvalResult(

@@ -1,4 +1,4 @@
-"""The only reader of stored settings: a dataclass from JSON, names and types checked."""
+"""Read stored settings: build a dataclass from JSON and check names and types."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -8,12 +8,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def read(kind: type[Any], values: Any) -> Any:
-    """Build a dataclass from what `json.loads` gave; names that it does not know are left out.
+    """Build a dataclass from the output of `json.loads`; unknown names are ignored.
 
-    A class whose older files say something otherwise has `upgraded`, which is called first.
+    A class whose older files have another form defines `upgraded`, which is called first.
 
     Raises:
-        ValueError: a value is missing, of the wrong type, or none of the choices.
+        ValueError: a value is missing, has the wrong type, or is not one of the choices.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__} is {str(values)[:80]!r}; expected an object")
@@ -29,7 +29,7 @@ def read(kind: type[Any], values: Any) -> Any:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    """Check one value, and turn lists into tuples and texts into paths as its type asks."""
+    """Check one value; convert lists to tuples and strings to paths as its type requires."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any or (hint is Path and isinstance(value, Path)):
         return value

@@ -1,6 +1,6 @@
-"""Read and write what training keeps: `checkpoint.safetensors`, and the files of the baselines.
+"""Read and write checkpoints: `checkpoint.safetensors`, and the files of the baselines.
 
-`head.safetensors` holds a linear probe, `encoder.safetensors` a fine-tuned image tower.
+`head.safetensors` contains a linear probe, `encoder.safetensors` a fine-tuned image tower.
 """
 
 from collections.abc import Mapping
@@ -30,17 +30,17 @@ from adavipro_fast.method.prompt import frame
 FORMAT, BASELINE_FORMAT = "adavipro-fast/1", "adavipro-fast-baseline/1"
 FILES = {"linear_probe": "head.safetensors", "full_finetune": "encoder.safetensors"}
 TOWER = "visual."
-# What head.safetensors calls a probe's tensors.
+# Names of a probe's tensors in head.safetensors.
 PROBE = {"head.weight": ROWS, "head.bias": BIAS}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was trained, without its encoder.
+    """A trained model without its frozen encoder.
 
-    Tensors: `prompt` (3, S, S) and the generator's weights; `class_embeddings` (K, E);
-    `class_bias` (K,) of a linear head; `logit_scale` (); a fine-tuned tower's under
-    `visual.`.
+    Tensors: `prompt` (3, S, S) and the generator's weights; `class_embeddings` (K, E), or (K, F)
+    for a head on features; `class_bias` (K,) of a linear head; `logit_scale` (); those of a
+    fine-tuned tower, prefixed `visual.`.
     """
 
     tensors: dict[str, Tensor]
@@ -50,21 +50,22 @@ class Checkpoint:
     preprocess: Preprocess
     calibration: Calibration = UNCALIBRATED
     templates: tuple[str, ...] = ()
-    """texts that class names were embedded in; empty for other rows, and in older files"""
+    """text templates that class names were embedded with; empty for other heads and in older
+    files"""
 
     @property
     def file_name(self) -> str:
-        """What training calls the file."""
+        """Name of the file that training writes."""
         return FILES.get(self.config.method, CHECKPOINT)
 
     @property
     def head(self) -> HeadRows:
-        """The head's rows and bias as they are kept, unscaled."""
+        """The head's stored rows and bias, unscaled."""
         reads = self.config.head_input or "embedding"
         return HeadRows(self.tensors[ROWS], self.tensors.get(BIAS), reads)
 
     def save(self, path: Path) -> None:
-        """Write the file when it is whole."""
+        """Write the file atomically."""
         baseline = self.config.method in FILES
         metadata = {
             "format": BASELINE_FORMAT if baseline else FORMAT,
@@ -84,7 +85,7 @@ class Checkpoint:
         """Put the prompt in front of its encoder, in evaluation mode.
 
         Raises:
-            ValueError: the encoder's weights or images are not those of the prompt's training.
+            ValueError: the encoder's weights or image size differ from those of training.
         """
         self.check_encoder(encoder)
         encoder = encoder.with_(preprocess=replace(self.preprocess, margin=0))
@@ -111,7 +112,7 @@ class Checkpoint:
         return model.eval()
 
     def check_encoder(self, encoder: FrozenEncoder) -> None:
-        """Raise ValueError unless the encoder's weights are those of the prompt's training."""
+        """Raise ValueError unless the prompt was trained with this encoder's weights."""
         if encoder.sha256 != self.encoder.sha256:
             raise ValueError(
                 f"the encoder {encoder.name!r} ({encoder.sha256[:12]}) is not the one this "
@@ -135,7 +136,7 @@ def trained_tensors(model: AdaViPro) -> dict[str, Tensor]:
 
 
 def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model the trained tensors that `trained_tensors` named."""
+    """Copy tensors named as by `trained_tensors` into a model."""
     if model.prompt.template is not None:
         model.prompt.template.load(tensors["prompt"])
     if model.prompt.generator is not None:
@@ -153,7 +154,7 @@ def load_trained(model: AdaViPro, tensors: Mapping[str, Tensor]) -> None:
 def checkpoint_of(
     model: AdaViPro, class_names: tuple[str, ...], templates: tuple[str, ...] = ()
 ) -> Checkpoint:
-    """Take a model's trained prompt as a checkpoint."""
+    """Make a checkpoint of a model."""
     encoder = model.encoder
     tensors = trained_tensors(model) | model.head.stored()
     identity = EncoderIdentity(encoder.name, encoder.pretrained, encoder.sha256, encoder.quick_gelu)
@@ -166,8 +167,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read and check a checkpoint.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: cut short, not ours, a tensor missing or of the wrong shape, or not finite.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated or not ours, or a tensor is missing, has the wrong shape
+            or is not finite.
     """
     return checked_checkpoint(path, *read_safetensors(path))
 
@@ -175,7 +177,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def checked_checkpoint(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
 ) -> Checkpoint:
-    """Check what `read_safetensors` gave; errors are `load_checkpoint`'s."""
+    """Check the output of `read_safetensors`; raises the errors of `load_checkpoint`."""
     if metadata.get("format") not in (FORMAT, BASELINE_FORMAT):
         raise ValueError(f"{path} has format {metadata.get('format')!r}; expected {FORMAT!r}")
     try:
@@ -199,11 +201,11 @@ def checked_checkpoint(
 
 
 def read_settings(metadata: Mapping[str, Any]) -> tuple[PromptConfig, Preprocess]:
-    """Read the settings of a prompt and of its images from a file's metadata.
+    """Read the settings of the prompt and the preprocessing from a file's metadata.
 
     Raises:
         KeyError: one of the two is missing.
-        ValueError: one of the two cannot be used, or they do not go together.
+        ValueError: one of the two is invalid, or they do not fit together.
     """
     preprocess: Preprocess = read(Preprocess, completed(metadata["preprocess"]))
     config: PromptConfig = read(PromptConfig, metadata["config"])

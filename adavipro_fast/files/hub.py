@@ -1,6 +1,6 @@
-"""Files on the Hugging Face Hub: `hub:owner/name` stands where a checkpoint's path may.
+"""Files on the Hugging Face Hub: use `hub:owner/name` in place of a checkpoint's path.
 
-huggingface_hub fetches, caches and sends. Tokens are its own, from HF_TOKEN or `hf auth login`.
+huggingface_hub downloads, caches and uploads. It gets its token from HF_TOKEN or `hf auth login`.
 """
 
 import re
@@ -18,12 +18,12 @@ SCHEME = "hub:"
 FORM = "hub:owner/name, hub:owner/name@revision or hub:owner/name/FILE"
 REPOSITORY = r"[\w.-]+/[\w.-]+"
 ADDRESS = re.compile(rf"{SCHEME}({REPOSITORY})(?:@([^/]+))?(?:/(.+))?")
-# Engines are programs for one machine, and their sidecar lies beside them.
+# No engines: they are programs for one machine, and need their sidecar.
 OPENED = (".safetensors", ".onnx")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 OFFLINE = "HF_HUB_OFFLINE is set; unset it"
 NETWORK = "the Hub cannot be reached; check network, proxy and HF_ENDPOINT"
-# What huggingface_hub raises, the more special before the general; what we raise; what we say.
+# huggingface_hub's exception (subclasses first), the exception to raise instead, and its message.
 EXPLAINED: tuple[tuple[type[Exception], type[OSError], str], ...] = (
     (errors.OfflineModeIsEnabled, ConnectionError, OFFLINE + " to access {repository}"),
     (
@@ -52,15 +52,15 @@ EXPLAINED: tuple[tuple[type[Exception], type[OSError], str], ...] = (
 
 
 def on_disk(path: Path) -> Path:
-    """Return where a file lies on this disk; what `hub:owner/name` names is fetched first.
+    """Return a file's local path; download it first if it is on the Hub.
 
     Args:
-        path: a file, `hub:owner/name`, or that with `@revision` (a branch, tag or commit), with
-            `/FILE`, or with both.
+        path: a file, or `hub:owner/name`, optionally with `@revision` (a branch, tag or commit)
+            and `/FILE`.
 
     Raises:
-        ValueError: the address is none, or names a file that is not opened from there.
-        OSError: it cannot be fetched, with the reason.
+        ValueError: the address is invalid, or files of this kind are not opened from the Hub.
+        OSError: the file cannot be downloaded; the message has the reason.
     """
     if not path.as_posix().startswith(SCHEME):
         return path
@@ -72,16 +72,16 @@ def on_disk(path: Path) -> Path:
 
 
 def fetch(repository: str, file: str = CHECKPOINT, **options: Any) -> Path:
-    """Fetch a file into huggingface_hub's cache, where it is not there yet.
+    """Download a file into huggingface_hub's cache unless it is already there.
 
     Args:
         repository: owner/name.
-        file: of the repository.
+        file: path in the repository.
         options: of `huggingface_hub.hf_hub_download`: revision, cache_dir, local_files_only, ...
 
     Raises:
-        ValueError: not a file that is opened from the Hub.
-        OSError: it cannot be fetched, with the reason.
+        ValueError: files of this kind are not opened from the Hub.
+        OSError: the file cannot be downloaded; the message has the reason.
     """
     if not file.endswith(OPENED):
         raise ValueError(
@@ -89,7 +89,7 @@ def fetch(repository: str, file: str = CHECKPOINT, **options: Any) -> Path:
         )
     with hub_errors(repository, file):
         path = Path(hf_hub_download(repository, file, library_name=LIBRARY, **options))
-    # Weights of a large graph lie in a second file.
+    # A large graph's weights are in a second file.
     if path.suffix == ".onnx" and b"data_sha256" in path.read_bytes():
         with hub_errors(repository, f"{file}.data"):
             hf_hub_download(repository, f"{file}.data", library_name=LIBRARY, **options)
@@ -97,20 +97,21 @@ def fetch(repository: str, file: str = CHECKPOINT, **options: Any) -> Path:
 
 
 def check_repository(repository: str) -> None:
-    """Raise ValueError where a name is not of the form owner/name."""
+    """Raise ValueError unless a name has the form owner/name."""
     if re.fullmatch(REPOSITORY, repository) is None:
         raise ValueError(f"{repository!r} is not a repository name; use OWNER/NAME")
 
 
 def send(folder: Path, repository: str, *, private: bool = False) -> CommitInfo:
-    """Commit the files of a folder, and make the repository where there is none.
+    """Upload the files of a folder in one commit; create the repository if it does not exist.
 
     Raises:
-        OSError: it cannot be sent, with the reason; or it is to be private and is public.
+        OSError: the upload failed (the message has the reason), or the repository should be
+            private and is public.
     """
     with hub_errors(repository):
         api = HfApi(library_name=LIBRARY)
-        # Not False: an organisation's own default may be private.
+        # None instead of False: an organisation's default may be private.
         api.create_repo(repository, private=private or None, exist_ok=True)
         public = private and not api.model_info(repository).private
     if public:
@@ -124,7 +125,7 @@ def send(folder: Path, repository: str, *, private: bool = False) -> CommitInfo:
 
 
 def run_name(path: Path) -> str:
-    """Name the run that a file is of: its folder, or the repository that it was fetched from."""
+    """Return the name of a file's run: its folder's name, or the repository's."""
     folder = path.absolute().parent
     if folder.parent.name == "snapshots":
         # The cache's layout: models--owner--name/snapshots/<commit>/FILE.
@@ -137,13 +138,13 @@ def hub_errors(repository: str, file: str = CHECKPOINT) -> Iterator[None]:
     """Re-raise errors of huggingface_hub as built-in exceptions with a one-line message."""
     try:
         yield
-    # huggingface_hub's, its HTTP client's and its upload's errors have no common base.
+    # The errors of huggingface_hub, its HTTP client and its uploader have no common base class.
     except Exception as error:
         raise _explained(error, repository, file) from error
 
 
 def _explained(error: Exception, repository: str, file: str) -> Exception:
-    """Return the error to raise; texts of the HTTP client, which holds the token, are left out."""
+    """Return the error to raise, without the HTTP client's text, which may contain the token."""
     for theirs, ours, text in EXPLAINED:
         if isinstance(error, theirs):
             return ours(text.format(repository=repository, file=file))
@@ -156,7 +157,7 @@ def _explained(error: Exception, repository: str, file: str) -> Exception:
             return PermissionError(f"no permission to write to {repository} ({status}); {LOG_IN}")
         reason = error.server_message or "try again later"
         return ConnectionError(f"the Hub answered {status} for {repository}: {reason}")
-    # A disk that is full, a name or a model card that it does not take, ...
+    # A full disk, a name or model card that the Hub rejects, ...
     if isinstance(error, OSError | ValueError):
         return error
     return ConnectionError(f"{repository}: {NETWORK} ({type(error).__name__})")

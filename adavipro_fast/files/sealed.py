@@ -1,4 +1,4 @@
-"""Exported files that carry their own digest: a file that is not what was written is refused."""
+"""Read and write exported files with a checksum; damaged files are rejected."""
 
 import hashlib
 import json
@@ -11,22 +11,22 @@ from adavipro_fast.files.about import Description
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.whole import file_sha256
 
-# An .onnx file carries its own sha256, computed with zeros in the place of the digest.
+# An .onnx file contains its own sha256, computed with zeros where the digest goes.
 SEAL_KEY, UNSEALED = "content_sha256", "0" * 64
-# How protobuf stores the entry: key, then a string of 64 bytes.
+# The entry's encoding in protobuf: the key, then a string of 64 bytes.
 SEAL = SEAL_KEY.encode() + b"\x12\x40"
 LARGEST_SIDECAR = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a sidecar says of how its engine was built."""
+    """How an engine was built, from its sidecar."""
 
     runtime: Literal["tensorrt", "tensorrt-rtx"]
     runtime_version: str
     compute_capabilities: tuple[str, ...]
     batch: tuple[int, ...]
-    """smallest, usual and largest"""
+    """smallest, optimal and largest"""
     engine_sha256: str
 
     def __post_init__(self) -> None:
@@ -35,37 +35,40 @@ class Built:
 
 
 def describe(path: Path) -> Description:
-    """Read what an .onnx file or an engine says about itself; errors are theirs."""
+    """Read the description of an .onnx file or an engine.
+
+    Raises the errors of `describe_onnx` and `read_sidecar`.
+    """
     if path.suffix == ".engine":
         return Description.of(read_sidecar(path), path)
     return describe_onnx(path)
 
 
 def seal(content: bytes) -> bytes:
-    """Put the content's own sha256 into its metadata."""
-    place = content.rindex(SEAL) + len(SEAL)
+    """Insert the content's sha256 into its metadata."""
+    start = content.rindex(SEAL) + len(SEAL)
     digest = hashlib.sha256(content).hexdigest().encode()
-    return content[:place] + digest + content[place + len(digest) :]
+    return content[:start] + digest + content[start + len(digest) :]
 
 
 def describe_onnx(path: Path) -> Description:
-    """Read what a file says about itself, once it is found to be as it was exported.
+    """Verify an .onnx file's checksums and read its description.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged or not one of ours.
+        FileNotFoundError: the file or its weights do not exist.
+        ValueError: the file is damaged or not one of ours.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     content = path.read_bytes()
-    place = content.rfind(SEAL) + len(SEAL)
-    if place < len(SEAL):
+    start = content.rfind(SEAL) + len(SEAL)
+    if start < len(SEAL):
         raise ValueError(
             f"{path} is truncated or was not exported by adavipro_fast; export a checkpoint with "
             "adavipro-to-onnx"
         )
-    digest = content[place : place + 64]
-    unsealed = content[:place] + UNSEALED.encode() + content[place + 64 :]
+    digest = content[start : start + 64]
+    unsealed = content[:start] + UNSEALED.encode() + content[start + 64 :]
     if hashlib.sha256(unsealed).hexdigest().encode() != digest:
         raise ValueError(
             f"{path} is damaged: its content does not match its checksum; export it again"
@@ -76,18 +79,18 @@ def describe_onnx(path: Path) -> Description:
     try:
         model = onnx.load_model_from_string(content)
         values = metadata_of(model)
-    except Exception as error:  # protobuf's own errors, nesting without end, ...
+    except Exception as error:  # protobuf's errors, RecursionError, ...
         raise ValueError(f"{path} is not an ONNX file of adavipro_fast: {error}") from error
-    # A file may name any other file as the place of its weights.
-    places = {
+    # A hostile file could name any other file as the location of its weights.
+    locations = {
         entry.value
         for tensor in tensors_of(model)
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    if places and (places != {data.name} or "data_sha256" not in values):
-        own = next(iter(places))
-        renamed = len(places) == 1 and own.endswith(".onnx.data") and own != data.name
+    if locations and (locations != {data.name} or "data_sha256" not in values):
+        own = next(iter(locations))
+        renamed = len(locations) == 1 and own.endswith(".onnx.data") and own != data.name
         if renamed and Path(own).name == own:
             raise ValueError(
                 f"{path} was exported as {own.removesuffix('.data')} with its weights in {own}; "
@@ -96,7 +99,7 @@ def describe_onnx(path: Path) -> Description:
         raise ValueError(
             f"{path} refers to weights outside {data.name}, which is not allowed; export it again"
         )
-    if places and not data.is_file():
+    if locations and not data.is_file():
         raise FileNotFoundError(f"{data} is missing; it contains the weights of {path.name}")
     if "data_sha256" in values and values["data_sha256"] != file_sha256(data):
         raise ValueError(
@@ -106,12 +109,12 @@ def describe_onnx(path: Path) -> Description:
 
 
 def metadata_of(model: Any) -> dict[str, Any]:
-    """Return what a graph says about itself, without its seal."""
+    """Return a graph's metadata without the checksum."""
     return {p.key: json.loads(p.value) for p in model.metadata_props if p.key != SEAL_KEY}
 
 
 def tensors_of(message: Any) -> Iterator[Any]:
-    """Yield every tensor inside a protobuf message: weights, constants, those of subgraphs."""
+    """Yield every tensor in a protobuf message: weights, constants, and those of subgraphs."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
@@ -123,29 +126,29 @@ def tensors_of(message: Any) -> Iterator[Any]:
 
 
 def save_sealed(model: Any, path: Path, metadata: dict[str, Any]) -> None:
-    """Write a graph, what it says about itself and its own sha256, and check the file."""
+    """Write a graph with its metadata and sha256, and check the file with onnx."""
     import onnx
 
     properties = {key: json.dumps(value) for key, value in metadata.items()}
     onnx.helper.set_model_props(model, properties | {SEAL_KEY: UNSEALED})
     path.write_bytes(seal(model.SerializeToString()))
-    # Weights in a file of their own are more than the checker takes.
+    # The full check does not support weights in a separate file.
     onnx.checker.check_model(path, full_check="data_sha256" not in metadata)
 
 
 def sidecar_path(engine: Path) -> Path:
-    """Where an engine's sidecar lies."""
+    """Return the path of an engine's sidecar."""
     return engine.with_name(engine.name + ".json")
 
 
 def sidecar_sha256(values: dict[str, Any]) -> str:
-    """Hash a sidecar's content, its own digest aside."""
+    """Hash a sidecar's content except its own digest."""
     rest = {k: v for k, v in values.items() if k != "sidecar_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_sidecar(engine: Path) -> dict[str, Any]:
-    """Read what an engine's sidecar says, once both files are found to be as they were built.
+    """Verify the checksums of an engine and its sidecar, and read the sidecar.
 
     Raises:
         FileNotFoundError: one of the two is missing.
@@ -171,7 +174,7 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
 
 def write_sidecar(engine: Path, values: dict[str, Any]) -> None:
     """Write the sidecar with its own digest."""
-    # Tuples become the lists that will be read back.
+    # Convert to the form in which it is read back: tuples become lists.
     values = json.loads(json.dumps(values))
     text = json.dumps(values | {"sidecar_sha256": sidecar_sha256(values)}, indent=1)
     sidecar_path(engine).write_text(text + "\n")

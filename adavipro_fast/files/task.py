@@ -1,4 +1,4 @@
-"""One task as data: what its prompt and head add to a shared encoder, `F.task`."""
+"""Task files (`F.task`): the tables of a prompt and a head for a shared encoder."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -33,8 +33,8 @@ class TaskFile:
     """The tables of a task, fp32.
 
     kernels (3, R + 2, R + 2): the collapsed generator; constants (G²,): its bias, or the sign of a
-    mask that is the same everywhere; rows (parts, N, W): what open regions add to the N tokens;
-    classes (K, E + F) and biases (K,): the head, on embedding and features side by side.
+    constant mask; rows (parts, N, W): what open regions add to the N tokens; classes (K, E + F) and
+    biases (K,): the head, on embedding and features concatenated.
     """
 
     name: str
@@ -47,11 +47,11 @@ class TaskFile:
 
     @property
     def bytes(self) -> int:
-        """What the tables take."""
+        """Size of the tables in bytes."""
         return sum(table.nbytes for table in self.tables.values())
 
     def save(self, path: Path) -> None:
-        """Write the file when it is whole."""
+        """Write the file atomically."""
         metadata = {
             "format": FORMAT,
             "name": self.name,
@@ -68,8 +68,8 @@ def load_task(path: Path) -> TaskFile:
     """Read and check a task.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: cut short, not ours, or a table is missing or of the wrong shape.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated or not ours, or a table is missing or has the wrong shape.
     """
     tables, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
@@ -93,7 +93,7 @@ def load_task(path: Path) -> TaskFile:
 
 
 def _check(tables: Mapping[str, Tensor], classes: int, region: int, grid: int) -> None:
-    """Raise ValueError unless the tables are fp32 and go together."""
+    """Raise ValueError unless the tables are fp32 and their shapes fit together."""
     shapes: dict[str, tuple[int | None, ...]] = {
         "kernels": (3, region + 2, region + 2),
         "constants": (grid * grid,),
@@ -107,11 +107,11 @@ def _check(tables: Mapping[str, Tensor], classes: int, region: int, grid: int) -
 
 
 def stacked(tasks: list[TaskFile], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Stack the tables of tasks; classes beyond a task's own are absent.
+    """Stack the tables of tasks; pad to the largest number of classes.
 
     Args:
-        tasks: T of them.
-        dtype: of the token rows.
+        tasks: T tasks.
+        dtype: dtype of the token rows.
     """
     most = max(len(task.class_names) for task in tasks)
     tables: dict[str, Any] = {}
@@ -120,8 +120,8 @@ def stacked(tasks: list[TaskFile], dtype: torch.dtype) -> dict[str, Tensor]:
         if name in ("classes", "biases"):
             filled = ABSENT if name == "biases" else 0.0
             padded = [part.new_full((most, *part.shape[1:]), filled) for part in parts]
-            for whole, part in zip(padded, parts, strict=True):
-                whole[: len(part)] = part
+            for larger, part in zip(padded, parts, strict=True):
+                larger[: len(part)] = part
             parts = padded
         tables[name] = torch.stack(parts)
     return tables | {"rows": tables["rows"].to(dtype)}
