@@ -1,1 +1,1 @@
-"""Serving: requests of many clients gathered into batches, over HTTP."""
+"""An HTTP server that gathers the requests of many clients into batches."""

@@ -1,4 +1,4 @@
-"""Where a server listens, whether others can reach it, and how it is stopped."""
+"""A server's address, whether other machines can reach it, and its signals."""
 
 import ipaddress
 import signal
@@ -8,7 +8,7 @@ MOST_CONNECTIONS = 1024
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address is of this machine alone."""
+    """Report whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -16,10 +16,10 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take an address, before files are opened.
+    """Bind and listen on an address.
 
     Raises:
-        OSError: it is taken, or not of this machine.
+        OSError: the address is in use or does not belong to this machine.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -29,12 +29,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def leave_signals_to_uvicorn() -> None:
-    """Let uvicorn stop at signals: it answers what it took, and raises them again, to nobody."""
+    """Ignore SIGINT and SIGTERM outside uvicorn, which stops gracefully and re-raises them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
 
 
 def url(listening: socket.socket) -> str:
-    """Return what a browser calls the address."""
+    """Return the address as a URL."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,4 +1,4 @@
-"""What the routes share: the files, limits, counters; from a request's images to a prediction."""
+"""State and steps that the routes share: files, limits, metrics, decoding, classification."""
 
 import asyncio
 from collections.abc import Sequence
@@ -28,24 +28,24 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for."""
+    """Limits of a request."""
 
     body_bytes: int = 16_000_000
     image_pixels: int = 50_000_000
-    """before it is resized"""
+    """of an image before it is resized"""
     images: int = 64
-    """in a request"""
+    """per request"""
     seconds: float = 30.0
-    """for its body to arrive"""
+    """time for the body to arrive"""
 
 
 class Metrics:
-    """Counters for Prometheus, of one server."""
+    """A server's Prometheus metrics."""
 
     def __init__(self) -> None:
         self.answered = 0
         self.pictures = 0
-        """shown by the page"""
+        """number of pictures classified by the page"""
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "adavipro_requests", "requests", ("route", "code"), registry=self.registry
@@ -66,13 +66,13 @@ class Metrics:
 
 
 class Application:
-    """What the routes share.
+    """State that the routes share.
 
     Args:
-        served: files by their names, the first one first.
+        served: the files; the first is the default.
         batcher: runs them.
         limits: of a request.
-        metrics: are counted.
+        metrics: updated by the routes.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Application:
         self.served = {each.name: each for each in served}
         self.batcher, self.limits, self.metrics = batcher, limits, metrics
         metrics.held.set_function(lambda: batcher.held)
-        # Decoding leaves Python's lock alone.
+        # Threads are enough, since decoding releases the GIL.
         self.decoders = ThreadPoolExecutor(threads())
 
     def named(self, name: str, version: str | None = None) -> tuple[Generation, bool]:
-        """Find a model: its file as it is now, and whether it takes image files.
+        """Return a model's current generation, and whether the model accepts image files.
 
         Raises:
-            HTTPException: there is none.
+            HTTPException: there is no such model or version.
         """
         files = name not in self.served and name.endswith(CLASSIFY)
         served = self.served.get(name.removesuffix(CLASSIFY) if files else name)
@@ -100,7 +100,7 @@ class Application:
         """Read a request's body.
 
         Raises:
-            HTTPException: too large, or too slow.
+            HTTPException: the body is too large, too slow or compressed.
         """
         most, parts, size = self.limits.body_bytes, [], 0
         if "content-encoding" in request.headers:
@@ -119,10 +119,10 @@ class Application:
         return b"".join(parts)
 
     async def decoded(self, files: Sequence[tuple[str, bytes]], about: Description) -> Tensor:
-        """Decode image files: (B, 3, S, S) uint8.
+        """Decode image files to (B, 3, S, S) uint8.
 
         Raises:
-            HTTPException: one is not an image that can be read.
+            HTTPException: a file is not a readable image.
         """
         each = await self.decode_each(files, about)
         for error in each:
@@ -133,7 +133,7 @@ class Application:
     async def decode_each(
         self, files: Sequence[tuple[str, bytes | ValueError]], about: Description
     ) -> list[Any]:
-        """Decode image files: for each (3, S, S) uint8, or the ValueError that says why not."""
+        """Decode each image file to (3, S, S) uint8, or return a ValueError in its place."""
         transform, most = about.preprocess.pixels(), self.limits.image_pixels
 
         def prepare(name: str, content: bytes | ValueError) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -143,19 +143,20 @@ class Application:
 
         loop = asyncio.get_running_loop()
         work = [loop.run_in_executor(self.decoders, prepare, *file) for file in files]
-        found = await asyncio.gather(*work, return_exceptions=True)
-        for error in found:
+        results = await asyncio.gather(*work, return_exceptions=True)
+        for error in results:
             if isinstance(error, BaseException) and not isinstance(error, ValueError):
                 raise error
-        return found
+        return results
 
     async def run(
         self, generation: Generation, pixels: Tensor, tasks: Sequence[str] | None
     ) -> Prediction:
-        """Classify pixels, in a batch with those of other requests.
+        """Classify pixels in a batch with other requests.
 
         Raises:
-            HTTPException: no task is named, or one that is not there.
+            HTTPException: a task is missing or unknown, the file cannot run, or the server is
+                stopping.
         """
         try:
             before = tasks_of(generation.about, tasks)
@@ -173,7 +174,7 @@ class Application:
             raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
 
     def check_images(self, count: int) -> None:
-        """Raise HTTPException unless a request may have so many images."""
+        """Raise HTTPException unless the number of images is within the limit."""
         if not 1 <= count <= self.limits.images:
             raise HTTPException(
                 400 if count == 0 else 413,
@@ -182,10 +183,10 @@ class Application:
 
 
 def tasks_of(about: Description, tasks: Sequence[str] | None) -> dict[str, Description]:
-    """Describe each task that a request names, once: finding one goes through all of the file's.
+    """Describe each task that a request names, once each, since a look-up scans all tasks.
 
     Raises:
-        ValueError: one is not there.
+        ValueError: a task is unknown.
     """
     return {task: about.of_task(task) for task in dict.fromkeys(tasks or ())}
 
@@ -194,7 +195,7 @@ def named_tasks(now: Generation, tasks: Sequence[str] | None) -> list[Descriptio
     """Describe the task of each image.
 
     Raises:
-        HTTPException: one is not there.
+        HTTPException: a task is unknown.
     """
     try:
         known = tasks_of(now.about, tasks)
@@ -211,6 +212,6 @@ async def classified(
     reject: float | None,
     shown: int,
 ) -> list[dict[str, Any]]:
-    """Classify pixels and say it in words."""
+    """Classify pixels and return answers with class names."""
     prediction = await own.run(now, pixels, tasks)
     return answers_of_tasks(now.about, prediction, tasks, reject, shown)

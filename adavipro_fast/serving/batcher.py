@@ -1,7 +1,7 @@
-"""Gather the images of many requests into batches: a bounded queue, and threads that run it.
+"""Gather the images of many requests into batches: a bounded queue, and a thread per device.
 
-A batch is whatever waits when a device becomes idle, up to a largest size; the oldest request waits
-a few milliseconds for others at most. What finds no room is refused at once.
+When a device becomes idle, the waiting jobs form a batch, up to the largest size. A job waits at
+most a few milliseconds for others. Requests that exceed the queue are rejected immediately.
 """
 
 import threading
@@ -18,29 +18,29 @@ from torch import Tensor
 from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.method.model import Prediction
 
-# Of the estimate of a batch's time, which Retry-After is made of.
+# Exponential smoothing of the time per image, from which Retry-After is computed.
 SMOOTHING = 0.8
 
 
 class FullError(Exception):
-    """There is no room for more images."""
+    """The queue is full."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__("too many images are waiting")
         self.seconds = seconds
-        """until there may be room"""
+        """estimated time until there is room"""
 
 
 class StoppingError(Exception):
-    """Nothing more is taken."""
+    """The server is stopping or a task was replaced; the request may be sent again."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The images of one request, and where its answer goes."""
+    """The images of one request, and the future of its answer."""
 
     artifacts: Sequence[Artifact]
-    """one a device; batches hold jobs of one file alone, also while it is replaced"""
+    """one per device; a batch contains only jobs with the same artifacts"""
     pixels: Tensor
     tasks: Sequence[str] | None
     answer: "Future[Prediction]" = field(default_factory=Future)
@@ -48,13 +48,13 @@ class Job:
 
 
 class Batcher:
-    """Runs jobs in batches, on each of some devices by a thread of its own.
+    """Runs jobs in batches, with one thread per device.
 
     Args:
-        devices: how many.
-        largest: images in a batch; a request with more is a batch of its own.
+        devices: number of devices.
+        largest: largest number of images in a batch; a larger request becomes its own batch.
         delay: seconds that a job may wait for others while a device is idle.
-        room: images that may wait or run at once.
+        room: number of images that may wait or run at once.
         on_batch: called with the number of images of each batch.
     """
 
@@ -69,7 +69,7 @@ class Batcher:
     ) -> None:
         self.largest, self.delay, self.room, self.on_batch = largest, delay, room, on_batch
         self.held = 0
-        """images that have room"""
+        """number of images waiting or running"""
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -83,10 +83,10 @@ class Batcher:
 
     @contextmanager
     def place(self, images: int) -> Iterator[None]:
-        """Hold room for images of a request until it is answered.
+        """Reserve room for a request's images until it is answered.
 
         Raises:
-            FullError: there is none.
+            FullError: there is not enough room.
         """
         with self._changed:
             if self.held + images > self.room:
@@ -99,7 +99,7 @@ class Batcher:
                 self.held -= images
 
     def submit(self, job: Job) -> "Future[Prediction]":
-        """Run a job that has its place; return where its answer will be.
+        """Queue a job, whose room is already reserved; return the future of its answer.
 
         Raises:
             StoppingError: the batcher was closed.
@@ -112,7 +112,7 @@ class Batcher:
         return job.answer
 
     def close(self) -> None:
-        """Answer what was submitted, then end the threads."""
+        """Answer the submitted jobs, then end the threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -121,7 +121,7 @@ class Batcher:
 
     def _work(self, device: int) -> None:
         while batch := self._next_batch():
-            # One that was cancelled has nobody who waits.
+            # Skip cancelled jobs, since nobody waits for their answer.
             batch = [job for job in batch if job.answer.set_running_or_notify_cancel()]
             if batch:
                 began, images = time.monotonic(), sum(len(job.pixels) for job in batch)
@@ -132,7 +132,7 @@ class Batcher:
                 self.on_batch(images)
 
     def _next_batch(self) -> list[Job]:
-        """Wait for jobs and take those that go together; none once the batcher is closed."""
+        """Wait for a batch and remove it from the queue; empty once the batcher is closed."""
         with self._changed:
             while True:
                 if not self._jobs and self._closed:
@@ -156,28 +156,28 @@ class Batcher:
         return batch
 
     def _together(self) -> list[Job]:
-        """Return the waiting jobs of the file that is asked for first, in their order."""
+        """Return the waiting jobs with the same file as the oldest job, in order."""
         return [job for job in self._jobs if job.artifacts is self._jobs[0].artifacts]
 
 
 def run(batch: Sequence[Job], device: int) -> None:
-    """Answer the jobs of a batch by one call."""
+    """Answer the jobs of a batch with one call."""
     artifact = batch[0].artifacts[device]
     tasks = None
     if batch[0].tasks is not None:
         tasks = [task for job in batch for task in job.tasks or ()]
     try:
-        whole = artifact(torch.cat([job.pixels for job in batch]), tasks)
+        prediction = artifact(torch.cat([job.pixels for job in batch]), tasks)
     except Exception as error:
         if len(batch) == 1:
             batch[0].answer.set_exception(error)
             return
-        # One request's fault, such as a task that has just been removed, is not the others'.
+        # An error of one request, such as a task just removed, must not fail the others.
         for job in batch:
             run([job], device)
         return
     begin = 0
     for job in batch:
         end = begin + len(job.pixels)
-        job.answer.set_result(Prediction(*(part[begin:end] for part in whole)))
+        job.answer.set_result(Prediction(*(part[begin:end] for part in prediction)))
         begin = end

@@ -35,7 +35,7 @@ FILES = {
 
 
 def add_classify(web: FastAPI, own: Application) -> None:
-    """Add the route for people."""
+    """Add the route `/classify`."""
 
     @web.post("/classify", openapi_extra={"requestBody": FILES})
     async def classify(
@@ -49,7 +49,7 @@ def add_classify(web: FastAPI, own: Application) -> None:
 
         `model`: one of several files; `task`: one of a file's tasks; `top`: how many classes to
         list (5); `reject`: share of known images that may be answered `unknown`. A form or JSON may
-        hold the same options. An image that cannot be read has an `error` in its place.
+        contain the same options. An image that cannot be read gets an `error` instead of an answer.
         """
         asked = {"model": model, "task": task, "top": top, "reject": reject}
         with own.batcher.place(1):
@@ -73,10 +73,10 @@ def whole_number(text: str) -> int:
 
 
 def chosen(asked: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """Take options from the address, and from a form's or JSON's fields where it has none.
+    """Combine the URL's options with the fields of a form or JSON; the URL takes precedence.
 
     Raises:
-        ValueError: one cannot be used.
+        ValueError: an option is invalid.
     """
     kinds: dict[str, Callable[[str], Any]] = {
         "model": str,
@@ -100,10 +100,10 @@ def chosen(asked: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
 async def answered(
     own: Application, files: Sequence[tuple[str, bytes | ValueError]], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Answer each image file, one that cannot be read by its error.
+    """Answer each image file; unreadable files get their error.
 
     Raises:
-        HTTPException: not one can be read, or an option cannot be used.
+        HTTPException: no file can be read, or an option is invalid.
     """
     now, _ = own.named(options["model"] or next(iter(own.served)))
     each = await own.decode_each(files, now.about)
@@ -113,11 +113,12 @@ async def answered(
     tasks = None if options["task"] is None else [options["task"]] * len(read)
     pixels = torch.from_numpy(np.stack(read))
     try:
-        found = iter(await classified(own, now, pixels, tasks, options["reject"], options["top"]))
+        results = iter(await classified(own, now, pixels, tasks, options["reject"], options["top"]))
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
     predictions = []
     for (name, _), one in zip(files, each, strict=True):
         failed = isinstance(one, ValueError)
-        predictions.append({"file": name} | ({"error": clean(str(one))} if failed else next(found)))
+        answer = {"error": clean(str(one))} if failed else next(results)
+        predictions.append({"file": name} | answer)
     return predictions

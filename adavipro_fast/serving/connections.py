@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connections, with an end to those that do not come to the point."""
+"""uvicorn's HTTP connections, closed if request headers do not arrive in time."""
 
 import asyncio
 from typing import Any
@@ -9,20 +9,20 @@ HEADER_SECONDS = 10.0
 
 
 class ImpatientProtocol(H11Protocol):
-    """Closes a connection whose next request has not shown its headers in time.
+    """Closes a connection if the headers of its next request do not arrive in time.
 
-    uvicorn waits for them without end; a body has the application's own limit.
+    uvicorn has no time limit for headers; the application limits the time for a body.
     """
 
     late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Start to wait for the first request."""
+        """Start the timer for the first request."""
         super().connection_made(transport)
         self.wait()
 
     def data_received(self, data: bytes) -> None:
-        """Wait for a request's headers from its first byte to its last."""
+        """Run the timer from the first byte of a request to the end of its headers."""
         cycle = self.cycle
         if self.late is None and (cycle is None or cycle.response_complete):
             self.wait()
@@ -31,21 +31,21 @@ class ImpatientProtocol(H11Protocol):
             self.settle()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Stop the timer."""
         self.settle()
         super().connection_lost(exc)
 
     def wait(self) -> None:
-        """Give the headers some time."""
+        """Start the timer."""
         self.late = self.loop.call_later(HEADER_SECONDS, self.close)
 
     def settle(self) -> None:
-        """The headers came."""
+        """Stop the timer, since the headers have arrived."""
         if self.late is not None:
             self.late.cancel()
             self.late = None
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self.late = None
         self.transport.close()

@@ -28,7 +28,7 @@ SHOWN = 80
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that a model takes or gives; -1 is any size."""
+    """An input or output of a model; -1 means any size."""
 
     name: str
     datatype: str
@@ -37,7 +37,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An output that a request names."""
+    """An output that a request asks for."""
 
     name: str
     binary: bool
@@ -45,14 +45,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for."""
+    """A parsed inference request."""
 
     id: str
     inputs: dict[str, Array]
     outputs: tuple[Wanted, ...]
-    """none: all"""
+    """empty means all outputs"""
     binary: bool
-    """outputs as bytes, where none is named"""
+    """return outputs as bytes if `outputs` is empty"""
 
 
 def parse(body: bytes, header_length: str | None, takes: Sequence[TensorSpec]) -> Request:
@@ -60,11 +60,12 @@ def parse(body: bytes, header_length: str | None, takes: Sequence[TensorSpec]) -
 
     Args:
         body: of the HTTP request.
-        header_length: its header's value: bytes of JSON, where tensors follow.
+        header_length: value of the HTTP header with the number of bytes of JSON, if binary tensors
+            follow.
         takes: the model's inputs.
 
     Raises:
-        ValueError: not a request, or not of this model.
+        ValueError: the request is invalid, or does not fit the model.
     """
     try:
         length = len(body) if header_length is None else int(header_length)
@@ -104,10 +105,10 @@ def parse(body: bytes, header_length: str | None, takes: Sequence[TensorSpec]) -
 
 
 def objects(values: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return a list of JSON objects, empty where it is absent.
+    """Return a field that is a list of JSON objects; empty if it is missing.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the field is not such a list, or is too long.
     """
     entries = values.get(name, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -119,10 +120,10 @@ def objects(values: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 def parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return an object's parameters."""
-    found = values.get("parameters", {})
-    if not isinstance(found, dict):
+    value = values.get("parameters", {})
+    if not isinstance(value, dict):
         raise ValueError("parameters is not an object")
-    return found
+    return value
 
 
 def tensor(
@@ -131,11 +132,11 @@ def tensor(
     """Read one tensor; return it and the bytes that follow it.
 
     Raises:
-        ValueError: not what the model takes, or not as many values as its shape says.
+        ValueError: the tensor does not fit the model, or its values do not fit its shape.
     """
     shape, datatype = entry.get("shape"), entry.get("datatype")
-    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-    if not whole or len(shape or ()) > MOST_DIMENSIONS:
+    valid = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not valid or len(shape or ()) > MOST_DIMENSIONS:
         raise ValueError(f"input {spec.name!r} has no shape")
     assert isinstance(shape, list)
     fits = len(shape) == len(spec.shape) and all(
@@ -157,7 +158,7 @@ def tensor(
 
 
 def from_bytes(content: memoryview, spec: TensorSpec, shape: list[int], count: int) -> Array:
-    """Read a tensor's bytes, little-endian; strings have their length, 4 bytes, before them."""
+    """Read a tensor's little-endian bytes; each string follows its length in 4 bytes."""
     if spec.datatype != "BYTES":
         dtype = DTYPES[spec.datatype]
         if len(content) != count * dtype.itemsize:
@@ -166,17 +167,17 @@ def from_bytes(content: memoryview, spec: TensorSpec, shape: list[int], count: i
             )
         return np.frombuffer(content, dtype).reshape(shape)
     parts: list[bytes] = []
-    place = 0
-    while place < len(content):
-        if len(parts) == count or place + 4 > len(content):
+    offset = 0
+    while offset < len(content):
+        if len(parts) == count or offset + 4 > len(content):
             break
-        (size,) = struct.unpack_from("<I", content, place)
-        place += 4
-        if place + size > len(content):
+        (size,) = struct.unpack_from("<I", content, offset)
+        offset += 4
+        if offset + size > len(content):
             break
-        parts.append(bytes(content[place : place + size]))
-        place += size
-    if place != len(content) or len(parts) != count:
+        parts.append(bytes(content[offset : offset + size]))
+        offset += size
+    if offset != len(content) or len(parts) != count:
         raise ValueError(f"input {spec.name!r} is truncated or has more than {count} strings")
     return strings(parts, shape)
 
@@ -227,10 +228,10 @@ def strings(parts: Sequence[bytes], shape: list[int]) -> Array:
 def respond(
     request: Request, model: str, version: str, results: Mapping[str, Array]
 ) -> tuple[bytes, dict[str, str]]:
-    """Write an answer: its body, and its headers.
+    """Return the body and headers of a response.
 
     Raises:
-        ValueError: an output is asked for that the model does not give.
+        ValueError: the request asks for an output that the model does not have.
     """
     wanted = request.outputs or tuple(Wanted(name, request.binary) for name in results)
     entries, blobs = [], []
@@ -264,24 +265,24 @@ def respond(
 
 
 def packed(array: Array) -> bytes:
-    """Write strings as bytes, each behind its length."""
+    """Write strings as bytes, each after its length."""
     return b"".join(struct.pack("<I", len(value)) + value for value in array.ravel())
 
 
 def short(value: object) -> str:
-    """Quote what a client wrote, up to a length, in letters that any answer can hold."""
+    """Quote a client's value in ASCII, truncated."""
     return ascii(value)[:SHOWN]
 
 
 def listed(names: Mapping[str, Any]) -> str:
-    """Name what there is."""
+    """List the valid names for an error message."""
     return f"use {', '.join(names)}" if names else "there are none"
 
 
 def metadata(
     name: str, version: str, takes: Sequence[TensorSpec], gives: Sequence[TensorSpec]
 ) -> dict[str, Any]:
-    """Describe a model."""
+    """Return a model's metadata response."""
 
     def described(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
         return [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in specs]

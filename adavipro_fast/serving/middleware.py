@@ -1,4 +1,4 @@
-"""Middleware: who may ask, HEAD beside GET, and what is counted."""
+"""Middleware: the bearer token, HEAD requests, and metrics."""
 
 import hmac
 import time
@@ -13,14 +13,14 @@ OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
 
 
 class Guarded:
-    """Shows the door to who has no token."""
+    """Rejects requests without the bearer token."""
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
         self.app = app
         self.expected = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it."""
+        """Pass a request on, or reject it."""
         if scope["type"] == "http" and self.expected and not open_to_all(scope):
             shown = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(shown, self.expected):
@@ -38,13 +38,13 @@ class Guarded:
 
 
 def open_to_all(scope: Scope) -> bool:
-    """Tell what is answered without the token: health, and the page, which asks with it."""
+    """Report whether a request needs no token: health, and the page, which then sends the token."""
     page = scope["path"] == "/" and scope["method"] in ("GET", "HEAD")
     return page or scope["path"] in OPEN_TO_ALL
 
 
 class Headed:
-    """Answers HEAD as GET, without the body."""
+    """Answers HEAD like GET, without the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -64,13 +64,13 @@ class Headed:
 
 
 class Counted:
-    """Counts requests and their time, by route and code."""
+    """Counts requests and their time by route and status code."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on and look at its answer."""
+        """Pass a request on, and record its status and time."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -85,7 +85,7 @@ class Counted:
         try:
             await self.app(scope, receive, watched)
         finally:
-            # Paths come from anyone; routes are few.
+            # Label by route: clients could create any number of paths.
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.answered += 1
             self.metrics.requests.labels(route, code).inc()

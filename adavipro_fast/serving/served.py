@@ -1,4 +1,4 @@
-"""A file that is served: opened on each device, and opened again when it changes."""
+"""A served file: opened on each device, and reloaded when it changes."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -14,43 +14,43 @@ from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.files.about import Description
 
 Stamp = tuple[int, int] | None
-# Behind a file's name: the model that takes image files.
+# Suffix of the model name that accepts image files instead of pixels.
 CLASSIFY = "_classify"
-# What lies beside a file and belongs to it: weights of a large graph, an engine's description.
+# Suffixes of a file and its companions: the weights of a large graph, an engine's sidecar.
 BESIDE = ("", ".data", ".json")
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A file as it was opened: one artifact a device, and which opening of the server's life."""
+    """One opening of a file: an artifact per device, and a version that counts the openings."""
 
     artifacts: tuple[Artifact, ...]
     version: int
 
     @property
     def about(self) -> Description:
-        """What the file says about itself."""
+        """The file's description."""
         return self.artifacts[0].about
 
     @cached_property
     def unprompted(self) -> TorchArtifact | None:
-        """A checkpoint's encoder and head alone; none of other files, and without a prompt."""
+        """The model without its prompt; None for exported files and files without a prompt."""
         first = self.artifacts[0]
         prompted = isinstance(first, TorchArtifact) and not first.about.baseline
         return first.unprompted() if prompted and isinstance(first, TorchArtifact) else None
 
 
 class Served:
-    """A file under a name; requests go on with the generation that they began with.
+    """A named file; a request finishes with the generation that it began with.
 
     Args:
-        name: in addresses.
-        path: of the artifact.
-        devices: where it runs.
-        tasks: folder of .task files, of a file whose tasks are data.
+        name: the model's name in URLs.
+        path: the artifact's path.
+        devices: devices to run on.
+        tasks: folder of .task files, for a file exported with --tasks open.
         options: of `open_artifact`.
-        say: called with a line for each file that was reloaded or could not be.
+        say: called with a line for each file or task that changed or failed to load.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class Served:
         self._options = options
         self._lock = threading.Lock()
         self._known: dict[Path, tuple[Stamp, str]] = {}
-        """task files: what they were when they were added, and the task's name"""
+        """for each task file, its stamp when added, and the task's name (empty if that failed)"""
         self._stamp = self._stamps()
         self.now = self._opened(1)
         self._take_tasks()
 
     @property
     def open(self) -> bool:
-        """Whether its tasks are data."""
+        """Whether the file was exported with --tasks open."""
         return isinstance(self.now.artifacts[0], OpenArtifact)
 
     def refresh(self) -> None:
-        """Open the file again where it has changed, and take up tasks that came or went.
+        """Reload the file if it has changed, and update the tasks from the folder.
 
         If it cannot be opened, the error is reported and the old generation stays in service.
         """
@@ -88,7 +88,7 @@ class Served:
                 self._stamp = now
                 try:
                     following = self._opened(self.now.version + 1)
-                # Whatever it is, memory that ran out too: the server goes on.
+                # The server continues after any error, even out of memory.
                 except Exception as error:
                     self.say(
                         f"{self.name}: cannot load the new file, the old one stays in "
@@ -111,22 +111,22 @@ class Served:
         return Generation(tuple(artifacts), version)
 
     def _take_tasks(self, generation: Generation | None = None) -> None:
-        """Make the tasks of a generation those of the folder."""
+        """Add and remove tasks of a generation to match the folder."""
         artifacts = (generation or self.now).artifacts
         if self.tasks is None or not isinstance(artifacts[0], OpenArtifact):
             return
-        found = {path: stamp(path) for path in sorted(self.tasks.glob("*.task"))}
+        stamps = {path: stamp(path) for path in sorted(self.tasks.glob("*.task"))}
         for path, (known, name) in list(self._known.items()):
-            if found.get(path) != known:
+            if stamps.get(path) != known:
                 del self._known[path]
                 for artifact in artifacts:
-                    # One that could not be added is none.
+                    # The name is empty if the file could not be added.
                     if name and isinstance(artifact, OpenArtifact):
                         artifact.remove(name)
                 self.say(f"{self.name}: removed task {name or path.stem!r}")
-                # One of the same name may have waited.
+                # Try failed files again: one may have the name that is now free.
                 self._known = {p: entry for p, entry in self._known.items() if entry[1]}
-        for path, now in found.items():
+        for path, now in stamps.items():
             if path not in self._known:
                 self._known[path] = now, self._add(path, artifacts)
 
@@ -147,7 +147,7 @@ class Served:
 
 
 def stamp(path: Path) -> Stamp:
-    """Tell one state of a file from another; none where it is absent."""
+    """Return a file's modification time and size; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""A server that listens: the web application under uvicorn, until it is stopped."""
+"""The server: the web application run by uvicorn on a listening socket."""
 
 import asyncio
 import socket
@@ -15,7 +15,7 @@ LONGEST_STOP_S = 60
 
 @dataclass(frozen=True)
 class Server:
-    """A server that listens; `run` answers."""
+    """A server that is already listening; `run` answers requests."""
 
     uvicorn: Any
     listening: socket.socket
@@ -25,15 +25,15 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Where it listens."""
+        """The URL that it listens on."""
         return url(self.listening)
 
     def run(self) -> None:
-        """Answer until uvicorn is stopped."""
+        """Answer requests until uvicorn is stopped."""
         asyncio.run(self.uvicorn.serve(sockets=[self.listening]))
 
     def run_until_signal(self) -> None:
-        """Answer until a signal stops the process."""
+        """Answer requests until SIGINT or SIGTERM."""
         leave_signals_to_uvicorn()
         self.run()
 
@@ -49,17 +49,17 @@ def server(
     longest_stop_s: int = LONGEST_STOP_S,
     **settings: Any,
 ) -> Server:
-    """Put batcher and application behind a socket.
+    """Build the batcher and the web application for a socket.
 
     Args:
-        listening: where it listens.
-        served: what it answers with.
-        devices: that run batches.
-        batch: most images in a batch.
+        listening: the socket.
+        served: the files.
+        devices: number of devices that run batches.
+        batch: largest number of images in a batch.
         delay_ms: longest wait for other requests while a device is idle.
-        room: images that may wait or run at once.
-        longest_stop_s: time that running answers get when the server is stopped.
-        settings: of `web.create`.
+        room: number of images that may wait or run at once.
+        longest_stop_s: time for running requests to finish when the server is stopped.
+        settings: arguments of `web.create`.
     """
     import uvicorn
 
@@ -81,7 +81,7 @@ def server(
         http=ImpatientProtocol,
         ws="none",
         log_config=None,
-        # Errors of clients are reported to them, not on the terminal.
+        # Errors of clients are reported to the clients, not on the terminal.
         log_level="error",
         access_log=False,
         server_header=False,
@@ -92,7 +92,7 @@ def server(
 
 
 def check_installed() -> None:
-    """Raise ImportError, with the way out, unless the extra is installed."""
+    """Raise ImportError unless the extra is installed; the message has the pip command."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401

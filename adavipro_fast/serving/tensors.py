@@ -1,6 +1,6 @@
 """The routes of the Open Inference Protocol (KServe v2).
 
-A model `m` takes pixels and gives the graph's outputs; `m_classify` takes image files and gives
+A model `m` takes pixels and returns the graph's outputs; `m_classify` takes image files and returns
 class names and probabilities.
 """
 
@@ -41,7 +41,7 @@ def gives(about: Description, files: bool) -> list[TensorSpec]:
 
 
 def add_kserve(web: FastAPI, own: Application) -> None:
-    """Add the Open Inference Protocol."""
+    """Add the routes of the Open Inference Protocol."""
 
     @web.get("/v2")
     async def server() -> dict[str, Any]:
@@ -64,7 +64,7 @@ def add_kserve(web: FastAPI, own: Application) -> None:
     @web.get("/v2/models/{model}/ready")
     @web.get("/v2/models/{model}/versions/{version}/ready")
     async def model_ready(model: str, version: str | None = None) -> dict[str, Any]:
-        """Say that a model can be asked."""
+        """Report that a model is ready."""
         own.named(model, version)
         return {"name": model, "ready": True}
 
@@ -79,13 +79,13 @@ def add_kserve(web: FastAPI, own: Application) -> None:
     @web.post("/v2/models/{model}/infer")
     @web.post("/v2/models/{model}/versions/{version}/infer")
     async def infer(request: Request, model: str, version: str | None = None) -> Response:
-        """Run a model on tensors, in JSON or as bytes behind it."""
+        """Run a model on tensors, in JSON or as binary data after it."""
         now, files = own.named(model, version)
         with own.batcher.place(1):
             body = await own.read(request)
             length, inputs = request.headers.get(kserve.HEADER), takes(now.about, files)
             try:
-                # Off the event loop: a large body takes long.
+                # Not on the event loop, since parsing a large body takes long.
                 asked = await asyncio.to_thread(kserve.parse, body, length, inputs)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from None
@@ -108,7 +108,7 @@ def add_kserve(web: FastAPI, own: Application) -> None:
 async def outputs(
     own: Application, now: Generation, asked: kserve.Request, files: bool
 ) -> dict[str, kserve.Array]:
-    """Run what a KServe request asks for."""
+    """Run a KServe request and return the model's outputs."""
     tasks = None
     if "task" in asked.inputs:
         tasks = [name.decode(errors="replace") for name in asked.inputs["task"]]
@@ -117,7 +117,7 @@ async def outputs(
         prediction = await own.run(now, pixels, tasks)
         logits = prediction.logits
         if now.about.open_for is not None:
-            # As wide as this request's tasks, whatever others rode in the batch.
+            # The batch's logits have the classes of its largest task; keep this request's classes.
             logits = logits[:, : max(len(each.class_names) for each in named_tasks(now, tasks))]
         return {
             "logits": logits.numpy(),
@@ -126,10 +126,10 @@ async def outputs(
         }
     contents = [(str(number), each) for number, each in enumerate(asked.inputs["encoded"])]
     pixels = await own.decoded(contents, now.about)
-    found = await classified(own, now, pixels, tasks, None, 1)
+    results = await classified(own, now, pixels, tasks, None, 1)
     return {
-        "class": kserve.strings([each["answer"].encode() for each in found], [len(found)]),
+        "class": kserve.strings([each["answer"].encode() for each in results], [len(results)]),
         "probability": np.array(
-            [each["classes"][0]["probability"] for each in found], dtype=np.float32
+            [each["classes"][0]["probability"] for each in results], dtype=np.float32
         ),
     }

@@ -1,4 +1,4 @@
-"""What a client sends to `/classify`: image files and options, as a body, a form or JSON."""
+"""Read requests to `/classify`: image files and options, as a body, a form or JSON."""
 
 import base64
 import binascii
@@ -15,7 +15,7 @@ HOW = (
     "send image files as a form (curl -F image=@photo.jpg), one as the body (curl --data-binary "
     '@photo.jpg), or JSON as {"images": ["<base64>", ...]}'
 )
-# More text fields than there are options, so that an unknown one is named.
+# More than the number of options, so that an unknown field is reported by name.
 MOST_FIELDS = 32
 
 
@@ -24,7 +24,7 @@ class Upload:
     """A request's image files with their names, and its options as text."""
 
     files: list[tuple[str, bytes | ValueError]]
-    """an error where an image cannot be read from the request"""
+    """a name and the content, or an error if the request does not contain it correctly"""
     options: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -32,12 +32,12 @@ async def uploaded(body: bytes, headers: Headers, most_files: int) -> Upload:
     """Read the image files and options of a request.
 
     Args:
-        body: all of it.
+        body: the complete body.
         headers: of the request.
-        most_files: that a form may have.
+        most_files: largest number of files in a form.
 
     Raises:
-        ValueError: it cannot be read, with the way to send it.
+        ValueError: the request cannot be read; the message tells how to send images.
     """
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -48,7 +48,7 @@ async def uploaded(body: bytes, headers: Headers, most_files: int) -> Upload:
 
 
 def clean(text: str) -> str:
-    """Make text that holds a client's words one that any answer can hold."""
+    """Replace characters of a client's text that cannot be encoded as UTF-8."""
     return text.encode(errors="replace").decode()
 
 
@@ -95,10 +95,10 @@ def _json(body: bytes) -> Upload:
 def _decoded(text: Any) -> bytes | ValueError:
     if not isinstance(text, str):
         return ValueError(f"an image is {json.dumps(text)[:20]}, not base64 text; {HOW}")
-    # A data URL says what it is first.
+    # A data URL begins with its media type.
     _, _, body = text.partition(";base64,") if text.startswith("data:") else ("", "", text)
     try:
-        # Clients break lines, or use the alphabet for addresses.
+        # Accept line breaks and the URL-safe alphabet.
         plain = "".join(body.split())
         plain = plain.replace("-", "+").replace("_", "/").rstrip("=")
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)

@@ -1,4 +1,4 @@
-"""The page in the browser: what it shows of a picture, and the two routes that it asks."""
+"""The page in the browser, and the two routes that it calls."""
 
 import asyncio
 import base64
@@ -23,7 +23,7 @@ from adavipro_fast.serving.application import Application
 from adavipro_fast.serving.served import Generation
 
 PAGE = Path(__file__).with_name("page.html")
-# The page asks its own server alone, and is shown inside no other.
+# The page may only contact its own server, and may not be embedded in another page.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'"
@@ -33,18 +33,18 @@ DOTS_PER_INCH = 220
 
 @dataclass(frozen=True)
 class Page:
-    """How the page begins."""
+    """Settings of the page."""
 
     title: str = "adavipro_fast"
     reject: float | None = None
     """share of known images that may be answered `unknown`"""
     beside: Artifact | None = None
-    """whose answers are shown too (default: a checkpoint's encoder without the prompt)"""
+    """second artifact to compare with (default: the checkpoint without its prompt)"""
     beside_name: str = "Without the prompt"
 
 
 def add_page(web: FastAPI, own: Application, page: Page) -> None:
-    """Add the page and its routes; API documentation leaves them out."""
+    """Add the page and its routes, which the API documentation leaves out."""
     text = PAGE.read_text()
 
     @web.get("/", include_in_schema=False)
@@ -72,7 +72,7 @@ def add_page(web: FastAPI, own: Application, page: Page) -> None:
 
 
 def about_model(name: str, now: Generation, page: Page) -> dict[str, Any]:
-    """Describe a model to the page."""
+    """Describe a model for the page."""
     about, beside = now.about, page.beside or now.unprompted
     called = page.beside_name if beside is not None else None
     if beside is not None and not beside.about.calibration.confidences:
@@ -96,10 +96,10 @@ async def look(
     task: str | None,
     reject: float | None,
 ) -> dict[str, Any]:
-    """Classify a picture and draw what the page shows of it.
+    """Classify a picture and draw the images that the page shows.
 
     Raises:
-        HTTPException: no image, no such task, or a share that cannot be used.
+        HTTPException: the file is not an image, the task is unknown, or `reject` is invalid.
     """
     about, tasks = now.about, None if task is None else [task]
     pixels = await own.decoded([file], about)
@@ -126,13 +126,13 @@ async def look(
 def draw(
     now: Generation, pixels: Tensor, mask: Tensor, config: PromptConfig | None
 ) -> dict[str, str | None]:
-    """Draw what the prompt does to a picture, and what the encoder sees where that is known.
+    """Draw a picture with its mask and, for a checkpoint, the prompted picture.
 
     Args:
         now: the file that classified it.
         pixels: (1, 3, S, S) uint8.
         mask: (G, G).
-        config: the prompt's; none of an encoder alone.
+        config: the prompt's; None for an encoder without a prompt.
     """
     artifact, prompted, content = now.artifacts[0], None, BytesIO()
     figure = pictures.masked(pixels[0], mask, config)
@@ -145,15 +145,15 @@ def draw(
 
 
 def inline(content: BytesIO) -> str:
-    """Return a PNG's bytes as an address that holds them."""
+    """Return a PNG as a data URL."""
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def warm(served: Generation, page: Page) -> None:
-    """Make the slow first call, which also tells what no call can do.
+    """Make the slow first call, and check that `reject` can be used.
 
     Raises:
-        ValueError: the file holds no calibration to reject by.
+        ValueError: the file contains no calibration, which `reject` needs.
     """
     about = served.about
     side = about.preprocess.size

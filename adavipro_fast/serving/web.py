@@ -1,4 +1,4 @@
-"""The web application: its routes, errors and middleware put together."""
+"""The web application: routes, error handlers and middleware."""
 
 import asyncio
 import logging
@@ -39,18 +39,18 @@ def create(
     page: Page | None = None,
     hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """Make the web application.
+    """Create the web application.
 
     Args:
-        served: files by their names; `/classify` uses the first by default.
+        served: the files; `/classify` uses the first by default.
         batcher: runs them; closed when the application ends.
         limits: of a request.
-        token: that a client must show, if any.
-        refresh_seconds: how often files are looked at for changes.
-        metrics: that the batcher counts too.
-        origins: of other pages in browsers that may ask.
-        page: how the own page begins.
-        hosts: names that the server answers to (default: all).
+        token: bearer token that clients must send, if any.
+        refresh_seconds: interval for checking files for changes.
+        metrics: shared with the batcher.
+        origins: origins that may send requests from a browser (CORS).
+        page: settings of the page.
+        hosts: host names that requests may use (default: all).
     """
     own = Application(served, batcher, limits or Limits(), metrics or Metrics())
     # Logging every malformed form would let clients fill the log.
@@ -88,7 +88,7 @@ def create(
     if hosts:
         web.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     if origins:
-        # Outside of the token: a browser asks without it first.
+        # Added last, so it runs before the token check: preflight requests carry no token.
         web.add_middleware(
             CORSMiddleware,
             allow_origins=list(origins),
@@ -99,7 +99,7 @@ def create(
 
 
 def add_errors(web: FastAPI) -> None:
-    """Answer every error by one JSON object with one line."""
+    """Answer every error with a JSON object that contains one line."""
 
     @web.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -108,8 +108,8 @@ def add_errors(web: FastAPI) -> None:
     @web.exception_handler(RequestValidationError)
     async def wrong(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        return JSONResponse({"error": clean(f"{place}: {first['msg']}")}, 400)
+        field = ".".join(map(str, first["loc"]))
+        return JSONResponse({"error": clean(f"{field}: {first['msg']}")}, 400)
 
     @web.exception_handler(FullError)
     async def full(_: Request, error: FullError) -> JSONResponse:
@@ -121,25 +121,25 @@ def add_errors(web: FastAPI) -> None:
 
 
 def too_busy(error: FullError) -> JSONResponse:
-    """Send a client away for now."""
+    """Answer 503 with Retry-After."""
     after = str(max(1, math.ceil(error.seconds)))
     return JSONResponse({"error": str(error)}, 503, {"Retry-After": after})
 
 
 def add_health(web: FastAPI, own: Application) -> None:
-    """Add what tells whether the server lives, and how it does."""
+    """Add the routes for health and metrics."""
 
     @web.get("/v2/health/live")
     async def live() -> dict[str, bool]:
-        """Say that the server lives."""
+        """Report that the server is live."""
         return {"live": True}
 
     @web.get("/v2/health/ready")
     async def ready() -> dict[str, bool]:
-        """Say that all models can be asked."""
+        """Report that all models are ready."""
         return {"ready": True}
 
     @web.get("/metrics")
     async def metrics() -> Response:
-        """Report counters in Prometheus's format."""
+        """Return the metrics in Prometheus's format."""
         return Response(generate_latest(own.metrics.registry), media_type="text/plain")
