@@ -1,1 +1,1 @@
-"""One run: how it is configured, started, trained, kept and drawn."""
+"""Training: configuration, runs, checkpoints of a run, results and the search of `compare`."""

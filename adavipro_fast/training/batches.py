@@ -1,4 +1,4 @@
-"""The batches of an epoch: an order that depends on seed and epoch alone, gathered ahead."""
+"""The batches of an epoch, gathered ahead; their order depends only on seed and epoch."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +13,7 @@ from adavipro_fast.training.group import Group
 
 def shuffled(count: int, *, seed: int, epoch: int) -> Tensor:
     """Return the epoch's order of `count` images."""
-    # Not torch's generator: it takes no more than 32 bits of a seed.
+    # NumPy's generator, because torch's would use only 32 bits of a seed.
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
 
 
@@ -22,7 +22,7 @@ def gathered(
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Yield an order's batches, gathered one step ahead.
 
-    Images and labels are this process's share of the batch, the number is the whole batch's.
+    Images and labels are this process's share of the batch; the number is the global batch size.
     """
     chunks = order.split(size)
     if not len(order):

@@ -1,4 +1,4 @@
-"""Fit probabilities to validation images."""
+"""Fit a model's calibration to validation images."""
 
 import math
 from dataclasses import replace
@@ -12,12 +12,12 @@ from adavipro_fast.method.calibration import LEAST, MOST, QUANTILES, Calibration
 
 
 def calibrate(logits: Tensor, labels: Tensor, link: Link = "softmax") -> Calibration:
-    """Fit a temperature, and the confidences under it, to validation images.
+    """Fit a temperature to validation images, and compute the confidences with it.
 
     Args:
         logits: (N, K).
         labels: (N,).
-        link: what makes probabilities of them.
+        link: turns logits into probabilities.
     """
     logits = logits.double()
 

@@ -1,4 +1,4 @@
-"""What a text head scores classes by: the embeddings of their names, or rows of a file."""
+"""Class embeddings of a text head: from the class names, or from a file."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from adavipro_fast.training.log import say
 
 
 def needs_text(config: TrainConfig) -> bool:
-    """Tell whether class embeddings are part of what is trained."""
+    """Report whether the trained model needs class embeddings."""
     named = config.prompt.head == "text" and config.prompt.method != "linear_probe"
     return named or config.class_embeddings is not None
 
 
 def templates_of(config: TrainConfig) -> tuple[str, ...]:
-    """Return the texts that class names are embedded in; none where their rows are given."""
+    """Return the text templates for class names; empty if embeddings are given or not needed."""
     if config.class_embeddings is not None or not needs_text(config):
         return ()
     return config.template or (DEFAULT_TEMPLATE,)
@@ -26,10 +26,10 @@ def templates_of(config: TrainConfig) -> tuple[str, ...]:
 def check_embeddings(
     config: TrainConfig, text: TextTower | NoText, names: tuple[str, ...], rows: Tensor
 ) -> None:
-    """Check that the class embeddings tell the classes apart, and warn of names read in part.
+    """Check that class embeddings differ, and warn about truncated and numeric names.
 
     Raises:
-        ValueError: two classes have the same embedding, and it scores them.
+        ValueError: two classes have the same embedding, and the model needs the embeddings.
     """
     scored, given = needs_text(config), config.class_embeddings is not None
     cut: list[str] = []
@@ -61,10 +61,10 @@ def check_embeddings(
 def class_embeddings(
     config: TrainConfig, text: TextTower | NoText, class_names: tuple[str, ...]
 ) -> Tensor:
-    """Embed the class names, or read their rows from a file: (K, E) fp32 unit rows.
+    """Embed the class names, or read their embeddings from a file: (K, E) fp32 unit rows.
 
     Raises:
-        ValueError: the file has other rows than there are classes.
+        ValueError: the file does not have one row per class.
     """
     if config.class_embeddings is None:
         return text.class_embeddings(class_names, config.template or (DEFAULT_TEMPLATE,))

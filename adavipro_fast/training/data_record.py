@@ -1,4 +1,4 @@
-"""data.json of a run: which images it validates with and leaves out, and how many it has."""
+"""data.json of a run: its numbers of images, held-out images and files left out."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ NAME = "data.json"
 
 
 def keep_data(dataset: Dataset, data: str, folder: Path) -> None:
-    """Write data.json: which images the run validates with and leaves out, and how many it has."""
+    """Write data.json: numbers of images, held-out images and files left out."""
     facts = dataset.facts
     content = {
         "data": data,
@@ -27,7 +27,7 @@ def keep_data(dataset: Dataset, data: str, folder: Path) -> None:
 
 
 def trained_on(checkpoint: Path, data: Path) -> bool:
-    """Report whether a run trained on the images of a folder that has no test split."""
+    """Report whether a checkpoint was trained on this folder, which has no separate test split."""
     try:
         own = Path(json.loads(checkpoint.with_name(NAME).read_text())["data"])
         same = own.is_dir() and data.is_dir() and own.samefile(data)

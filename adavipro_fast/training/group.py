@@ -1,7 +1,8 @@
-"""Processes: what torchrun started, or one process alone.
+"""The processes of a run: those started by torchrun, or a single one.
 
 The global batch, the noise and the order of images do not depend on the number of processes: each
-takes its share of every batch, and gradients and figures are summed in one message a step.
+process computes its share of every batch, and gradients and figures are summed in one message per
+step.
 """
 
 import os
@@ -25,24 +26,24 @@ FOLDER = "adavipro_fast folder"
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run, and this one's place among them."""
+    """The processes of a run, and this one's rank."""
 
     rank: int = 0
     size: int = 1
     store: Any = None
-    """torchrun's own, which outlives the processes"""
+    """torchrun's store, which survives a restart of the processes"""
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the files and speaks."""
+        """Whether this process writes the files and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Return which of `count` images of a batch are this process's."""
+        """Return this process's slice of a batch of `count` images."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Add up a tensor over the processes, in place."""
+        """Sum a tensor over the processes, in place."""
         if self.size > 1:
             try:
                 dist.all_reduce(value)
@@ -51,7 +52,7 @@ class Group:
         return value
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], figures: Tensor) -> Tensor:
-        """Add up all gradients in place, and figures (n,), in one message; return the figures."""
+        """Sum all gradients in place, and figures (n,), in one message; return the figures."""
         if self.size == 1:
             return figures
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -63,7 +64,7 @@ class Group:
         return total
 
     def agreed(self, text: str, device: torch.device) -> str:
-        """Return the leading process's text, such as a path: at most 4096 bytes."""
+        """Return the leading process's text, such as a path, of at most 4096 bytes."""
         if self.size == 1:
             return text
         message = torch.zeros(LONGEST_TEXT, dtype=torch.uint8, device=device)
@@ -77,49 +78,49 @@ class Group:
         return os.fsdecode(bytes(message.tolist()).rstrip(b"\0"))
 
     def keep_folder(self, folder: Path) -> None:
-        """Remember the run's folder for a restart."""
+        """Store the run's folder for a restart."""
         if self.store is not None:
             self.store.set(FOLDER, os.fsencode(folder))
 
     def kept_folder(self) -> Path | None:
-        """Return the folder that the processes before a restart had, if they got so far."""
+        """Return the folder stored before a restart, if any."""
         if self.store is None or not restarts() or not self.store.check([FOLDER]):
             return None
         return Path(os.fsdecode(self.store.get(FOLDER)))
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
 
 def join(device: str) -> tuple[Group, torch.device]:
-    """Join the processes that torchrun started; alone without it.
+    """Join the processes that torchrun started; without it, return a group of one.
 
     Args:
-        device: auto or a device; of several GPUs each process takes its own.
+        device: auto or a device; with several GPUs, each process uses its own.
 
     Returns:
         The group and this process's device.
     """
-    place = torch_device(device)
+    own_device = torch_device(device)
     if not launched():
-        return Group(), place
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
+        return Group(), own_device
+    if own_device.type == "cuda":
+        own_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own_device)
     store, rank, size = meeting()
     if not dist.is_initialized():
-        # torchrun keeps its store over a restart, and what the dead processes left in it.
+        # A new prefix, since torchrun's store keeps the dead processes' entries over a restart.
         own = PrefixStore(f"restart {restarts()}", store)
-        backend = "nccl" if place.type == "cuda" else "gloo"
+        backend = "nccl" if own_device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=own, rank=rank, world_size=size)
-    return Group(rank, size, store), place
+    return Group(rank, size, store), own_device
 
 
 @cache
 def meeting() -> tuple[Any, int, int]:
-    """Return torchrun's store, this process's rank, and how many there are."""
+    """Return torchrun's store, this process's rank, and the number of processes."""
     store, rank, size = next(rendezvous("env://"))
     return store, rank, size
 
@@ -131,15 +132,15 @@ def leave() -> None:
 
 
 def launched() -> bool:
-    """Tell whether torchrun started this process."""
+    """Report whether torchrun started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def leading() -> bool:
-    """Tell whether this process speaks: the first one, or the only one."""
+    """Report whether this process prints: the first one, or the only one."""
     return not launched() or os.environ["RANK"] == "0"
 
 
 def restarts() -> int:
-    """Return how often torchrun has started this process again after a failure."""
+    """Return how often torchrun has restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

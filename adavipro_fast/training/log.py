@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a bar a step, a line and a row an epoch, TensorBoard."""
+"""Training output: a progress bar, a line and a metrics row per epoch, TensorBoard."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def say(line: str) -> None:
 
 
 class Log:
-    """The leading process's log; the others' says nothing."""
+    """The log of a run; only the leading process writes to it."""
 
     def __init__(self, output: Path, epochs: int, writer: SummaryWriter | None) -> None:
         self.output, self.epochs, self.writer = output, epochs, writer
@@ -41,7 +41,7 @@ class Log:
         )
 
     def epoch(self, progress: Progress) -> None:
-        """Log the epoch that was just finished, the last of the rows."""
+        """Log the epoch that has just finished."""
         if self.writer is None:
             return
         row = progress.rows[-1]
@@ -59,7 +59,7 @@ class Log:
 
 @contextmanager
 def logged(output: Path, epochs: int, progress: Progress, *, leads: bool) -> Iterator[Log]:
-    """Open the log of a run that stands at `progress`."""
+    """Open the log of a run that continues at `progress`."""
     if not leads:
         yield Log(output, epochs, None)
         return

@@ -1,4 +1,4 @@
-"""What `compare` found, as one HTML file with its pictures in it."""
+"""The results of `compare` as one HTML file with embedded pictures."""
 
 import base64
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ WORST = 12
 
 
 def page(result: Mapping[str, Any], winner: Finalist) -> str:
-    """Write the page.
+    """Return the page as HTML.
 
     Args:
         result: of the search.
-        winner: and its answers to the test images, or to the validation images without a test
-            split.
+        winner: the winner with its answers to the test images, or to the validation images if
+            there is no test split.
     """
     path, evaluation, dataset = Path(result["checkpoint"]), winner.evaluation, winner.dataset
     kept = load_checkpoint(path)
@@ -38,11 +38,11 @@ def page(result: Mapping[str, Any], winner: Finalist) -> str:
     }
     if winner.rows:
         drawn["curves"] = pictures.curves(winner.rows, None)
-    found = mistakes(evaluation, probabilities, names, str)[: -WORST - 1 : -1]
-    if found:
-        rows = torch.tensor([each.row for each in found])
+    worst = mistakes(evaluation, probabilities, names, str)[: -WORST - 1 : -1]
+    if worst:
+        rows = torch.tensor([each.row for each in worst])
         images, _ = winner.split.batch(rows, torch.device("cpu"))
-        titles = [f"{each.label}: {each.answer} {100 * each.confidence:.0f} %" for each in found]
+        titles = [f"{each.label}: {each.answer} {100 * each.confidence:.0f} %" for each in worst]
         drawn["worst"] = pictures.overlay(images, evaluation.masks[rows], titles, kept.config)
     template = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
     return template.render(
@@ -67,5 +67,5 @@ def page(result: Mapping[str, Any], winner: Finalist) -> str:
 
 
 def inline(figure: Figure) -> str:
-    """Return a figure as the address of a picture that lies in the address itself."""
+    """Return a figure as a data URL."""
     return "data:image/png;base64," + base64.b64encode(pictures.encoded(figure, "png")).decode()

@@ -1,4 +1,4 @@
-"""What a run reached: test once, draw, calibrate, collect the figures."""
+"""The results of a run: test once, calibrate, draw, collect the figures."""
 
 import statistics
 from dataclasses import replace
@@ -29,9 +29,9 @@ SAME_MASK = 0.01
 def zero_shot_top1(
     trainer: Trainer, frozen: FrozenEncoder, embeddings: Tensor | None, config: TrainConfig
 ) -> float | None:
-    """Test the encoder on whole images, whatever margin the prompt has.
+    """Return the encoder's zero-shot test accuracy on images without the prompt's margin.
 
-    None without a test split, and of an encoder without text.
+    Return None without a test split or a text encoder.
     """
     test = trainer.dataset.test
     if test is None or embeddings is None:
@@ -48,7 +48,7 @@ def result_of(
 ) -> dict[str, Any]:
     """Test the best and the last model in fp32, draw the pictures, collect the figures.
 
-    Without a test split, mask figures are those of the validation images.
+    Without a test split, mask figures come from the validation images.
     """
     progress, dataset = trainer.progress, trainer.dataset
     tested = dataset.test is not None
@@ -103,7 +103,7 @@ def result_of(
 
 
 def keep_calibration(trainer: Trainer, model: AdaViPro, val: Split, path: Path) -> None:
-    """Fit the probabilities of a model on validation images, and keep them in its file."""
+    """Calibrate a model on validation images, and store the calibration in its file."""
     evaluation = trainer.evaluate(model, val)
     if trainer.group.leads:
         fitted = calibrate(evaluation.logits, evaluation.labels, model.head.link)

@@ -1,4 +1,4 @@
-"""Start a run, or go on with one, and train it to the end."""
+"""Start or resume a run, and train it to the end."""
 
 import signal
 import time
@@ -24,10 +24,10 @@ from adavipro_fast.training.trainer import Trainer
 
 
 def start_run(config: TrainConfig) -> dict[str, Any]:
-    """Train from the beginning and return the result; torchrun's restarts go on.
+    """Train from the beginning and return the result; after torchrun's restart, resume.
 
     Raises:
-        ValueError: a setting is wrong, or the output folder already holds a run.
+        ValueError: a setting is invalid, or the output folder already contains a run.
     """
     use_threads(config.threads)
     group, device = distributed.join(config.device)
@@ -45,7 +45,7 @@ def start_run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _begin(config: TrainConfig) -> dict[str, Any]:
-    """Train in a folder that this run holds."""
+    """Train in a folder that this run has locked."""
     output, method = config.output, config.prompt.method
     assert output is not None
     state_path = output / "last.safetensors"
@@ -69,15 +69,16 @@ def _begin(config: TrainConfig) -> dict[str, Any]:
 def resume_run(
     folder: Path, ask: Callable[[TrainConfig], TrainConfig] = lambda before: before
 ) -> dict[str, Any]:
-    """Go on with an interrupted run; a finished one returns its result again.
+    """Resume an interrupted run; for a finished run, return its result again.
 
     Args:
-        folder: of the run.
-        ask: what is asked for now, given the run's configuration; must be the same.
+        folder: the run's folder.
+        ask: returns the requested configuration, given the run's; it must be equal except for
+            accepted changes.
 
     Raises:
         ValueError: flags differ from the run's, or its state cannot be read.
-        FileNotFoundError: the folder holds no run.
+        FileNotFoundError: the folder contains no run.
     """
     path = folder / "last.safetensors"
     if not path.exists():
@@ -112,7 +113,7 @@ def resume_run(
 
 
 def _go_on(config: TrainConfig, accepted: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Take up the state in the output folder and train on."""
+    """Restore the state in the output folder and continue training."""
     run = build(config, load(config))
     run.trainer.restore(accepted)
     say(f"resuming {config.output} at epoch {run.trainer.progress.epoch + 1}")
@@ -123,7 +124,7 @@ def execute(run: Run) -> dict[str, Any]:
     """Train to the end and return the figures of the best and of the last model.
 
     Args:
-        run: at its beginning, or where it stopped.
+        run: a new run, or a restored one.
 
     Raises:
         KeyboardInterrupt: a signal stopped the process; the step reached is saved.
@@ -151,7 +152,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 @contextmanager
 def stop_on_signal(trainer: Trainer) -> Iterator[None]:
-    """Let signals end the run after the step under way."""
+    """Let SIGINT and SIGTERM end the run after the current step."""
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(stop, lambda *_: trainer.stop()) for stop in stops]
     try:

@@ -1,4 +1,4 @@
-"""The folder of a run: named, and held so that no two runs write there at once."""
+"""The folder of a run: created, and locked so that no two runs write to it at once."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 
 RUNS = Path("runs")
 LOCK = ".lock"
-# What a run writes, and may leave half written when it is killed.
+# Files that a run writes, whose partial versions may be left behind when it is killed.
 WRITTEN = (
     *("checkpoint.safetensors", "last.safetensors", "metrics.jsonl", "masks.png", "curves.png"),
     *("head.safetensors", "encoder.safetensors", "start.safetensors"),
@@ -17,17 +17,17 @@ WRITTEN = (
 
 
 def absent(folder: Path) -> list[Path]:
-    """Return the folder and those around it that are not there, the innermost first."""
+    """Return those of a folder and its parents that do not exist, the innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def make_folder(name: str) -> tuple[Path, list[Path]]:
-    """Make the first of runs/NAME-1, runs/NAME-2, ... that is not there; return all it made."""
+    """Create the first free one of runs/NAME-1, runs/NAME-2, ...; return it, and all created."""
     made = absent(RUNS)
     RUNS.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = RUNS / f"{name}-{number}"
-        # Exclusive: of two processes that come here together one goes on to the next number.
+        # mkdir is exclusive: if two processes try at once, one continues with the next number.
         with suppress(FileExistsError):
             folder.mkdir()
             return folder, [folder, *made]
@@ -36,15 +36,15 @@ def make_folder(name: str) -> tuple[Path, list[Path]]:
 
 @contextmanager
 def held(folder: Path, made: Sequence[Path] = ()) -> Iterator[None]:
-    """Hold a run's folder until the run ends, however it ends.
+    """Lock a run's folder until the run ends in any way.
 
     Args:
-        folder: made where it is not there.
-        made: folders that go again if they are empty in the end, beside those made here.
+        folder: created if it does not exist.
+        made: folders to remove at the end if they are empty, like those created here.
 
     Raises:
-        ValueError: another run holds it.
-        OSError: it cannot be made.
+        ValueError: another run has locked it.
+        OSError: the folder cannot be created.
     """
     made = [*made, *absent(folder)]
     folder.mkdir(parents=True, exist_ok=True)

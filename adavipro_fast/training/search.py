@@ -1,9 +1,9 @@
-"""Find what fits a data set: candidates under a budget of time, the worse half stopped early.
+"""Choose a method for a data set: train candidates within a time budget, stop the worse early.
 
-Successive halving (Jamieson and Talwalkar, 2016) on validation accuracy: all candidates train for a
-quarter of their epochs, the better half goes on to half of them, the better half of those to the
-end. Zero-shot and the linear probe cost no training and are always there. The test split is read
-once, in the end, and chooses nothing.
+Successive halving (Jamieson and Talwalkar, 2016) on validation accuracy: all candidates train for
+25 % of their epochs, the better half continues to 50 %, and the better half of those to the end.
+Zero-shot and the linear probe need no training and are always included. The test split is read
+once, at the end, and does not influence the choice.
 """
 
 import json
@@ -32,7 +32,7 @@ from adavipro_fast.training.results import keep_calibration
 from adavipro_fast.training.run import stop_on_signal
 from adavipro_fast.training.state import Progress, read_state
 
-# Shares of the epochs after which the better half goes on.
+# Shares of the epochs after which only the better half continues.
 RUNGS = (0.25, 0.5, 1.0)
 LEAST_EPOCHS, MOST_EPOCHS = 4, 48
 TIMED, TIMED_IMAGES = 3, 32
@@ -41,35 +41,35 @@ OVERHEAD_S = 5.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration under its name."""
+    """A named configuration."""
 
     name: str
     config: TrainConfig
     eligible: bool = True
-    """whether it may win; else it stands beside the others for comparison"""
+    """whether it may win; otherwise it is included only for comparison"""
 
     @property
     def folder(self) -> Path:
-        """Where its run lies."""
+        """The folder of its run."""
         assert self.config.output is not None
         return self.config.output
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """The winner, and its answers to the test images; to validation images without a test split."""
+    """The winner, with its answers to the test images, or without these, the validation images."""
 
     data: str
     dataset: Dataset
     split: Split
     evaluation: Evaluation
     rows: list[dict[str, float]]
-    """of its epochs"""
+    """metrics of its epochs"""
 
 
 @dataclass
 class Clock:
-    """Time spent on a search, over all its starts."""
+    """The time spent on a search over all its starts."""
 
     seconds: float
     """the budget"""
@@ -79,12 +79,12 @@ class Clock:
 
     @property
     def spent(self) -> float:
-        """Seconds so far."""
+        """Seconds spent so far."""
         return self.before + time.monotonic() - self.began
 
     @property
     def left(self) -> float:
-        """Seconds that are left."""
+        """Seconds left."""
         return self.seconds - self.spent
 
     def say(self, line: str) -> None:
@@ -96,14 +96,14 @@ def schedule(count: int, epoch_s: float, seconds: float, epochs: int | None) -> 
     """Choose how many candidates train, and for how many epochs.
 
     Args:
-        count: candidates that there are.
-        epoch_s: seconds of an epoch.
-        seconds: to spend.
-        epochs: where they are given.
+        count: number of candidates.
+        epoch_s: seconds per epoch.
+        seconds: time budget.
+        epochs: number of epochs, if given.
 
     Returns:
-        (candidates, epochs): as many candidates as can have `LEAST_EPOCHS`, then as many epochs as
-        fit; (0, 0) where not even one epoch of one candidate fits.
+        (candidates, epochs): as many candidates as can train for `LEAST_EPOCHS`, then as many
+        epochs as fit; (0, 0) if not even one epoch of one candidate fits.
     """
     for trained in range(count, 0, -1):
         alive, share, start = trained, 0.0, 0.0
@@ -118,18 +118,18 @@ def schedule(count: int, epoch_s: float, seconds: float, epochs: int | None) -> 
 
 
 def half(count: int) -> int:
-    """Return how many of `count` candidates go on."""
+    """Return how many of `count` candidates continue."""
     return max(1, -(-count // 2))
 
 
 class Search:
-    """A search in a folder; started again, it goes on where it was.
+    """A search in a folder; when started again, it continues where it stopped.
 
     Args:
-        candidates: fitted ones first.
-        seconds: the budget.
-        folder: of the runs and of what is written about them.
-        epochs: of every run (default: as many as fit).
+        candidates: those that are fitted without training come first.
+        seconds: the time budget.
+        folder: parent folder of the runs and the plan.
+        epochs: epochs of every run (default: as many as fit).
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Search:
         }
         if self.plan_path.exists():
             self.plan |= json.loads(self.plan_path.read_text())
-        # Read once: a state holds all tensors of its run.
+        # Read only once, since a state contains all tensors of its run.
         self.progress = {c.name: begun for c in candidates if (begun := progress_of(c))}
         self.clock = Clock(seconds, self.trained_s() + self.plan["other_s"], time.monotonic())
         self.loaded: dict[int, Loaded] = {}
@@ -159,7 +159,7 @@ class Search:
         """the winner, once the search has ended"""
 
     def run(self) -> dict[str, Any]:
-        """Search, and return what was reached.
+        """Search, and return the result.
 
         Raises:
             KeyboardInterrupt: a signal stopped the search.
@@ -187,7 +187,7 @@ class Search:
     def make_plan(
         self, trained: Sequence[Candidate], speed: tuple[float, float], reserve: float
     ) -> None:
-        """Decide once how many candidates train, and for how many epochs."""
+        """Decide how many candidates train and for how many epochs, and save the plan."""
         dataset = self.load(self.candidates[0]).dataset
         epoch_s = speed[0] * len(dataset.train) + speed[1] * len(dataset.val)
         count, epochs = schedule(len(trained), epoch_s, self.clock.left - reserve, self.given)
@@ -198,23 +198,23 @@ class Search:
         )
 
     def trained_s(self) -> float:
-        """Return the seconds that all runs have trained for."""
+        """Return the seconds of training of all runs."""
         return sum(progress.seconds for progress in self.progress.values())
 
     def keep_plan(self) -> None:
-        """Write the plan, and the time spent on other things than training."""
+        """Save the plan, with the time spent on anything but training."""
         self.plan["other_s"] = max(0.0, self.clock.spent - self.trained_s())
         write_whole(self.plan_path, json.dumps(self.plan).encode())
 
     def load(self, candidate: Candidate) -> Loaded:
-        """Load encoder and data, once for each margin."""
+        """Load encoder and data, once per margin."""
         margin = candidate.config.prompt.margin
         if margin not in self.loaded:
             self.loaded[margin] = load(candidate.config)
         return self.loaded[margin]
 
     def build(self, candidate: Candidate) -> Run:
-        """Build a candidate's run; linear heads start from the probe that lies here already."""
+        """Build a candidate's run; linear heads start from the search's linear probe."""
         config, probe = candidate.config, self.folder / "linear_probe" / FILES["linear_probe"]
         prompt = config.prompt
         linear = prompt.head == "linear" and not prompt.margin and prompt.method not in FITTED
@@ -225,7 +225,7 @@ class Search:
         return build(replace(config, optimiser=optimiser), self.load(candidate))
 
     def attempt(self, candidate: Candidate, until: int, seconds: float) -> None:
-        """Advance a candidate; one that cannot be trained is left out, with the reason."""
+        """Train a candidate; if that fails, leave it out and record the reason."""
         if candidate.name in self.plan["failed"]:
             return
         try:
@@ -236,7 +236,7 @@ class Search:
             self.clock.say(f"warning: {candidate.name} is skipped: {error}")
 
     def advance(self, candidate: Candidate, until: int, seconds: float) -> None:
-        """Train a candidate up to an epoch, or for as long as there is time."""
+        """Train a candidate up to an epoch or until the time is used up."""
         progress = self.progress.get(candidate.name)
         if seconds <= 0 or (progress is not None and progress.epoch >= until):
             return
@@ -263,7 +263,7 @@ class Search:
         self.clock.say(f"{candidate.name}: val top-1 {top1:.1f} % after {until} epochs")
 
     def seconds_per_image(self, candidate: Candidate) -> tuple[float, float]:
-        """Measure a training step and a prediction, seconds an image."""
+        """Measure a training step and a prediction, in seconds per image."""
         run = self.build(candidate)
         trainer, model = run.trainer, run.trainer.model
         dataset, device = trainer.dataset, trainer.device
@@ -280,21 +280,21 @@ class Search:
         return measured(train, device) / count, predicting / count
 
     def reserve(self, image_s: float) -> float:
-        """Return the seconds that the test of the finalists will take."""
+        """Estimate the seconds for testing the finalists."""
         dataset = self.load(self.candidates[0]).dataset
         return OVERHEAD_S + image_s * (4 * len(dataset.test or ()) + len(dataset.val))
 
     def best_within(self, candidate: Candidate, epochs: int) -> float:
-        """Return the best validation score of a candidate's first epochs, percent."""
+        """Return a candidate's best validation score within its first epochs, percent."""
         progress, key = self.progress.get(candidate.name), f"val_{self.judge}"
         rows = [] if progress is None else progress.rows[:epochs]
         return max((row[key] for row in rows), default=0.0)
 
     def conclude(self, fitted: Sequence[Candidate]) -> dict[str, Any]:
-        """Choose the winner on validation, test the finalists, and say what was reached."""
+        """Choose the winner by validation, test the finalists, and return the result."""
         images = len(self.load(self.candidates[0]).dataset.val)
         begun = self.progress.keys() - self.plan["failed"]
-        # Fine-tuning that was stopped within its first epoch has left nothing.
+        # Fine-tuning that was stopped in its first epoch has no checkpoint.
         tried = [c for c in self.candidates if c.name in begun and path_of(c).exists()]
         rows = {
             c.name: row_of(c, self.progress[c.name], images, self.plan["trainable"][c.name])
@@ -304,7 +304,7 @@ class Search:
         best = max(eligible, key=lambda c: float(rows[c.name]["val_score"]))
         least = rows[best.name]["val_score"] - rows[best.name]["val_se"]
         near = [c for c in eligible if rows[c.name]["val_score"] >= least]
-        # The sort is stable: the more promising proposal comes first among equals.
+        # min() returns the first of equals, which is the more promising proposal.
         winner = min(near, key=lambda c: rows[c.name]["bytes"])
         trainer = self.build(fitted[0]).trainer
         for candidate in {c.name: c for c in (*fitted, best, winner)}.values():
@@ -340,18 +340,18 @@ class Search:
 
 
 def progress_of(candidate: Candidate) -> Progress | None:
-    """Return where a candidate's run stands, if it has begun."""
+    """Return the progress of a candidate's run, if it has begun."""
     path = candidate.folder / "last.safetensors"
     return read_state(path)[1].progress if path.exists() else None
 
 
 def path_of(candidate: Candidate) -> Path:
-    """Return where a candidate's best model lies."""
+    """Return the path of a candidate's best checkpoint."""
     return candidate.folder / FILES.get(candidate.config.prompt.method, "checkpoint.safetensors")
 
 
 def row_of(candidate: Candidate, progress: Progress, images: int, trainable: int) -> dict[str, Any]:
-    """Describe what a candidate reached on `images` validation images."""
+    """Return a candidate's row of results; `images` is the number of validation images."""
     prompt = candidate.config.prompt
     return {
         "name": candidate.name,
@@ -374,7 +374,7 @@ def row_of(candidate: Candidate, progress: Progress, images: int, trainable: int
 
 
 def measured(work: Any, device: torch.device) -> float:
-    """Return the median seconds of a call, after a first one."""
+    """Return the median seconds of a call, after one warm-up call."""
     times = []
     for _ in range(TIMED + 1):
         began = time.perf_counter()
@@ -387,7 +387,7 @@ def measured(work: Any, device: torch.device) -> float:
 
 @torch.no_grad()
 def inference_ratio(model: AdaViPro, loaded: Loaded) -> float:
-    """Return the time of a prediction to that of the encoder alone, in PyTorch, interleaved."""
+    """Return the time of a prediction relative to the encoder alone, in PyTorch, interleaved."""
     count = min(TIMED_IMAGES // 4, len(loaded.dataset.val))
     images, _ = loaded.dataset.val.batch(torch.arange(count), loaded.device)
     normalised, ratios = model.prompt.normalised(images), []
