@@ -1,18 +1,21 @@
-"""Edge detector, mask decision, dilation and multiply-add in one kernel; its gradient in another.
+"""Fused kernels: edge detector, decision, dilation and multiply-add, and their gradient.
 
-A program owns one region of a few images, in two phases. Forward: sum its edges' products with the
-collapsed generator's kernel K and decide; then write its pixels with the prompt where the mask is
-open. Backward: gradients of template and mask from the output's gradient; then dK from the edges.
+A program processes one region of a few images, in two phases. Forward: sum the products of the
+region's edges with the collapsed generator's kernel K and decide; then write the pixels, with the
+prompt added if the mask is open. Backward: compute the gradients of template and mask from the
+output's gradient; then dK from the edges.
 
-Parts of the region are the outer loop and images the inner, unrolled one, so that addresses, K and
-P are found once for all images of a program; `regions` holds what a thread does.
+The outer loop is over parts of the region and the inner, unrolled loop over images, so that
+addresses, K and P are computed or loaded once for all images of a program. `regions` contains the
+work of a thread.
 
-Sums over images are partial, one for each program, and then summed: no atomics, so gradients are
-deterministic. Axes and words are `functional.py`'s; compile-time constants:
+Each program stores a partial sum over its images; the partial sums are added afterwards. Without
+atomics, gradients are deterministic. Axes and terms are those of `functional.py`. Compile-time
+constants:
 
-    SIDE, R     sides of image and region        BLOCK    threads of a program
-    IMAGES      of a program, at most            PIXELS   adjacent ones that a thread writes
-    EVEN        every program has IMAGES         GIVEN    noise comes from memory, not the stream
+    SIDE, R     sides of image and region        BLOCK    threads per program
+    IMAGES      images per program, at most      PIXELS   adjacent pixels that a thread writes
+    EVEN        every program has IMAGES         GIVEN    noise is read from memory, not drawn
 """
 
 from typing import Any
@@ -41,7 +44,7 @@ from adavipro_fast.kernels.regions import (
 MODES = ("soft", "hard", "argmax")
 EDGES = ("laplacian", "laplacian-magnitude")
 MOST_IMAGES = 16
-# Warps that fill a GPU of 128 multiprocessors well enough to hide the latency of memory.
+# Enough warps to hide memory latency on a GPU with 128 multiprocessors.
 ENOUGH_WARPS = 2048
 
 
@@ -53,7 +56,7 @@ def _forward(
     IMAGES: tl.constexpr, EVEN: tl.constexpr, UINT8: tl.constexpr, REPLICATE: tl.constexpr,
     MAGNITUDE: tl.constexpr, MODE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Δ = Σ e K + b;  m = decide(Δ);  x' = x + m P, over one region of IMAGES images."""
+    """Δ = Σ e K + b;  m = decide(Δ);  x' = x + m P, for one region of IMAGES images."""
     region, first = tl.program_id(0), tl.program_id(1).to(tl.int64) * IMAGES
     grid: tl.constexpr = SIDE // R
     image_size: tl.constexpr = 3 * SIDE * SIDE
@@ -69,7 +72,7 @@ def _forward(
         weights = ()
         for step in tl.static_range(ROWS):
             at = kernel_ptr + weight + step * (R + 2)
-            # Edges are of pixels as they are: their scale goes with K.
+            # Edges are computed from raw pixels, so K is multiplied by the pixels' scale.
             weights += (scale * tl.load(at, mask=inside[step], other=0.0),)
         sums = ()
         for image in tl.static_range(IMAGES):
@@ -108,7 +111,7 @@ def _template_gradient(
     SIDE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
     IMAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """dP = Σ m g over images, stored; dm = Σ g P over pixels, returned, one lane an image."""
+    """Store dP = Σ m g over images; return dm = Σ g P over pixels, one lane per image."""
     masks, totals = scattered(mask, IMAGES), zeros(IMAGES, BLOCK)
     for part in range(pixel_parts(R, BLOCK, PIXELS)):
         _, pixels, real = pixel_places(part, gy, gx, SIDE, R, BLOCK, PIXELS)
@@ -133,7 +136,7 @@ def _kernel_gradient(
     SIDE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, IMAGES: tl.constexpr,
     EVEN: tl.constexpr, UINT8: tl.constexpr, REPLICATE: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
-    """dK = Σ dΔ e over images, stored; 0 where K lies outside the image."""
+    """Store dK = Σ dΔ e over images; 0 where K is outside the image."""
     delta_grads = scattered(delta_grad, IMAGES)
     for part in range(edge_parts(R, BLOCK)):
         channel, weight, exist, inside, around = edge_places(part, gy, gx, SIDE, R, BLOCK)
@@ -161,7 +164,7 @@ def _backward(
     IMAGES: tl.constexpr, EVEN: tl.constexpr, UINT8: tl.constexpr, REPLICATE: tl.constexpr,
     MAGNITUDE: tl.constexpr, MODE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """dP = Σ m g;  dΔ = (Σ g P) σ (1 - σ) / τ;  dK = Σ dΔ e;  db = Σ dΔ, over IMAGES images."""
+    """dP = Σ m g;  dΔ = (Σ g P) σ (1 - σ) / τ;  dK = Σ dΔ e;  db = Σ dΔ, for IMAGES images."""
     region, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     grid: tl.constexpr = SIDE // R
     image_size: tl.constexpr = 3 * SIDE * SIDE
@@ -189,7 +192,7 @@ def _backward(
 
 @triton.jit(do_not_specialize=["count", "seed", "offset"])
 def _logistic_noise(noise_ptr, count, seed, offset, BLOCK: tl.constexpr):
-    """ε of the stream's numbers `offset` to `offset + count`."""
+    """Store the noise ε of numbers `offset` to `offset + count` of the stream."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     noise = logistic(tl.rand(seed, offset + place))
     tl.store(noise_ptr + place, noise, mask=place < count)
@@ -198,20 +201,21 @@ def _logistic_noise(noise_ptr, count, seed, offset, BLOCK: tl.constexpr):
 def logistic_noise(
     seed: int, offset: int, count: int, device: torch.device | None = None
 ) -> Tensor:
-    """Draw the noise that the kernel draws: numbers `offset` to `offset + count` of the stream."""
+    """Draw the same noise as the kernel: numbers `offset` to `offset + count` of the stream."""
     noise = torch.empty(count, device=device)
-    # Triton launches on the current device, wherever its arguments lie.
+    # Triton launches on the current device, even if its arguments are on another one.
     with torch.cuda.device_of(noise):
         _logistic_noise[(triton.cdiv(count, 1024),)](noise, count, seed, offset, BLOCK=1024)
     return noise
 
 
 def launch_options(side: int, region_size: int, batch: int) -> dict[str, Any]:
-    """Choose warps and images of a program; `bench/fused.py --tune` measures the choices.
+    """Choose the warps and images per program; `bench/fused.py --tune` measures the choices.
 
-    More images share one read of K and P and one partial sum, and take fewer instructions each;
-    fewer give a small batch enough programs. Fewer warps waste less of a small region, but no
-    multiprocessor holds enough programs of one. bench/results/kernels-aot.json has the estimates.
+    More images share one read of K and P and one partial sum, and need fewer instructions each;
+    with fewer, a small batch has enough programs. Fewer warps waste less of a small region, but a
+    multiprocessor cannot hold enough programs of one warp. bench/results/kernels-aot.json has the
+    estimates.
     """
     warps = 2 if region_size <= 16 else 4
     regions, images = (side // region_size) ** 2, MOST_IMAGES
@@ -219,7 +223,7 @@ def launch_options(side: int, region_size: int, batch: int) -> dict[str, Any]:
         images //= 2
     return {
         "BLOCK": 32 * warps,
-        # 8 would make wider stores, which take as long, and fit small regions worse.
+        # Stores of 8 pixels would take as long and fit small regions worse.
         "PIXELS": next(width for width in (4, 2, 1) if region_size % width == 0),
         "IMAGES": images,
         "EVEN": batch % images == 0,
@@ -228,7 +232,7 @@ def launch_options(side: int, region_size: int, batch: int) -> dict[str, Any]:
 
 
 def _check(images: Tensor, template: Tensor, kernel: Tensor, mode: str, edge: str) -> None:
-    """Raise ValueError where the fused kernel cannot do what is asked."""
+    """Raise ValueError if the fused kernel does not support the arguments."""
     side, region = images.shape[-1], kernel.shape[-1] - 2
     if images.ndim != 4 or images.shape[1:] != (3, side, side):
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, S, S)")
@@ -252,9 +256,10 @@ def _constants(images: Tensor, kernel: Tensor, **chosen: Any) -> dict[str, Any]:
 
 
 def _affine(images: Tensor, mean: list[float], std: list[float]) -> tuple[float, ...]:
-    """Six numbers that normalise pixels 0-255: scale and shift of each channel; floats are ready.
+    """Return scale and shift of each channel, which normalise uint8 pixels.
 
-    Numbers, not a tensor: a copy to the device would wait for it, and cannot be captured.
+    For float images, which are already normalised, scales are 1 and shifts 0. They are numbers
+    instead of a tensor because a copy to the device synchronises and cannot be captured.
     """
     if images.dtype != torch.uint8:
         return (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
@@ -268,14 +273,14 @@ def adaptive_prompt(
     mode: str, edge: str, replicate: bool, tau: float, seed: int, offset: int,
     mean: list[float], std: list[float], dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Prompt a batch in one kernel; `functional.adaptive_prompt` says what it computes.
+    """Add the prompt to a batch in one kernel; `functional.adaptive_prompt` is its specification.
 
     Args:
-        images: (B, 3, S, S), uint8 pixels or normalised fp32, fp16 or bf16; gets no gradient.
+        images: (B, 3, S, S), uint8 pixels or normalised fp32, fp16 or bf16; get no gradient.
         template: (3, S, S) fp32, P.
         kernel: (3, R + 2, R + 2) fp32, K of the collapsed generator.
         bias: () fp32, b of the collapsed generator.
-        noise: (B, G, G) fp32 logistic noise; none draws it in the kernel.
+        noise: (B, G, G) fp32 logistic noise; None draws it in the kernel.
         mode: soft, hard or argmax.
         edge: laplacian or laplacian-magnitude.
         replicate: edge padding is replicate, not zero.
@@ -287,8 +292,9 @@ def adaptive_prompt(
         dtype: of the prompted images.
 
     Returns:
-        Prompted images (B, 3, S, S) in `dtype`, Δ (B, G, G) fp32 and mask (B, G, G) fp32. From
-        memory it reads the image once with a halo, and once more, mostly from L2, to write it.
+        Prompted images (B, 3, S, S) in `dtype`, Δ (B, G, G) fp32 and mask (B, G, G) fp32. Each
+        image is read twice: once with a halo for the decision, and once, mostly from L2, to write
+        the output.
 
     Raises:
         ValueError: shapes, mode or edge do not fit, or a tensor is not contiguous.
@@ -325,10 +331,10 @@ def adaptive_prompt_backward(
     noise: Tensor | None, *, mode: str, edge: str, replicate: bool, tau: float, seed: int,
     offset: int, mean: list[float], std: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Differentiate `adaptive_prompt`, whose arguments come again.
+    """Compute the gradients of `adaptive_prompt`, from its arguments and two others.
 
-    Given g (B, 3, S, S), the gradient of the prompted images, and Δ (B, G, G) of the forward pass,
-    returns the gradients of template (3, S, S), K (3, R + 2, R + 2) and b (), fp32.
+    `grad` (B, 3, S, S) is g, the gradient of the prompted images; `delta` (B, G, G) is Δ of the
+    forward pass. Returns the gradients of template (3, S, S), K (3, R + 2, R + 2) and b (), fp32.
     """
     constants = _constants(
         images, kernel,
@@ -338,7 +344,7 @@ def adaptive_prompt_backward(
     blocks = triton.cdiv(batch, constants["IMAGES"])
     fresh: dict[str, Any] = {"device": images.device, "dtype": torch.float32}
     template_grad = torch.empty((blocks, 3, side, side), **fresh)
-    # A decision is no gradient: argmax leaves K and b without one.
+    # argmax is not differentiable, so the gradients of K and b are 0.
     make = torch.zeros if mode == "argmax" else torch.empty
     kernel_grad = make((blocks * grid * grid, *kernel.shape), **fresh)
     bias_grad = make(blocks * grid * grid, **fresh)

@@ -1,38 +1,38 @@
-"""What one thread of the fused kernel does: places, edges, the decision, sums over threads.
+"""The work of a thread of the fused kernel: offsets, edges, the decision, sums over threads.
 
-A thread forms ROWS edges, one above the other, straight from the pixels around them: neighbours are
-loaded again, by L1, which costs less than handing them from thread to thread.
+A thread computes ROWS edges, one above the other, directly from the pixels around them. It loads
+neighbouring pixels again, from L1, which is cheaper than exchanging them between threads.
 """
 
 import triton
 import triton.language as tl
 
-# Two edges take 8 loads; one takes 5; with three there is little left to save.
+# One edge needs 5 loads and two need 8; three would save little more.
 ROWS = tl.constexpr(2)
 
 
 @triton.constexpr_function
 def edge_parts(R, BLOCK):
-    """Count the parts of BLOCK threads that form all edges of a region."""
+    """Return how many parts of BLOCK threads cover all edges of a region."""
     return triton.cdiv(3 * (R + 2) * triton.cdiv(R + 2, ROWS), BLOCK)
 
 
 @triton.constexpr_function
 def pixel_parts(R, BLOCK, PIXELS):
-    """Count the parts of BLOCK threads that write all pixels of a region."""
+    """Return how many parts of BLOCK threads cover all pixels of a region."""
     return triton.cdiv(3 * R * R, BLOCK * PIXELS)
 
 
 @triton.jit
 def of_channel(channel, of_three):
-    """Take the number of this thread's channel."""
+    """Select the value of this thread's channel."""
     red, green, blue = of_three
     return tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
 
 
 @triton.jit
 def scale_and_zero(channel, scales, shifts, UINT8: tl.constexpr):
-    """Scale of this thread's pixels, and the pixel that is 0 once normalised."""
+    """Return the scale of this thread's pixels, and the pixel value that normalises to 0."""
     scale, zero = 1.0, 0.0
     if UINT8:
         scale = of_channel(channel, scales)
@@ -42,12 +42,13 @@ def scale_and_zero(channel, scales, shifts, UINT8: tl.constexpr):
 
 @triton.jit
 def edge_places(part, gy, gx, SIDE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Place this thread's edges: at (c, y, x), (c, y + 1, x) of the (3, R + 2, R + 2) of K.
+    """Locate this thread's edges: (c, y, x) and (c, y + 1, x) in the (3, R + 2, R + 2) of K.
 
-    Returns the channel, the first edge's offset into K, which of the edges exist in K (the last
-    threads have none), which lie inside the image (others count 0), and where the pixels lie:
-    offsets of the rows y - 1 .. y + ROWS, nearest where they are outside the image, of the columns
-    beside, and how many of an edge's neighbours are outside.
+    Returns:
+        The channel; the first edge's offset into K; which of the edges exist in K (the last threads
+        have no edges); which are inside the image (others count 0); and the pixels around them:
+        offsets of the rows y - 1 .. y + ROWS, clamped to the image; relative offsets of the columns
+        to the left and right; and how many of each edge's neighbours are outside the image.
     """
     flat = part * BLOCK + tl.arange(0, BLOCK)
     runs: tl.constexpr = triton.cdiv(R + 2, ROWS)
@@ -79,21 +80,23 @@ def form_edges(
 ):
     """e = x[y-1] + x[y+1] + x[x-1] + x[x+1] - 4 x, or |e|, of this thread's edges in one image.
 
-    uint8 pixels are taken as they are: the caller multiplies by their scale. `zero` is the pixel
-    that zero padding puts in the place of those outside, where the loaded ones are nearest ones.
+    uint8 pixels are not scaled here: the caller multiplies by their scale. Pixels outside the image
+    are loaded as the nearest inside; zero padding replaces them with `zero`, the pixel value that
+    normalises to 0.
     """
     pixels, left, right, borders = around
-    wide: tl.constexpr = tl.int32 if UINT8 else tl.float32
-    above = tl.load(image_ptr + pixels[0]).to(wide)
-    here = tl.load(image_ptr + pixels[1]).to(wide)
+    dtype: tl.constexpr = tl.int32 if UINT8 else tl.float32
+    above = tl.load(image_ptr + pixels[0]).to(dtype)
+    here = tl.load(image_ptr + pixels[1]).to(dtype)
     edges = ()
     for step in tl.static_range(ROWS):
-        below = tl.load(image_ptr + pixels[step + 2]).to(wide)
+        below = tl.load(image_ptr + pixels[step + 2]).to(dtype)
         edge = above + below - 4 * here
-        edge += tl.load(image_ptr + pixels[step + 1] + left).to(wide)
-        edge += tl.load(image_ptr + pixels[step + 1] + right).to(wide)
+        edge += tl.load(image_ptr + pixels[step + 1] + left).to(dtype)
+        edge += tl.load(image_ptr + pixels[step + 1] + right).to(dtype)
         if UINT8:
-            # 3 * 2**22 + e as a float holds e in its last bits: an addition, no slow conversion.
+            # The float 3 * 2**22 + e has e in its last bits, so an addition of integers replaces
+            # a slow conversion.
             edge = (edge + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         if not REPLICATE:
             edge += borders[step] * (zero - here.to(tl.float32))
@@ -106,7 +109,7 @@ def form_edges(
 def pixel_places(
     part, gy, gx, SIDE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr
 ):
-    """Place this thread's PIXELS adjacent pixels: channel, offsets into an image, whether real."""
+    """Locate this thread's PIXELS adjacent pixels: channel, offsets into an image, whether real."""
     flat = part * BLOCK + tl.arange(0, BLOCK)
     groups: tl.constexpr = R // PIXELS
     channel, row, group = flat // (R * groups), flat // groups % R, flat % groups
@@ -129,9 +132,9 @@ def logistic(uniform):
 def decide(
     delta, noise_ptr, place, wanted, tau, seed, offset, MODE: tl.constexpr, GIVEN: tl.constexpr
 ):
-    """m = (Δ + ε > 0), and σ((Δ + ε) / τ), which is m itself where MODE is soft.
+    """Return m = (Δ + ε > 0) and σ((Δ + ε) / τ); with MODE soft, m is the latter.
 
-    The noise ε is given, or the stream's at `offset + place`; 0 where MODE is argmax.
+    The noise ε is given or drawn from the stream at `offset + place`; it is 0 with MODE argmax.
     """
     if MODE != "argmax":
         if GIVEN:
@@ -144,7 +147,7 @@ def decide(
 
 @triton.jit
 def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """COUNT sums of 0 in each thread, one an image or row."""
+    """Return COUNT zero-initialised sums per thread, one per image or row."""
     totals = ()
     for _ in tl.static_range(COUNT):
         totals += (tl.zeros((BLOCK,), tl.float32),)
@@ -153,7 +156,7 @@ def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def gathered(totals, IMAGES: tl.constexpr):
-    """Σ over threads of each image's totals: IMAGES tensors (BLOCK,) to one (IMAGES,)."""
+    """Sum each image's totals over threads: IMAGES tensors (BLOCK,) to one (IMAGES,)."""
     sums = tl.zeros((IMAGES,), tl.float32)
     for image in tl.static_range(IMAGES):
         sums += tl.where(tl.arange(0, IMAGES) == image, tl.sum(totals[image], 0), 0.0)
@@ -162,7 +165,7 @@ def gathered(totals, IMAGES: tl.constexpr):
 
 @triton.jit
 def scattered(lanes, IMAGES: tl.constexpr):
-    """One number an image: a tensor (IMAGES,) to IMAGES scalars, each known to all threads."""
+    """Split a tensor (IMAGES,) into IMAGES scalars, each available to all threads."""
     numbers = ()
     for image in tl.static_range(IMAGES):
         numbers += (tl.sum(tl.where(tl.arange(0, IMAGES) == image, lanes, 0.0), 0),)
