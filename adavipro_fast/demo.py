@@ -1,12 +1,13 @@
 """The built-in demo: generated images and the small CLIP that is trained on them.
 
-A photo shows one speckled shape on a smooth coloured ground. The small CLIP first learned shapes,
-on photos like those of the downstream task. Then colour and shape went together in most photos,
-so it came to read the ground as well as the shape. The downstream task breaks that habit: the
-ground's colour says nothing. A prompt helps by drowning the misleading ground, and harms where it
-covers the shape, which may stand anywhere and have any size. So it pays to learn where to add.
+A photo shows one speckled shape on a smooth coloured background. The small CLIP first learns shapes
+on photos like those of the downstream task. Then it is trained on photos in which most backgrounds
+have the colour associated with their shape, so it learns to use the background too. In the
+downstream task the background's colour is uninformative and misleads it. A prompt helps where it
+covers the background and harms where it covers the shape, which may have any position and size, so
+it is worth learning where to add the prompt.
 
-    python -m adavipro_fast.demo model  --output DIR    remake the small CLIP (deterministic)
+    python -m adavipro_fast.demo model  --output DIR    train the small CLIP again (deterministic)
     python -m adavipro_fast.demo images --output DIR    write the downstream task as folders
 """
 
@@ -78,13 +79,13 @@ SHAPES_FIRST = 0.6
 
 
 def train_model() -> dict[str, Tensor]:
-    """Train the small CLIP, first on shapes, then on the habit; about 12 minutes on 2 cores.
+    """Train the small CLIP, first on shapes, then on correlated colours: 12 minutes on 2 cores.
 
-    Each photo is matched against the texts of all classes, which is CLIP's loss with the batch's
-    duplicate captions taken out.
+    The loss matches each photo against the texts of all classes, which is CLIP's loss without the
+    duplicate captions of a batch.
 
     Returns:
-        The state dict, fp16 but for `logit_scale`.
+        The state dict, in fp16 except `logit_scale`.
     """
     torch.manual_seed(0)
     clip = CLIP(**MODEL["model_cfg"])
@@ -98,7 +99,7 @@ def train_model() -> dict[str, Tensor]:
     # On a CPU flash attention is several times slower than plain attention at 50 tokens.
     with sdpa_kernel(SDPBackend.MATH):
         for step in (bar := trange(STEPS, desc="train the demo CLIP", disable=None)):
-            # Shapes are learned first: where colour tells the class, shape would not be.
+            # Learn shapes first: if colour predicted the class, shapes would not be learned.
             world = PRETRAINING if step >= STEPS * SHAPES_FIRST else DOWNSTREAM
             images, labels = render(BATCH, world, generator)
             with torch.autocast("cpu", torch.bfloat16):
@@ -116,7 +117,7 @@ def train_model() -> dict[str, Tensor]:
 
 
 def write_model(output: Path) -> None:
-    """Train the small CLIP and write it as a folder that open_clip's `local-dir:` reads."""
+    """Train the small CLIP and write it as a folder for open_clip's `local-dir:`."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "open_clip_config.json").write_text(json.dumps(MODEL, indent=2) + "\n")
     save_file(train_model(), output / "open_clip_model.safetensors")
@@ -133,13 +134,13 @@ class DemoConfig:
 
 
 def command(config: DemoConfig) -> dict[str, Any]:
-    """Make what was asked for."""
+    """Create the model or the images."""
     (write_model if config.what == "model" else write_images)(config.output)
     return {"what": config.what, "output": str(config.output)}
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say what was written, and how to train with it."""
+    """Format what was written, and how to train with it."""
     output = result["output"]
     what, flag = {
         "model": ("the small CLIP", f"--model local-dir:{output}"),
@@ -149,7 +150,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Parse, make, print."""
+    """Parse, create, print."""
     cli.main(DemoConfig, command, summary)
 
 

@@ -1,4 +1,4 @@
-"""Which device a command runs on, what it does fast, and fp32 that is fp32 on it."""
+"""Choose a device, check its fast precisions, and keep fp32 products in full fp32."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 backends: Any = torch.backends
-# Where PyTorch may take a shorter type for fp32 products: TF32 on GPUs, bf16 on CPUs.
+# Operations for which PyTorch may replace fp32 with a shorter type: TF32 on GPUs, bf16 on CPUs.
 PRODUCTS = (
     backends.cudnn.conv,
     backends.cudnn.rnn,
@@ -18,7 +18,7 @@ PRODUCTS = (
     backends.mkldnn.conv,
     backends.mkldnn.matmul,
 )
-# Limits of oneDNN's instruction sets under which it still has bf16 instructions.
+# Values of oneDNN's instruction-set limit that still allow bf16 instructions.
 BF16_ISAS = (
     "DEFAULT",
     "ALL",
@@ -30,16 +30,16 @@ BF16_ISAS = (
     "AVX10_1_512_AMX",
     "AVX10_1_512_AMX_FP16",
 )
-# The older pair of settings, which torch itself reads, and refuses to read where they disagree
-# with the newer ones: whether cuDNN may take TF32, and how exact matrix products are.
+# PyTorch's older pair of settings: whether cuDNN may use TF32, and the precision of matrix
+# products. PyTorch raises when they are read while they contradict the newer settings.
 Older = tuple[bool, str]
 
 
 def torch_device(name: str) -> torch.device:
-    """Turn `auto` or a device name into a device that is there, a CUDA one with its number.
+    """Turn `auto` or a device name into an available device; a CUDA device gets an index.
 
     Raises:
-        ValueError: unknown or absent.
+        ValueError: the device is unknown or not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,7 @@ def torch_device(name: str) -> torch.device:
         raise ValueError(
             f"device {name!r} was requested, but PyTorch finds no CUDA device; use cpu"
         )
-    # TensorRT, ONNX Runtime and events want a number: "cuda" alone means the current one.
+    # TensorRT, ONNX Runtime and CUDA events need an index; plain "cuda" means the current device.
     number = torch.cuda.current_device() if device.index is None else device.index
     if number >= torch.cuda.device_count():
         raise ValueError(
@@ -71,7 +71,7 @@ def _settings() -> tuple[Older | None, tuple[str, ...]]:
     try:
         return (backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()), newer
     except RuntimeError:
-        # The caller has set them apart.
+        # The caller has made older and newer settings disagree.
         return None, newer
 
 
@@ -84,7 +84,7 @@ def _set(older: Older | None, newer: tuple[str, ...]) -> None:
 
 
 class _Inside:
-    """How many calls are inside `full_fp32`, of all threads, and what the first one found."""
+    """Number of active `full_fp32` contexts in all threads, and the settings before the first."""
 
     lock = threading.Lock()
     count = 0
@@ -93,12 +93,14 @@ class _Inside:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Keep fp32 products from running in TF32 or bf16, whatever the caller allows elsewhere.
+    """Run fp32 products in full fp32 instead of TF32 or bf16, whatever the caller's settings.
 
-    cuDNN uses TF32 by default, which turns a mask where Δ is near 0. The settings are
-    the process's: products of other threads are exact meanwhile. What a caller had set through
-    torch.backends.fp32_precision for all products is afterwards set for each. A backward pass runs
-    under its caller's settings, and torch.compile does not see these: call both inside.
+    cuDNN uses TF32 by default, which flips mask decisions where Δ is near 0. The settings apply to
+    the process, so other threads' products are in full fp32 too while the context is active.
+    A value that the caller set for all products through torch.backends.fp32_precision is restored
+    for each product separately. Run backward passes and compiled functions inside the context as
+    well: a backward pass uses the settings at its own call, and torch.compile ignores a context
+    inside the compiled function.
     """
     if torch.compiler.is_compiling():
         yield
@@ -119,26 +121,26 @@ def full_fp32() -> Iterator[None]:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Report whether the processor has bf16 instructions that PyTorch uses: read, not timed."""
+    """Report whether the device has bf16 instructions that PyTorch uses; nothing is timed."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if platform.machine().lower() in ("arm64", "aarch64"):
-        # oneDNN with Arm's library; Apple's processors and builds without it emulate bf16.
+        # True for oneDNN with Arm's library. Apple's processors and other builds emulate bf16.
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # oneDNN's own variable limits what it uses, ATen's the rest.
+    # oneDNN's variable limits oneDNN; ATen's capability limits PyTorch's own kernels.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT"))
     limited = limit.upper() not in BF16_ISAS
-    wide = "AVX512" in torch.backends.cpu.get_cpu_capability().upper()
-    return wide and not limited and bool(torch.cpu._is_avx512_bf16_supported())
+    avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability().upper()
+    return avx512 and not limited and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def fast_precision(device: torch.device) -> Literal["fp32", "bf16"]:
-    """Return the precision that the device trains in fastest: bf16 where it has it, else fp32."""
+    """Return the fastest precision to train in on a device: bf16 if it is native, else fp32."""
     return "bf16" if fast_bf16(device) else "fp32"
 
 
 def slow_precision(precision: str, device: torch.device) -> str | None:
-    """Return a warning about a precision that the device only emulates, or None."""
+    """Return a warning if the device only emulates a precision, else None."""
     if device.type != "cpu":
         return None
     if precision == "fp16":

@@ -1,18 +1,18 @@
-"""What can go wrong beside a bad request, and how text is made fit for a terminal."""
+"""The package's exceptions, and escaping of text for terminals."""
 
 
 class VerificationError(Exception):
-    """A result was checked and found wrong."""
+    """The verification of a result failed."""
 
 
 def printable(text: str) -> str:
-    """Escape what a terminal would take as a command: names come from folders and files."""
+    """Escape control characters: names come from folders and files, and may be hostile."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class EncoderWarning(UserWarning):
-    """An encoder may run otherwise than its weights were trained."""
+    """An encoder may run with other settings than its weights were trained with."""
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the last good state is on the disk."""
+    """The loss became NaN or infinite; the last good state is saved."""

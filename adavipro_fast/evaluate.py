@@ -127,7 +127,7 @@ def command(config: EvaluateConfig) -> dict[str, Any]:
 def write_mistakes(
     config: EvaluateConfig, about: Description, cut: Cut, evaluation: Evaluation
 ) -> None:
-    """Write and draw where the model is wrong, as far as it was asked for."""
+    """Write the requested files about the model's errors."""
     names = about.class_names
     if config.confusion is not None:
         counts = confusion(evaluation, len(names))
@@ -136,13 +136,13 @@ def write_mistakes(
         else:
             pictures.save(pictures.confusion(counts, names), config.confusion)
     probabilities = about.calibration.probabilities(evaluation.logits)
-    found = mistakes(evaluation, probabilities, names, cut.name)
+    wrong = mistakes(evaluation, probabilities, names, cut.name)
     if config.errors is not None:
-        write_errors(config.errors, found)
-    if config.worst is not None and not found:
+        write_errors(config.errors, wrong)
+    if config.worst is not None and not wrong:
         cli.warn(f"no answer is wrong, so {config.worst} was not written")
     elif config.worst is not None:
-        drawn = found[: -DRAWN - 1 : -1]
+        drawn = wrong[: -DRAWN - 1 : -1]
         rows = torch.tensor([each.row for each in drawn])
         images, _ = cut.split.batch(rows, torch.device("cpu"))
         titles = [f"{each.label}: {each.answer} {100 * each.confidence:.0f} %" for each in drawn]
@@ -155,7 +155,7 @@ def write_mistakes(
 def probability_figures(
     evaluation: Evaluation, calibration: Calibration, least: float | None
 ) -> dict[str, float]:
-    """Say how far probabilities can be trusted, before and after calibration."""
+    """Measure the quality of probabilities, with and without calibration."""
     labels, figures = evaluation.labels, {"temperature": calibration.temperature}
     for ending, scale in (("", calibration), ("_uncalibrated", calibration.without)):
         probabilities = scale.probabilities(evaluation.logits)
@@ -170,7 +170,7 @@ def probability_figures(
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say how accurate it is, and where it is worst."""
+    """Format the accuracy and the worst classes."""
     shares = [(name, top1) for name, top1 in result["per_class"].items() if top1 is not None]
     worst = sorted(shares, key=lambda entry: entry[1])[:SHOWN_CLASSES]
     return (

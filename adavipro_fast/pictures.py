@@ -1,4 +1,4 @@
-"""Pictures: what the masks look like (paper Figure 4) and how a run went."""
+"""Plots of masks (paper Figure 4), training curves, confusion matrices and comparisons."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -23,7 +23,7 @@ from adavipro_fast.method.functional import dilate
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import frame
 
-# Okabe and Ito's: colour-blind people can tell them apart.
+# From the palette of Okabe and Ito, which colour-blind people can distinguish.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 # Inches.
 PANEL, GAP, APART, TITLE = 2.1, 0.06, 0.3, 0.3
@@ -31,14 +31,14 @@ GRID_PANEL = 1.5
 PANELS_IN_ROW = 8
 STRIPES = 28
 FONT = FontProperties(size=8)
-# Beyond this many classes numbers would be too small.
+# With more classes the numbers would be too small.
 MOST_NUMBERED = 40
-# Beyond this many epochs the markers would hide the line.
+# With more epochs the markers would hide the line.
 MOST_MARKED = 20
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure when it is complete."""
+    """Write a figure atomically."""
     write_whole(path, encoded(figure, path.suffix[1:]))
 
 
@@ -104,16 +104,16 @@ def mask_grid(model: AdaViPro, images: Tensor, titles: Sequence[str]) -> Figure:
 def overlay(
     images: Tensor, masks: Tensor, titles: Sequence[str], config: PromptConfig | None
 ) -> Figure:
-    """Draw each image, and beside it a copy that shows what the prompt does within its frame.
+    """Draw each image, and beside it a copy that shows where the prompt is added.
 
-    Open parts are outlined, closed ones grey and hatched; what the prompt never touches stays as
-    it is.
+    Within the prompt's frame, open parts are outlined, and closed parts are grey and hatched.
+    Outside the frame the image is unchanged.
 
     Args:
         images: (N, 3, S, S) uint8.
         masks: (N, G, G) of 0 and 1.
         titles: N, drawn as plain text.
-        config: the prompt's; without a prompt the images are drawn alone.
+        config: the prompt's; without a prompt only the images are drawn.
     """
     prompted = config is not None and config.method in PROMPTED
     figure, places = _places(len(images), panels=2 if prompted else 1)
@@ -140,12 +140,12 @@ def overlay(
 
 
 def masked(image: Tensor, mask: Tensor, config: PromptConfig | None) -> Figure:
-    """Draw one image (3, S, S) with what `overlay` draws on it, to the figure's borders.
+    """Draw one image (3, S, S) with its mask as in `overlay`, without any border.
 
     Args:
         image: uint8.
         mask: (G, G) of 0 and 1.
-        config: the prompt's; without a prompt the image is drawn alone.
+        config: the prompt's; without a prompt only the image is drawn.
     """
     figure = Figure(figsize=(PANEL, PANEL))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -157,21 +157,21 @@ def masked(image: Tensor, mask: Tensor, config: PromptConfig | None) -> Figure:
 
 
 def _draw_masks(
-    places: Sequence[Axes], images: Tensor, masks: Tensor, config: PromptConfig
+    panels: Sequence[Axes], images: Tensor, masks: Tensor, config: PromptConfig
 ) -> bool:
-    """Draw what the prompt does to each image, and tell whether any part is closed."""
+    """Draw each image with its mask; return whether any part is closed."""
     inside = frame(images.shape[-1], config.prompt_size)
     opened = dilate(masks.bool(), config.region_size)
     closed = inside & ~opened
     hatched = _hatched(images / 255, closed)
-    for axis, picture, applied in zip(places, _shown(hatched), inside & opened, strict=True):
+    for axis, picture, applied in zip(panels, _shown(hatched), inside & opened, strict=True):
         _show(axis, picture)
         _outline(axis, applied, config)
     return bool(closed.any())
 
 
 def _places(count: int, panels: int) -> tuple[Figure, list[list[Axes]]]:
-    """Make a figure with some panels side by side for each of `count` images, wrapped into rows."""
+    """Make a figure with `panels` axes side by side for each of `count` images, in rows."""
     in_row = min(count, PANELS_IN_ROW // panels)
     across, down = panels * (PANEL + GAP) + APART, PANEL + TITLE
     width, height = in_row * across, -(-count // in_row) * down
@@ -193,7 +193,7 @@ def _places(count: int, panels: int) -> tuple[Figure, list[list[Axes]]]:
 
 
 def _hatched(images: Tensor, marked: Tensor) -> Tensor:
-    """Make marked pixels grey, with stripes that show on light, grey and dark images alike."""
+    """Make marked pixels grey, with stripes visible on light, grey and dark images."""
     side = images.shape[-1]
     period = max(4, side // STRIPES)
     diagonal = (torch.arange(side)[:, None] + torch.arange(side)) % period
@@ -203,7 +203,7 @@ def _hatched(images: Tensor, marked: Tensor) -> Tensor:
 
 
 def _outline(axis: Axes, applied: Tensor, config: PromptConfig) -> None:
-    """Draw the border of an area (S, S) that parts of the frame's regions make up."""
+    """Outline an area (S, S) that consists of parts of the frame's regions."""
     side, size = len(applied), config.prompt_size
     cuts = sorted({*range(0, side + 1, config.region_size), size, side - size})
     cells = applied[cuts[:-1]][:, cuts[:-1]]
@@ -211,7 +211,7 @@ def _outline(axis: Axes, applied: Tensor, config: PromptConfig) -> None:
     lines += _borders(cells, cuts)
     narrowest = 72 * PANEL * min(config.region_size, size) / side
     width = min(max(0.25 * narrowest, 0.6), 1.8)
-    # Lies above the axes' own border; white beneath, or the colour is lost on an image of the same.
+    # Drawn above the axes' border, with white beneath so that it shows on an image of its colour.
     style: dict[str, Any] = {"capstyle": "projecting", "clip_on": False, "zorder": 3}
     for colour, points in (("white", 2.2 * width), (BLUE, width)):
         axis.add_collection(LineCollection(lines, colors=colour, linewidths=points, **style))
@@ -221,7 +221,7 @@ def _borders(cells: Tensor, cuts: Sequence[int]) -> list[list[tuple[int, int]]]:
     """Return the horizontal lines, as two points (x, y), between cells that differ."""
     padded = F.pad(cells, (0, 0, 1, 1))
     differ = F.pad(padded[1:] != padded[:-1], (1, 1)).int()
-    # Where a line begins and where it ends, in turn.
+    # Alternately the beginning and the end of a line.
     turns = differ.diff(dim=1).nonzero().tolist()
     return [
         [(cuts[x], cuts[y]), (cuts[end], cuts[y])]
@@ -238,9 +238,9 @@ def _show(axis: Axes, picture: np.ndarray[Any, Any]) -> None:
 
 
 def _entitle(axis: Axes, title: str, width: float, x: float = 0.5) -> None:
-    """Write a title of at most `width` inches as plain text; a longer one loses its middle.
+    """Draw a title as plain text; shorten it in the middle to at most `width` inches.
 
-    Class names come from folders: no mathematics, no line breaks, no control characters.
+    Class names come from folders, so mathematics, line breaks and control characters are escaped.
     """
     drawn = get_font(findfont(FONT)).get_charmap()
     text = "".join(c if c.isprintable() and ord(c) in drawn else ascii(c)[1:-1] for c in title)
@@ -288,7 +288,7 @@ def curves(rows: Sequence[dict[str, float]], zero_shot_top1: float | None) -> Fi
 
 
 def confusion(counts: Tensor, class_names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix (K, K), classes down and answers across, shares as colours."""
+    """Draw a confusion matrix (K, K): classes are rows, answers columns, shares colours."""
     side = min(3 + 0.3 * len(counts), 30)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
@@ -334,7 +334,7 @@ def comparison(rows: Sequence[dict[str, Any]], winner: str) -> Figure:
 
 
 def _plot(axis: Axes, rows: Sequence[dict[str, float]], labels: dict[str, str]) -> None:
-    """Plot figures of the rows, each in a colour and a dash of its own."""
+    """Plot each column over epochs in its own colour and dash pattern."""
     marker = "o" if len(rows) <= MOST_MARKED else ""
     epochs = [row["epoch"] for row in rows]
     styles = zip((BLUE, ORANGE, GREEN), ("-", "--", "-."), strict=True)

@@ -1,7 +1,7 @@
 """Classify images with a trained prompt: `python -m adavipro_fast.predict ARTIFACT IMAGE...`.
 
-With `--output`, images are also folders, lists, tar shards and Parquet files, and a command that
-was stopped goes on when it is started again.
+With `--output`, sources may also be folders, lists, tar shards and Parquet files, and a stopped
+command continues when it is started again.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def command(config: PredictConfig) -> dict[str, Any]:
-    """Predict and return what was found, image by image."""
+    """Classify and return a prediction per image."""
     if not config.images:
         raise ValueError("no image given; use predict ARTIFACT IMAGE [IMAGE ...]")
     if config.ray is not None and config.output is None:
@@ -120,13 +120,13 @@ def command(config: PredictConfig) -> dict[str, Any]:
 def write_rows(
     artifact: Artifact, options: dict[str, Any], config: PredictConfig, output: Path
 ) -> dict[str, Any]:
-    """Classify all images into a file or folder, or go on with one.
+    """Classify all images into a new file or folder, or continue an unfinished one.
 
     Args:
         artifact: opened with the options.
-        options: of `open_artifact`, for other machines.
-        config: what was asked for.
-        output: of the rows.
+        options: arguments of `open_artifact`, for other machines.
+        config: the command's settings.
+        output: file or folder of the rows.
     """
     if config.picture is not None:
         raise ValueError("--picture cannot be combined with --output; leave one of them out")

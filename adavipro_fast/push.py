@@ -1,7 +1,7 @@
 """Publish a checkpoint on the Hugging Face Hub: `python -m adavipro_fast.push FILE OWNER/NAME`.
 
-The file goes as it is, with a model card and the run's pictures; HF_TOKEN or `hf auth login` says
-who you are.
+The file is uploaded unchanged, with a model card and the run's pictures; log in with HF_TOKEN or
+`hf auth login`.
 """
 
 import shutil
@@ -45,11 +45,11 @@ def main() -> None:
 
 
 def command(config: PushConfig) -> dict[str, Any]:
-    """Lay file, card and pictures together, and send them in one commit.
+    """Upload file, card and pictures in one commit.
 
     Raises:
-        OSError: no such file, or it cannot be sent, with the reason.
-        ValueError: not a checkpoint of ours, or no name of a repository.
+        OSError: the file does not exist or cannot be uploaded; the message has the reason.
+        ValueError: the file is not a checkpoint of ours, or the repository's name is invalid.
     """
     hub.check_repository(config.repository)
     checkpoint = load_checkpoint(config.checkpoint)
@@ -67,7 +67,7 @@ def command(config: PushConfig) -> dict[str, Any]:
     pictures = [name for name in PICTURES if config.checkpoint.with_name(name).is_file()]
     with TemporaryDirectory() as name:
         folder = Path(name)
-        # The file itself, not what was read of it written again.
+        # A copy of the file, not its parsed content written again.
         shutil.copyfile(config.checkpoint, folder / hub.CHECKPOINT)
         for picture in pictures:
             shutil.copyfile(config.checkpoint.with_name(picture), folder / picture)
@@ -91,7 +91,7 @@ def command(config: PushConfig) -> dict[str, Any]:
 
 
 def run_of(path: Path, checkpoint: Checkpoint) -> Run | None:
-    """Return what the run says that wrote a checkpoint; none where it is not there or not done."""
+    """Return the record of the run that wrote a checkpoint; None if missing or unfinished."""
     beside = path.with_name("last.safetensors")
     if not beside.is_file():
         return None
@@ -109,7 +109,7 @@ def run_of(path: Path, checkpoint: Checkpoint) -> Run | None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say where it lies, and how others use it."""
+    """Format the repository's address, and how others use it."""
     return (
         f"pushed: {', '.join(result['files'])} to {result['url']}\n"
         f"use:    python -m adavipro_fast.predict {result['address']} IMAGE"

@@ -2,8 +2,8 @@
 
     curl -F image=@photo.jpg http://127.0.0.1:8000/classify
 
-A browser shows a page to drop pictures on. Also KServe v2 (`tritonclient` works), an OpenAPI page
-at /docs and metrics at /metrics.
+A browser shows a page to drop pictures on. The server also has the KServe v2 protocol
+(`tritonclient` works), an OpenAPI page at /docs and metrics at /metrics.
 """
 
 import re
@@ -87,12 +87,12 @@ class ServeConfig:
 
 
 def main() -> None:
-    """Parse, serve until a signal comes, print what was served."""
+    """Parse, serve until a signal arrives, print what was served."""
     cli.main(ServeConfig, command)
 
 
 def command(config: ServeConfig) -> dict[str, Any]:
-    """Serve until a signal comes.
+    """Serve until a signal arrives.
 
     Raises:
         ImportError: the extra is not installed.
@@ -106,7 +106,7 @@ def command(config: ServeConfig) -> dict[str, Any]:
 
 
 def prepared(config: ServeConfig) -> Server:
-    """Listen, and open the files; errors are `command`'s."""
+    """Listen and open the files; raises the errors of `command`."""
     check_installed()
     from adavipro_fast.serving.application import Limits
 
@@ -137,7 +137,8 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
     """Open the files.
 
     Raises:
-        ValueError: none, two of one name, or no file takes tasks.
+        ValueError: there are no files, two have the same name, or a tasks folder is given and no
+            file accepts tasks.
     """
     if not config.artifact:
         raise ValueError("no file given; use serve ARTIFACT [ARTIFACT ...]")
@@ -163,10 +164,10 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
 
 
 def named(text: str) -> tuple[str, Path]:
-    """Split NAME=PATH; a file without a name has its own, a checkpoint that of its folder.
+    """Split NAME=PATH; by default a file has its own name, and a checkpoint its folder's.
 
     Raises:
-        ValueError: a name that no address can hold.
+        ValueError: the name cannot be used in a URL.
     """
     name, given, rest = text.partition("=")
     path = on_disk(Path(rest if given else text))
@@ -179,10 +180,10 @@ def named(text: str) -> tuple[str, Path]:
 
 
 def read_token(path: Path | None) -> str | None:
-    """Read the token that clients must show.
+    """Read the bearer token that clients must send.
 
     Raises:
-        ValueError: the file holds none, or one that no header can carry.
+        ValueError: the file contains no token, or one that is too short or invalid in a header.
     """
     if path is None:
         return None
@@ -195,7 +196,7 @@ def read_token(path: Path | None) -> str | None:
 
 
 def say(line: str) -> None:
-    """Tell the person at the terminal."""
+    """Print a line to the terminal."""
     print(printable(line), file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ class TasksConfig:
 
 
 def command(config: TasksConfig) -> dict[str, Any]:
-    """Return what each task is made of."""
+    """Return the settings and size of each task."""
     path = config.artifact
     about = describe(path)
     tasks = [
@@ -38,7 +38,7 @@ def command(config: TasksConfig) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """List the tasks, a line each."""
+    """Format the tasks, one per line."""
     if not result["tasks"]:
         if result["open"]:
             return f"{result['path']} contains no task; they are .task files (adavipro-to-task)"

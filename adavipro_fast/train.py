@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def command() -> dict[str, Any]:
-    """Start the run that the command line describes, or go on with it."""
+    """Start the run that the command line describes, or resume it."""
     resume = cli.parse_some(First).resume
     if resume is not None:
         return resume_run(resume, lambda before: cli.parse(TrainConfig, before))
@@ -44,7 +44,7 @@ def parse() -> TrainConfig:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say what was reached, where it lies, and what to do next."""
+    """Format the accuracy, the files and the next commands."""
     path, before = result["checkpoint"], "no zero-shot without a text encoder"
     reached = f"validation top-1 {result['val_top1']:.1f} % (no test split"
     if result["test_top1"] is not None:
