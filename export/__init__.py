@@ -1,1 +1,1 @@
-"""Exporters: one deployable file from a checkpoint."""
+"""Export checkpoints to deployable files: ONNX, TensorRT engines, task files, Triton models."""

@@ -1,6 +1,6 @@
-"""Compare what is exported with PyTorch on the same images.
+"""Compare an exported file with PyTorch on the same images.
 
-Masks must agree everywhere but where Δ is within rounding of 0, and those ties are counted.
+Masks must agree in all regions except ties, where Δ is within rounding of 0; ties are counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,41 +27,41 @@ from adavipro_fast.method.preprocess import Preprocess
 
 Classify = Callable[[Tensor], Prediction]
 
-# 1, an odd number and a large one.
+# Batch sizes: 1, an odd number and a large one.
 BATCHES = (1, 3, 16)
 LARGEST_ERROR_FP32 = 1e-5
-# Of a logit, to the largest one, or to 1.
+# Relative to the largest logit, or to 1 if that is smaller.
 LARGEST_LOGIT_ERROR_FP32 = 1e-4
 SMALLEST_COSINE = 0.9999
-# Of images that a graph resizes itself: wide, tall, tiny, of its own side.
+# (width, height) of images for graphs that resize: landscape, portrait, tiny, the graph's own size.
 SIZES = ((640, 480), (300, 500), (37, 53), (224, 224), (1, 9), (1920, 270))
-# Δ sums some thousand products; a few roundings of its largest terms decide nothing.
+# Δ is a sum of thousands of products; allow a few roundings of its largest terms.
 TIE = 4e-6
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two backends are apart, over all images."""
+    """Differences between two backends, over all images."""
 
     max_abs_error: float
-    """of the embedding"""
+    """of the embeddings"""
     max_logit_error: float
-    """of the logits, to the largest one or to 1"""
+    """of the logits, relative to the largest one or to 1"""
     min_cosine: float
-    """of the embeddings, worst image"""
+    """of the embeddings, for the worst image"""
     top1_agreement: float
     """share of images, percent"""
     mask_agreement: float
-    """share of regions, 0-1, ties aside"""
+    """share of regions, 0-1; ties count as equal"""
     mask_ties: int
-    """regions whose Δ is within rounding of 0 and whose decisions differ"""
+    """number of regions with different decisions whose Δ is within rounding of 0"""
 
     def complaint(self, precision: str) -> str | None:
-        """Say what is worse than rounding in `precision` explains."""
+        """Describe a difference beyond rounding in `precision`; None if there is none."""
         if self.mask_agreement < 1:
             return f"masks agree on only {self.mask_agreement:.4%} of the regions"
         if precision in QUANTISED:
-            # What rounding costs was judged on images, by accuracy.
+            # The loss of accuracy by quantisation was already measured on images.
             return None
         if precision == "fp32" and not self.max_abs_error <= LARGEST_ERROR_FP32:
             return f"embeddings differ by {self.max_abs_error:.1e}, more than {LARGEST_ERROR_FP32}"
@@ -73,12 +73,12 @@ class Comparison:
 
 
 def opened(path: Path) -> OnnxArtifact | None:
-    """Open a file that was just written; none where no ONNX Runtime here runs bf16.
+    """Open a file that was just written; None if it is bf16 and cannot run here.
 
     Raises:
-        VerificationError: it cannot be run.
+        VerificationError: the file cannot run.
     """
-    # ONNX Runtime's CPU provider has no bf16.
+    # ONNX Runtime's CPU provider does not support bf16.
     about = describe_onnx(path)
     bf16 = about.precision == "bf16"
     if bf16 and not torch.cuda.is_available():
@@ -95,8 +95,8 @@ def sample_batches(preprocess: Preprocess, images: Sequence[Path] = ()) -> list[
     """Make batches of real images and noise: (B, 3, S, S) uint8 each.
 
     Args:
-        preprocess: how images become pixels.
-        images: folders of images; none takes the demo's procedural ones.
+        preprocess: turns images into pixels.
+        images: folders of images; if empty, the demo's procedural images are used.
     """
     generator = torch.Generator().manual_seed(0)
     count = sum(BATCHES)
@@ -124,7 +124,7 @@ def sample_batches(preprocess: Preprocess, images: Sequence[Path] = ()) -> list[
 
 
 def ties(model: AdaViPro, pixels: Tensor) -> Tensor:
-    """Mark the regions whose Δ is within rounding of 0: (B, G, G) bool."""
+    """Return which regions' Δ is within rounding of 0: (B, G, G) bool."""
     prompt = model.prompt
     images = prompt.normalised(pixels)
     if prompt.generator is None:
@@ -134,7 +134,7 @@ def ties(model: AdaViPro, pixels: Tensor) -> Tensor:
         size = 1 + delta.abs().amax()
     else:
         kernel, bias = prompt.generator.collapsed()
-        # Edges are differences of pixels, which round too.
+        # + 8 for the rounding of the edges, which are differences of pixels.
         size = region_logit(prompt.edges(images).abs() + 8, kernel.abs(), bias.abs())
     near: Tensor = delta.abs() <= TIE * size
     return near
@@ -144,7 +144,7 @@ def ties(model: AdaViPro, pixels: Tensor) -> Tensor:
 def compare(
     model: AdaViPro, reference: Classify, candidate: Classify, batches: Sequence[Tensor]
 ) -> Comparison:
-    """Run both on all batches and compare what they say; `model` knows where Δ is near 0."""
+    """Run both on all batches and compare their outputs; `model` is needed to find ties."""
     errors, logit_errors, cosines, same_top1, same_mask, near = [], [], [], [], [], []
     for pixels in batches:
         expected, got = reference(pixels), candidate(pixels)
@@ -172,10 +172,10 @@ def compare_tasks(
     candidate: Artifact,
     batches: Sequence[Tensor],
 ) -> Comparison:
-    """Compare each task of a file with its own checkpoint, alone and among images of others.
+    """Compare each task with its checkpoint, in batches of its own and in a mixed batch.
 
     Returns:
-        The worst of the tasks; ties are counted together.
+        The worst figures of all tasks; ties are summed.
     """
     *alone, mixed = batches
     order = [names[number % len(names)] for number in range(max(len(mixed), len(names)))]
@@ -209,16 +209,16 @@ def compare_sizes(
     preprocess: Preprocess,
     images: Sequence[Path] = (),
 ) -> float:
-    """Compare a graph that resizes with our preprocessing: the worst cosine of embeddings.
+    """Compare a graph that resizes with our preprocessing; return the embeddings' worst cosine.
 
     Args:
         reference: classifies resized pixels.
-        run: gives the graph's outputs for an image of any size.
+        run: returns the graph's outputs for an image of any size.
         preprocess: the graph's.
         images: see `sample_batches`.
 
     Raises:
-        VerificationError: pixels are not resized alike.
+        VerificationError: the graph resizes differently.
     """
     cosines, transform = [], preprocess.pixels()
     for image, size in zip(sample_batches(preprocess, images)[-1], SIZES, strict=False):
@@ -236,7 +236,7 @@ def compare_sizes(
 
 @dataclass(frozen=True)
 class Unprompted:
-    """A frozen encoder's own predictions, the reference of a baseline."""
+    """A frozen encoder's predictions without the prompt, the reference of a baseline."""
 
     model: AdaViPro
 

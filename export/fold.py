@@ -1,11 +1,11 @@
-"""One task's prompt in the deployed graph: who decides, and two forms with the same outputs.
+"""The prompt of one task in a deployed graph: the mask, and two equivalent forms of the prompt.
 
     folded   the patch embedding E is linear and patches do not overlap, so
              E(x + dilate(m) ⊙ P) = E(x) + Σ_r m_r T_r with a constant table T_r = E(P on region r)
-    pixel    x + dilate(m) ⊙ P, then the encoder as it is
+    pixel    x + dilate(m) ⊙ P, then the unchanged encoder
 
 With uint8 input the normalisation x = a·u + c is folded too: into the patch embedding, and into
-the collapsed generator. The mask path stays in fp32 whatever the encoder's precision.
+the collapsed generator. The mask is computed in fp32 in any precision of the encoder.
 """
 
 import torch
@@ -22,7 +22,7 @@ from adavipro_fast.method.functional import (
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import AdaptivePrompt
 
-# The convolutions of each edge detector; a detector that is not here is not exported.
+# The convolutions of each edge detector that can be exported.
 FILTERS: dict[Edge, tuple[tuple[tuple[float, ...], ...], ...]] = {
     "laplacian": (LAPLACIAN,),
     "laplacian-magnitude": (LAPLACIAN,),
@@ -32,12 +32,12 @@ FILTERS: dict[Edge, tuple[tuple[tuple[float, ...], ...], ...]] = {
 
 
 class TokenTable(nn.Module):
-    """What each region's prompt adds to each patch token: Σ_r m_r T_r.
+    """Adds the prompts of open regions to the patch tokens: Σ_r m_r T_r.
 
-    Only pairs of region and token that overlap are stored: a token touches at most k regions.
+    Only overlapping pairs of region and token are stored: a token overlaps at most k regions.
 
     Args:
-        convolution: the tower's, of patches.
+        convolution: the tower's patch embedding.
         template: (3, S, S), P.
         grid: G.
         dtype: of the table.
@@ -58,7 +58,7 @@ class TokenTable(nn.Module):
         ]
         pairs = [[(y, x) for y in rows for x in cols] for rows in spans for cols in spans]
         most = max(map(len, pairs))
-        # A token with fewer regions than others names region 0 again, with an empty row.
+        # Tokens with fewer than k regions are padded with region 0 and a row of zeros.
         index = [[y * grid + x for y, x in p] + [0] * (most - len(p)) for p in pairs]
         table = torch.zeros(most, len(pairs), weight.shape[0], dtype=torch.double)
         regions = torch.arange(side) // region
@@ -70,23 +70,24 @@ class TokenTable(nn.Module):
             tokens = F.conv2d((template.double() * own)[None], weight, stride=patch)
             table[part] = tokens[0].flatten(1).t()
         self.rows = nn.ParameterList(list(table.to(dtype)))
-        self.whole = most == 1 and index == [[i] for i in range(grid * grid)]
+        self.one_to_one = most == 1 and index == [[i] for i in range(grid * grid)]
         self.register_buffer("index", torch.tensor(index).t().contiguous())
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Add the open regions' rows to tokens (B, N, W), given the mask (B, G, G)."""
         flat = mask.flatten(1).to(tokens.dtype)
         for number, rows in enumerate(self.rows):
-            chosen = flat if self.whole else flat.index_select(1, self.index[number])
+            chosen = flat if self.one_to_one else flat.index_select(1, self.index[number])
             tokens = tokens + chosen[..., None] * rows
         return tokens
 
 
 class MaskHead(nn.Module):
-    """The collapsed generator on images x = a·u + c: images (B, 3, S, S) to Δ > 0 (B, G, G), fp32.
+    """The collapsed generator for images x = a·u + c: images u (B, 3, S, S) to Δ > 0 (B, G, G).
 
-    Linear detectors put a and c into K and a constant map; the others take a's magnitude into K,
-    and c matters only where zero padding makes an edge of it.
+    Computes in fp32. For linear edge detectors, a is folded into K and c into a constant map. For
+    the others, |a| is folded into K, and c matters only at a zero-padded border, where it would
+    appear as an edge.
     """
 
     offset: Tensor
@@ -100,7 +101,7 @@ class MaskHead(nn.Module):
         self.generator = prompt.generator if config.activation != "none" else None
         linear = config.edge in ("laplacian", "none")
         padded = config.edge != "none" and not self.replicate
-        # An offset that makes edges at a zero-padded border is taken off the pixels.
+        # Shift the pixels by c / a if zero padding would make edges of it.
         self.centre = self.generator is not None or (not linear and padded)
         self.register_buffer("offset", (shift / scale).view(3, 1, 1))
         self.register_buffer("scale", (scale if linear else scale.abs()).view(3, 1, 1))
@@ -109,7 +110,7 @@ class MaskHead(nn.Module):
         if self.generator is not None:
             return
         kernel, bias = (part.detach() for part in prompt.generator.collapsed())
-        # As a convolution takes it: no node shapes it.
+        # With a batch dimension, as conv2d needs it, so that the graph has no Reshape node.
         self.kernel = nn.Parameter((kernel * self.scale)[None])
         self.bias = nn.Parameter(bias.view(1))
         self.constant = None
@@ -119,7 +120,7 @@ class MaskHead(nn.Module):
             self.constant = nn.Parameter(region_logit(shifted, kernel, torch.zeros(())))
 
     def edges(self, images: Tensor) -> Tensor:
-        """Detect edges with convolutions, which inference runtimes do fastest."""
+        """Detect edges with convolutions, the fastest way in inference runtimes."""
         if self.edge == "none":
             return images
         if self.replicate:
@@ -128,15 +129,15 @@ class MaskHead(nn.Module):
         first, *second = (F.conv2d(images, k, padding=padding, groups=3) for k in self.filters)
         if second:
             return torch.sqrt(first * first + second[0] * second[0])
-        # |e|, in the form that ONNX Runtime fuses into the convolution.
+        # |e| as LeakyReLU, which ONNX Runtime fuses into the convolution.
         return F.leaky_relu(first, -1.0) if self.edge == "laplacian-magnitude" else first
 
     def edge_map(self, images: Tensor) -> Tensor:
-        """Detect the edges of float32 images u (B, 3, S, S), but for a's magnitude."""
+        """Detect the edges of float32 images u (B, 3, S, S), without the factor |a|."""
         return self.edges(images + self.offset if self.centre else images)
 
     def delta(self, images: Tensor) -> Tensor:
-        """Compute Δ (B, T, G, G) of float32 images (B, 3, S, S), for T = 1 or as many kernels."""
+        """Compute Δ (B, T, G, G) of float32 images (B, 3, S, S), where T is the kernels' number."""
         edges = self.edge_map(images)
         if self.generator is not None:
             uncollapsed: Tensor = self.generator(edges * self.scale)
@@ -146,7 +147,7 @@ class MaskHead(nn.Module):
         return delta if self.constant is None else delta + self.constant
 
     def forward(self, images: Tensor) -> Tensor:
-        """Decide on float32 images (B, 3, S, S)."""
+        """Decide for float32 images (B, 3, S, S)."""
         return self.delta(images).squeeze(1) > 0
 
 
@@ -157,7 +158,7 @@ def template_of(model: AdaViPro) -> Tensor:
 
 
 def constant_delta(model: AdaViPro) -> float:
-    """Return a Δ that opens every region of a prompt without a mask path, or closes without one."""
+    """Return the Δ of a model without a generator: 1 opens all regions, -1 (no prompt) none."""
     return -1.0 if model.prompt.template is None else 1.0
 
 
@@ -169,14 +170,14 @@ class Always(nn.Module):
         self.grid = grid
 
     def forward(self, images: Tensor) -> Tensor:
-        """Decide."""
-        # True, of the batch's size without a node that computes shapes, which would run on the
-        # host and keep a GPU waiting.
+        """Return an all-true mask."""
+        # Always true. Computed from the input so that the batch size needs no Shape node, which
+        # would run on the host and stall a GPU.
         return images[:, 0, : self.grid, : self.grid].abs() >= 0
 
 
 class Affine(nn.Module):
-    """Pixels u to the encoder's x = a·u + c."""
+    """Normalisation: pixels u to x = a·u + c."""
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ class Affine(nn.Module):
 
 
 class PixelPrompt(nn.Module):
-    """The prompt on the pixels.
+    """Adds the prompt to the pixels.
 
     Args:
         template: (3, S, S), P.
@@ -199,5 +200,5 @@ class PixelPrompt(nn.Module):
         self.template = nn.Parameter(template)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Prompt normalised images (B, 3, S, S), given the mask (B, G, G)."""
+        """Add the prompt to normalised images (B, 3, S, S), given the mask (B, G, G)."""
         return apply_prompt(images, self.template, mask.to(images.dtype))

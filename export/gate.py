@@ -1,4 +1,4 @@
-"""Quantise an exported file on the user's images, and refuse where it costs accuracy."""
+"""Quantise an exported file with the user's images, and reject it if it loses accuracy."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from adavipro_fast.files.sealed import describe_onnx, metadata_of, save_sealed
 from adavipro_fast.method.config import ExportPrecision
 from adavipro_fast.method.preprocess import Preprocess
 
-# Images for the ranges, of all tasks together; of each task at least the second number.
+# Calibration images of all tasks together, and the minimum per task.
 CALIBRATED_ON, LEAST_OF_TASK = 256, 16
-# Held-out images of each task.
+# Held-out images per task.
 JUDGED_ON = 1000
 SAMPLE = 32
 BATCH = 16
@@ -30,16 +30,16 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class QuantisationImages:
-    """Images of one task: some set the ranges, others show what rounding costs."""
+    """Images of one task: some to calibrate ranges, others to measure the loss of accuracy."""
 
     ranges: Tensor
-    """(N, 3, S, S) uint8"""
+    """(N, 3, S, S) uint8, for calibrating ranges"""
     held_out: Tensor
-    """(M, 3, S, S) uint8"""
+    """(M, 3, S, S) uint8, for measuring the loss"""
     labels: Tensor | None = None
-    """(M,) of the held-out images; without labels the graph's fp32 answers count as right"""
+    """(M,) of the held-out images; without labels, the graph's fp32 answers count as right"""
     name: str = ""
-    """of the task; empty in a file of one"""
+    """of the task; empty in a file of one task"""
 
 
 def quantisation_images(
@@ -49,14 +49,17 @@ def quantisation_images(
     name: str = "",
     tasks: int = 1,
 ) -> QuantisationImages:
-    """Read a labelled folder's training and validation images, or half of any images for each use.
+    """Read images for calibrating ranges and for measuring the loss.
+
+    They are the training and the validation images of a labelled folder, or two halves of the
+    images in any other folder.
 
     Args:
-        images: as `--data` takes it; or a folder of images.
-        class_names: that a labelled folder must have.
-        preprocess: how images become pixels.
+        images: a labelled folder as for `--data`, or a folder of images.
+        class_names: classes that a labelled folder must have.
+        preprocess: turns images into pixels.
         name: of the task.
-        tasks: that share the images for the ranges.
+        tasks: number of tasks that share the limit of calibration images.
 
     Raises:
         ValueError: there are too few images, or a labelled folder has other classes.
@@ -72,12 +75,12 @@ def quantisation_images(
             raise ValueError(
                 f"the classes in {images} differ from the checkpoint's{of}: {', '.join(differing)}"
             )
-        # A folder's classes are in alphabetical order, a data set's in its own.
-        place = torch.tensor([class_names.index(own) for own in data.class_names])
+        # A folder's classes are in alphabetical order, a data set's may be in another.
+        label_of = torch.tensor([class_names.index(own) for own in data.class_names])
         cpu = torch.device("cpu")
         ranges, _ = data.train.batch(spread(len(data.train), most), cpu)
         held_out, labels = data.val.batch(spread(len(data.val), JUDGED_ON), cpu)
-        return QuantisationImages(ranges, held_out, place[labels], name)
+        return QuantisationImages(ranges, held_out, label_of[labels], name)
     files = images_in(images)
     if len(files) < 2:
         raise ValueError(f"{images} contains {len(files)} images; use several hundred")
@@ -87,27 +90,27 @@ def quantisation_images(
 
 
 def spread(count: int, most: int) -> Tensor:
-    """Return at most `most` positions of `count`, evenly spread."""
+    """Return at most `most` evenly spaced positions out of `count`."""
     return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """How a graph is fed: images, the task of each, and the tables of tasks that are data."""
+    """Builds a graph's inputs: images, their task numbers, and the tables of tasks as data."""
 
     about: Description
     names: frozenset[str]
-    """of the graph's inputs"""
+    """names of the graph's inputs"""
     tables: Feeds
     """the same in every call"""
 
     def batches(self, pixels: Tensor, tasks: Array, size: int = BATCH) -> Iterator[Feeds]:
-        """Yield one batch at a time, since all would be large.
+        """Yield the inputs of one batch at a time, to save memory.
 
         Args:
             pixels: (N, 3, S, S) uint8.
-            tasks: (N,) int64, the number of each image's task.
-            size: images in a batch.
+            tasks: (N,) int64, each image's task number.
+            size: number of images in a batch.
         """
         for start in range(0, len(pixels), size):
             part = slice(start, start + size)
@@ -121,12 +124,12 @@ class GraphInputs:
 
 
 class Gate:
-    """What rounding costs each task: points of accuracy on its held-out images.
+    """Measures each task's loss by quantisation: points of accuracy on its held-out images.
 
     Args:
         exact: the graph in fp32.
         kind: int8 or fp8.
-        tasks: their images.
+        tasks: images of each task.
         inputs: of the graph.
     """
 
@@ -145,10 +148,10 @@ class Gate:
         ]
         self.top1 = self.accuracy(answers)
         self.points: list[float] = []
-        """that each task lost in the graph that was judged last"""
+        """each task's loss with the graph that was measured last"""
 
     def answers(self, graph: onnx.ModelProto, precision: ExportPrecision) -> list[Array]:
-        """Return the classes that a graph gives each task's held-out images, (M,)."""
+        """Return a graph's predicted classes (M,) of each task's held-out images."""
         run = runner(graph, precision, ["logits"])
         return [
             np.concatenate(
@@ -162,7 +165,7 @@ class Gate:
         return [float((a == b).mean()) for a, b in zip(answers, self.right, strict=True)]
 
     def loss(self, graph: onnx.ModelProto) -> float:
-        """Judge a quantised graph: what the task that suffers most loses, points."""
+        """Return a quantised graph's loss in points, for the task that loses most."""
         now = self.accuracy(self.answers(graph, self.kind))
         self.points = [100 * (before - after) for before, after in zip(self.top1, now, strict=True)]
         return max(self.points)
@@ -178,18 +181,18 @@ def quantise_file(
     """Quantise an exported fp32 graph in place.
 
     Args:
-        path: of the file.
+        path: the file.
         kind: int8 or fp8.
-        tasks: images for ranges and gate, of each task in the file's order.
-        largest_loss: points of accuracy that no task may exceed.
-        tables: of tasks that are data.
+        tasks: images of each task, in the file's order.
+        largest_loss: largest accepted loss of any task, points of accuracy.
+        tables: of tasks as data.
 
     Returns:
-        What was done, for the command's JSON.
+        Figures for the command's JSON.
 
     Raises:
-        ValueError: there are no products, or its weights need a second file.
-        VerificationError: a task loses more accuracy.
+        ValueError: there are no products to quantise, or the weights need a second file.
+        VerificationError: a task loses more accuracy than accepted.
     """
     about = describe_onnx(path)
     if path.with_name(path.name + ".data").exists():
@@ -203,25 +206,26 @@ def quantise_file(
     numbers = np.repeat(np.arange(len(tasks)), [len(task.ranges) for task in tasks])
     quantiser = Quantiser(model, kind, inputs.batches(ranges, numbers))
     gate = Gate(quantiser.model, kind, tasks, inputs)
-    some = spread(len(ranges), SAMPLE)
-    (sample,) = inputs.batches(ranges[some], numbers[some.numpy()], SAMPLE)
-    found, loss, wide = search(quantiser, gate.loss, sample, largest_loss)
+    chosen = spread(len(ranges), SAMPLE)
+    (sample,) = inputs.batches(ranges[chosen], numbers[chosen.numpy()], SAMPLE)
+    quantised, loss, in_fp32 = search(quantiser, gate.loss, sample, largest_loss)
     measure = "agreement" if all(task.labels is None for task in tasks) else "accuracy"
-    if found is None:
+    if quantised is None:
         worst = int(np.argmax(gate.points))
         of = f" in task {tasks[worst].name!r}" if tasks[worst].name else ""
         raise VerificationError(
             f"{path.name} was not written: {kind} loses {loss:.1f} points of {measure}{of} on "
-            f"{len(gate.right[worst])} images with {len(wide)} of {len(quantiser.products)} "
+            f"{len(gate.right[worst])} images with {len(in_fp32)} of {len(quantiser.products)} "
             f"products in fp32; --largest-loss is {largest_loss}"
         )
-    if (count := quantised_products(found, kind)) != len(quantiser.products) - len(wide):
+    count = quantised_products(quantised, kind)
+    if count != len(quantiser.products) - len(in_fp32):
         raise VerificationError(f"{path.name} was not written: only {count} products are in {kind}")
-    save_sealed(found, path, metadata_of(found))
+    save_sealed(quantised, path, metadata_of(quantised))
     losses = {task.name: points for task, points in zip(tasks, gate.points, strict=True)}
     return {
         "products": len(quantiser.products),
-        "wide": wide,
+        "wide": in_fp32,
         "loss_points": loss,
         **({"losses": losses} if any(losses) else {}),
         "measure": measure,
@@ -231,7 +235,7 @@ def quantise_file(
 
 
 def quantised_products(model: onnx.ModelProto, kind: Kind) -> int:
-    """Count the products that read two quantised tensors."""
+    """Count the products of two quantised tensors."""
     elements = {t.name: t.data_type for t in model.graph.initializer}
     dequantised = {
         node.output[0]

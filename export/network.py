@@ -1,4 +1,4 @@
-"""A strongly typed TensorRT network: parsed, built, its types counted."""
+"""A strongly typed TensorRT network: parse it, build it, count its types."""
 
 import hashlib
 from collections import Counter
@@ -22,10 +22,10 @@ DTYPES = {
 }
 # TensorRT's names of the types.
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8"}
-# Smallest, usual and largest size of dynamic axes.
+# Smallest, optimal and largest size of each dynamic axis.
 Ranges = dict[str, tuple[int, int, int]]
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "ATTENTION", "ATTENTION_INPUT")
-# The mask path's convolutions, the last projection and the logits stay in fp32.
+# Products that stay in fp32: the mask's convolutions, the last projection and the logits.
 WIDE_PRODUCTS = 5
 
 
@@ -33,7 +33,7 @@ class Network:
     """A parsed, strongly typed network.
 
     Raises:
-        ValueError: the parser does not take the graph.
+        ValueError: the parser rejects the graph.
     """
 
     def __init__(self, trt: ModuleType, runtime: str, source: Path) -> None:
@@ -45,7 +45,7 @@ class Network:
         self.parser = trt.OnnxParser(self.definition, self.logger)
         model = onnx.load(source, load_external_data=False)
         for node in model.graph.node:
-            # TensorRT's attention keeps its softmax in fp32 and rejects the attribute for it.
+            # TensorRT's attention always computes softmax in fp32 and rejects this attribute.
             kept = [a for a in node.attribute if a.name != "softmax_precision"]
             del node.attribute[:]
             node.attribute.extend(kept)
@@ -71,13 +71,13 @@ class Network:
         """Build the engine.
 
         Args:
-            ranges: smallest, usual and largest size of each dynamic axis, by its name.
-            capabilities: of the GPUs.
-            level: of the search.
-            timings: folder of TensorRT's timings.
+            ranges: smallest, optimal and largest size of each dynamic axis, by its name.
+            capabilities: compute capabilities of the GPUs.
+            level: the builder's optimisation level.
+            timings: folder of TensorRT's timing caches.
 
         Raises:
-            ValueError: the builder gave up.
+            ValueError: the build failed.
         """
         options = self.options(ranges, capabilities, level)
         if self.runtime == "tensorrt-rtx":
@@ -92,10 +92,10 @@ class Network:
         return bytes(plan)
 
     def options(self, ranges: Ranges, capabilities: list[str], level: int) -> Any:
-        """Return how to build: sizes of dynamic axes, GPUs, and fp32 that is fp32."""
+        """Return the builder's configuration: dynamic sizes, GPUs, no TF32."""
         trt = self.trt
         options = self.builder.create_builder_config()
-        # On by default; it would turn decisions near 0.
+        # TF32 is on by default, and would flip decisions near 0.
         options.clear_flag(trt.BuilderFlag.TF32)
         options.builder_optimization_level = level
         options.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -113,10 +113,10 @@ class Network:
         return options
 
     def _build_with_timings(self, options: Any, folder: Path) -> Any:
-        """Build with the timings that earlier builds of this version and GPU measured.
+        """Build with the timing cache of this TensorRT version and GPU, and update it.
 
         Raises:
-            ValueError: they are damaged or of another version or GPU.
+            ValueError: the cache is damaged or belongs to another version or GPU.
         """
         gpu = torch.cuda.get_device_name().replace(" ", "-")
         path = folder / f"{self.trt.__version__}-{gpu}.timings"
@@ -128,7 +128,7 @@ class Network:
         return plan
 
     def types(self) -> dict[str, Counter[str]]:
-        """Count the types of tensors, of matrix products, and of what is dequantised.
+        """Count the types of layer outputs, of matrix products, and of dequantised tensors.
 
         A strongly typed engine keeps the types of its network.
         """
@@ -147,21 +147,21 @@ class Network:
 
 
 def type_of(tensor: Any) -> str:
-    """Name a tensor's type as sidecars do."""
+    """Return a tensor's type by its name in sidecars."""
     kind: str = tensor.dtype.name
     return TYPES.get(kind, kind.lower())
 
 
 def write_timings(path: Path, timings: bytes) -> None:
-    """Write TensorRT's timings behind their sha256."""
+    """Write TensorRT's timings, preceded by their sha256."""
     write_whole(path, hashlib.sha256(timings).digest() + timings)
 
 
 def read_timings(path: Path) -> bytes:
-    """Read what `write_timings` wrote; nothing where there is no file.
+    """Read timings written by `write_timings`; empty if there is no file.
 
     Raises:
-        ValueError: damaged.
+        ValueError: the file is damaged.
     """
     if not path.is_file():
         return b""
@@ -173,7 +173,7 @@ def read_timings(path: Path) -> bytes:
 
 
 def progress(trt: ModuleType) -> Any:
-    """Show a build's phases as progress bars."""
+    """Return a monitor that shows a build's phases as progress bars."""
 
     class Progress(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -196,7 +196,7 @@ def progress(trt: ModuleType) -> Any:
 
 
 def prove_quantised(types: dict[str, Counter[str]], precision: str, dequantised: int) -> None:
-    """Raise VerificationError unless as many tensors are quantised as in the graph."""
+    """Raise VerificationError unless the engine quantises as many tensors as the graph."""
     dtype = DTYPES[precision]
     if not dequantised or types["quantised"] != {dtype: dequantised}:
         raise VerificationError(
@@ -204,11 +204,11 @@ def prove_quantised(types: dict[str, Counter[str]], precision: str, dequantised:
         )
 
 
-def prove_precision(products: Counter[str], precision: str, wide: int = WIDE_PRODUCTS) -> None:
-    """Raise VerificationError unless the matrix products are in `precision`, but for `wide`."""
+def prove_precision(products: Counter[str], precision: str, most: int = WIDE_PRODUCTS) -> None:
+    """Raise VerificationError unless all matrix products but at most `most` are in `precision`."""
     dtype = DTYPES[precision]
     others = sum(products.values()) - products[dtype]
-    if products[dtype] == 0 or (dtype != "float32" and others > wide):
+    if products[dtype] == 0 or (dtype != "float32" and others > most):
         raise VerificationError(
             f"the engine's matrix products are {dict(products)}; expected {precision}"
         )

@@ -1,4 +1,4 @@
-"""Export checkpoints with their encoder as one ONNX file, verified before it gets its name."""
+"""Export checkpoints with their encoder as one ONNX file, verified before it is renamed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ from adavipro_fast.files.whole import file_sha256, named_when_whole
 from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input
 from adavipro_fast.method.model import AdaViPro
 
-# Attention is one node since opset 23, which TensorRT builds in half precision only.
+# Opset 23 has attention as one node, which TensorRT supports only in half precision.
 OPSETS = {"fp32": 20, "fp16": 23, "bf16": 23, "int8": 20, "fp8": 20}
 
 
@@ -82,27 +82,27 @@ class OnnxConfig:
 
     @property
     def alone(self) -> bool:
-        """Whether the file holds one task without a name."""
+        """Whether the file contains a single, unnamed task."""
         return self.tasks == "baked" and not self.more
 
 
 class Source(NamedTuple):
-    """A checkpoint on its way into a file."""
+    """A checkpoint to export."""
 
     checkpoint: Checkpoint
     model: AdaViPro
     name: str = ""
-    """of its task; none of a file with one"""
+    """of its task; empty in a file of one task"""
     sha256: str = ""
-    """of the checkpoint's file"""
+    """hash of the checkpoint's file"""
 
 
 def export(config: OnnxConfig) -> dict[str, Any]:
-    """Export, verify, and only then give the file its name.
+    """Export, verify, and only then rename the file to its final name.
 
     Raises:
-        ValueError: encoder, graph, precision or opset do not go together.
-        VerificationError: the exported graph computes something else.
+        ValueError: encoder, graph, precision and opset do not fit together.
+        VerificationError: the exported graph's output differs from PyTorch's.
     """
     opset = config.opset or OPSETS[config.precision]
     if not OPSETS[config.precision] <= opset <= OPSETS["fp16"]:
@@ -129,7 +129,7 @@ def export(config: OnnxConfig) -> dict[str, Any]:
         config.baseline,
         "alone" if config.alone else config.tasks,
     )
-    # Wrong folders are reported before anything is exported.
+    # Read first, so that errors in folders are reported before the export.
     images = images_of_tasks(config, sources) if config.precision in QUANTISED else []
     with named_when_whole(config.output) as path:
         about, nodes = write_graph(path, sources, form, opset)
@@ -159,7 +159,7 @@ def export(config: OnnxConfig) -> dict[str, Any]:
 
 
 def check_quantisable(config: OnnxConfig) -> None:
-    """Raise ValueError where int8 and fp8 are not offered, or their options mean nothing."""
+    """Raise ValueError if the options of int8 and fp8 are invalid."""
     if config.precision not in QUANTISED:
         return
     if not 0 <= config.largest_loss <= 100:
@@ -176,7 +176,7 @@ def check_quantisable(config: OnnxConfig) -> None:
 
 
 def images_of_tasks(config: OnnxConfig, sources: Sequence[Source]) -> list[QuantisationImages]:
-    """Read each task's images for ranges and gate; arguments and errors are `export`'s."""
+    """Read each task's images for quantisation; raises the errors of `quantisation_images`."""
     folders = config.images * (len(sources) if len(config.images) == 1 else 1)
     return [
         quantisation_images(
@@ -191,10 +191,10 @@ def images_of_tasks(config: OnnxConfig, sources: Sequence[Source]) -> list[Quant
 
 
 def task_names(config: OnnxConfig) -> list[str]:
-    """Name the tasks of several checkpoints; one checkpoint's needs no name.
+    """Return the tasks' names; empty for a single, unnamed task.
 
     Raises:
-        ValueError: two have one name, or there are other names than checkpoints.
+        ValueError: names are repeated or empty, or their number differs from the checkpoints'.
     """
     if config.alone:
         if config.task:
@@ -218,19 +218,19 @@ def task_names(config: OnnxConfig) -> list[str]:
 def write_graph(
     path: Path, sources: Sequence[Source], form: Form, opset: int | None = None
 ) -> tuple[Description, int]:
-    """Write what the sources make as one file, unverified.
+    """Write the sources as one file, without verifying it.
 
     Args:
         path: of the file.
-        sources: one a task.
+        sources: one per task.
         form: of the graph.
         opset: ONNX operator set (default: the precision's).
 
     Returns:
-        What the file says about itself, and its number of nodes.
+        The file's description, and its number of nodes.
 
     Raises:
-        ValueError: encoder, form and sources do not go together.
+        ValueError: encoder, form and sources do not fit together.
     """
     graph = deployed([source.model for source in sources], form)
     about = describe(sources, form, graph)
@@ -239,7 +239,7 @@ def write_graph(
 
 
 def describe(sources: Sequence[Source], form: Form, graph: Graph) -> Description:
-    """Collect what the file says about itself."""
+    """Return the file's description."""
     first = sources[0]
     about = Description.of_checkpoint(
         first.checkpoint,
@@ -258,10 +258,10 @@ def describe(sources: Sequence[Source], form: Form, graph: Graph) -> Description
 
 
 def open_for(checkpoints: Sequence[Checkpoint]) -> OpenFor:
-    """Say which tasks a graph takes that is made of these.
+    """Return which tasks a graph with tasks as inputs accepts, given example checkpoints.
 
     Raises:
-        ValueError: they decide on different edges.
+        ValueError: the checkpoints use different edge detectors.
     """
     configs = [c.config for c in checkpoints if c.config.method == "adavipro"]
     kinds = {(config.edge, config.edge_padding) for config in configs}
@@ -274,38 +274,38 @@ def open_for(checkpoints: Sequence[Checkpoint]) -> OpenFor:
 
 @dataclass(frozen=True)
 class Trial:
-    """A file that was just written, and what it must compute."""
+    """Verifies a file that was just written against its checkpoints."""
 
     path: Path
     sources: Sequence[Source]
     form: Form
     images: Sequence[Path] = ()
-    """folders to compare on; none takes the demo's"""
+    """folders of images to compare on; if empty, the demo's images are used"""
 
     @property
     def references(self) -> list[TorchArtifact]:
-        """What PyTorch says, of each task."""
+        """The PyTorch model of each task."""
         cpu = torch.device("cpu")
         return [TorchArtifact.of(source.checkpoint, source.model, cpu) for source in self.sources]
 
     def holder(self, candidate: OnnxArtifact) -> OpenArtifact:
-        """Give a file whose tasks are data its tasks."""
+        """Add the tasks to a file with tasks as data."""
         holder = OpenArtifact(candidate)
         for source in self.sources:
             holder.add(folded_task(source.name, source.checkpoint, source.model))
         return holder
 
     def tables(self) -> dict[str, Any]:
-        """Return the tables of all tasks, as a graph whose tasks are data takes them."""
+        """Return the tables of all tasks, the inputs of a graph with tasks as data."""
         tasks = [folded_task(s.name, s.checkpoint, s.model) for s in self.sources]
         tables = stacked(tasks, self.form.dtype)
         return {name: table.detach().numpy() for name, table in tables.items()}
 
     def sizes(self) -> dict[str, Any]:
-        """Compare a graph that resizes with our preprocessing, before its products are rounded.
+        """Compare a graph that resizes with our preprocessing, before it is quantised.
 
         Raises:
-            VerificationError: pixels are not resized alike.
+            VerificationError: the graph resizes differently.
         """
         candidate = opened(self.path) if self.form.input == "any" else None
         if candidate is None:
@@ -323,10 +323,10 @@ class Trial:
         return {"any_size_cosine": compare_sizes(reference, on_device, preprocess, self.images)}
 
     def verdict(self) -> dict[str, Any]:
-        """Compare the file with PyTorch in fp32, where a backend at hand can run it.
+        """Compare the file with PyTorch in fp32, if it can run here.
 
         Raises:
-            VerificationError: it computes something else.
+            VerificationError: the outputs differ.
         """
         candidate = opened(self.path)
         if candidate is None:

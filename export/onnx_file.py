@@ -1,4 +1,4 @@
-"""Write a module as one ONNX file, and check what was written."""
+"""Write a module as one ONNX file, and check its types."""
 
 import ast
 import logging
@@ -23,23 +23,23 @@ ELEMENTS = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
     "bf16": TensorProto.BFLOAT16,
-    # Between their quantised tensors stands fp32.
+    # The element type between dequantising and quantising nodes.
     "int8": TensorProto.FLOAT,
     "fp8": TensorProto.FLOAT,
 }
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-# Resize, mask path and head, by the names of modules and tables.
+# Prefixes of modules and tables that stay in fp32: mask, head and resize.
 WIDE = ("decide", "head", "resize")
-# protobuf ends at 2 GiB; weights of larger encoders go into a second file.
+# protobuf files are limited to 2 GiB; weights of larger encoders are written to a second file.
 ONE_FILE_BYTES = 1_900_000_000
 
 
 def write(graph: Graph, path: Path, *, opset: int, metadata: dict[str, Any]) -> int:
-    """Export a graph as ONNX, stripped of the exporter's notes; return its number of nodes."""
+    """Export a graph as ONNX without the exporter's metadata; return its number of nodes."""
     weights = sum(t.nbytes for t in [*graph.parameters(), *graph.buffers()])
     apart = weights > ONE_FILE_BYTES
     batch = torch.export.Dim("batch", min=1, max=65536)
-    # Without gradients attention is one node.
+    # no_grad, so that attention is exported as one node.
     with torch.no_grad(), quiet(), exporter_errors():
         program = torch.onnx.export(
             graph,
@@ -59,7 +59,7 @@ def write(graph: Graph, path: Path, *, opset: int, metadata: dict[str, Any]) -> 
     if apart:
         data = path.with_name(path.name + ".data")
         metadata = metadata | {"data_sha256": file_sha256(data)}
-    # Older runtimes load the file, too.
+    # The lowest possible IR version, so that older runtimes can load the file.
     least = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     model.ir_version = min(model.ir_version, least)
     save_sealed(model, path, metadata)
@@ -68,10 +68,10 @@ def write(graph: Graph, path: Path, *, opset: int, metadata: dict[str, Any]) -> 
 
 @contextmanager
 def exporter_errors() -> Iterator[None]:
-    """Tell what torch.onnx cannot export in one line.
+    """Turn errors of torch.onnx into a one-line ValueError.
 
     Raises:
-        ValueError: it gave up.
+        ValueError: the export failed.
     """
     try:
         yield
@@ -84,7 +84,7 @@ def exporter_errors() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about its own passes out of the output."""
+    """Silence the exporter's log and warnings."""
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -97,9 +97,9 @@ def quiet() -> Iterator[None]:
 
 
 def clean(model: onnx.ModelProto) -> None:
-    """Drop stack traces and notes, which hold paths of this machine; softmax in fp32.
+    """Drop stack traces and metadata, which contain local paths; set softmax to fp32.
 
-    Nodes are named after the module that they come from.
+    Nodes are prefixed with the name of their module.
     """
     graph = model.graph
     graph.name, model.producer_name = "adavipro_fast", "adavipro_fast"
@@ -119,7 +119,7 @@ def clean(model: onnx.ModelProto) -> None:
 
 
 def widen_softmax(model: onnx.ModelProto) -> None:
-    """Compute each softmax in fp32 between two casts, where a tower has it in half precision."""
+    """Compute half-precision softmax nodes in fp32, between two casts."""
     graph = model.graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     nodes = []
@@ -141,10 +141,10 @@ def widen_softmax(model: onnx.ModelProto) -> None:
 
 
 def check_dtypes(path: Path, precision: ExportPrecision) -> None:
-    """Check that matrix products are in `precision`, and that what must be safe is in fp32.
+    """Check that matrix products are in `precision`, and sensitive operations in fp32.
 
     Raises:
-        VerificationError: they are not.
+        VerificationError: a node has another type.
     """
     model = onnx.load(path, load_external_data=False)
     model = onnx.shape_inference.infer_shapes(model)
@@ -160,10 +160,10 @@ def check_dtypes(path: Path, precision: ExportPrecision) -> None:
         kind = kinds.get(node.input[0])
         product = node.op_type in PRODUCTS
         named = [*node.input, *([node.name] if product else [])]
-        wide = node.op_type in safe or any(name.startswith(WIDE) for name in named)
-        if wide and kind not in (TensorProto.FLOAT, TensorProto.INT64):
+        needs_fp32 = node.op_type in safe or any(name.startswith(WIDE) for name in named)
+        if needs_fp32 and kind not in (TensorProto.FLOAT, TensorProto.INT64):
             raise VerificationError(f"{node.op_type} {node.name} is not computed in fp32")
-        if product and not wide:
+        if product and not needs_fp32:
             products[kind or 0] += 1
     if set(products) != {ELEMENTS[precision]}:
         names = {TensorProto.DataType.Name(k): n for k, n in products.items()}

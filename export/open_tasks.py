@@ -1,4 +1,4 @@
-"""Tasks as inputs: one graph for any number of prompts, and a prompt folded into tables for it."""
+"""Tasks as inputs: a graph for any number of prompts, and folding a prompt into its tables."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
     """Fold a checkpoint's prompt and head into tables.
 
     Raises:
-        ValueError: its generator does not collapse, or its tower is its own.
+        ValueError: the generator has an activation, the tower cannot be folded or was fine-tuned.
     """
     prompt, config = model.prompt, model.config
     if config.activation != "none":
@@ -55,7 +55,7 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
 
 
 class Tables(NamedTuple):
-    """What a call gives beside its images: the task of each, and the tables of all tasks."""
+    """Inputs of a call beside its images: the task of each image, and the tables of all tasks."""
 
     task: Tensor
     """(B,) int64, 0 to T - 1"""
@@ -70,7 +70,7 @@ class AsData(nn.Module):
     """Tasks whose tables are inputs.
 
     Args:
-        model: any of the tasks: its encoder, its regions.
+        model: any of the tasks; its encoder and region size are used.
         blank: see `blank_table`.
     """
 
@@ -86,26 +86,26 @@ class AsData(nn.Module):
         self.dtypes = [torch.float32, torch.float32, rows[0].dtype, torch.float32, torch.float32]
 
     def example(self) -> tuple[Tensor, ...]:
-        """Return inputs of two images, three tasks and five classes."""
+        """Return example inputs of two images, three tasks and five classes."""
         pairs = zip(self.shapes, self.dtypes, strict=True)
         tables = (torch.zeros(3, *shape, dtype=dtype) for shape, dtype in pairs)
         return (torch.zeros(2, dtype=torch.int64), *tables)
 
     def dynamic(self, batch: Any) -> tuple[dict[int, Any], ...]:
-        """Return which axes vary: images, tasks, and classes of the largest one."""
+        """Return the dynamic axes: images, tasks, and the largest task's classes."""
         tasks, classes = (torch.export.Dim(name, min=1, max=65536) for name in ("tasks", "classes"))
         return ({0: batch}, *[{0: tasks}] * 3, *[{0: tasks, 1: classes}] * 2)
 
     def forward(self, *inputs: Tensor) -> tuple[Tables]:
-        """Name the inputs."""
+        """Return the inputs as `Tables`."""
         return (Tables(*inputs),)
 
 
 class TableMasks(nn.Module):
-    """Normalised images (B, 3, S, S) to masks (B, G, G) bool, by the kernels of the tables.
+    """Normalised images (B, 3, S, S) to masks (B, G, G) bool, with the tables' kernels.
 
     Args:
-        model: any of the tasks: its edges.
+        model: any of the tasks; its edge detector is used.
     """
 
     def __init__(self, model: AdaViPro) -> None:
@@ -116,7 +116,7 @@ class TableMasks(nn.Module):
             self.edge = MaskHead(model.prompt, torch.ones(3), torch.zeros(3))
 
     def forward(self, images: Tensor, tables: Tables) -> Tensor:
-        """Decide."""
+        """Compute the masks."""
         delta = tables.constants.index_select(0, tables.task)
         if self.edge is not None:
             assert isinstance(self.edge, MaskHead)
@@ -127,7 +127,7 @@ class TableMasks(nn.Module):
 
 
 class TableTokens(nn.Module):
-    """Adds the open regions' rows, of the tables, to patch tokens.
+    """Adds the tables' rows of open regions to patch tokens.
 
     Args:
         blank: see `blank_table`.
@@ -140,7 +140,7 @@ class TableTokens(nn.Module):
         self.register_buffer("index", blank.index)
 
     def forward(self, tokens: Tensor, mask: Tensor, tables: Tables) -> Tensor:
-        """Prompt tokens (B, N, W), given the mask (B, G, G)."""
+        """Add the prompt to tokens (B, N, W), given the mask (B, G, G)."""
         flat, own = mask.flatten(1).to(tokens.dtype), tables.rows.index_select(0, tables.task)
         for part, regions in enumerate(self.index):
             tokens = tokens + flat.index_select(1, regions)[..., None] * own[:, part]
@@ -148,22 +148,22 @@ class TableTokens(nn.Module):
 
 
 class TableScores(nn.Module):
-    """From features (B, F) to logits (B, K of the largest task), by the tables, and embedding."""
+    """Features (B, F) to logits (B, K of the largest task) and embedding, with the tables."""
 
     def __init__(self, model: AdaViPro) -> None:
         super().__init__()
         self.project = Projection(model.encoder)
 
     def forward(self, features: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        """Score each image's own classes."""
+        """Score the classes of each image's task."""
         embedding, features = self.project(features)
         both = torch.cat([embedding, features], 1)
-        # Not a product of matrices: those are the encoder's, in its precision.
+        # Not a MatMul node: those must be in the encoder's precision, and scores in fp32.
         scores = (tables.classes.index_select(0, tables.task) * both[:, None]).sum(2)
         return scores + tables.biases.index_select(0, tables.task), embedding
 
 
 def blank_table(model: AdaViPro, dtype: torch.dtype) -> TokenTable:
-    """Return the table of a prompt of zeros: its shape, and which regions a token touches."""
+    """Return the table of an all-zero prompt, for its shape and the regions of each token."""
     template = torch.zeros(3, model.preprocess.size, model.preprocess.size)
     return TokenTable(foldable(model.encoder.visual), template, model.prompt.grid, dtype)

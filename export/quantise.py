@@ -1,11 +1,12 @@
-"""INT8 and FP8: the encoder's matrix products on quantised tensors, as QDQ nodes.
+"""INT8 and FP8: quantise the encoder's matrix products with QDQ nodes.
 
-A weight has one scale a column, an activation one a tensor, both symmetric, as TensorRT wants them.
-Before ranges are set, outliers of a LayerNorm's channels move into the product behind it, exactly
-(SmoothQuant, Xiao et al., 2023). Behind such a LayerNorm a range is the largest magnitude on
-calibration images, elsewhere it is cut off where the product's own error is least: a GELU has a
-long tail. Mask path, patch embedding, LayerNorms, attention's own products, softmax and head stay
-as they are, and so do the products whose rounding costs most (`search`).
+Weights have one scale per column and activations one per tensor, both symmetric, as TensorRT
+requires. First, outliers in a LayerNorm's channels are moved into the weights of the following
+product, which is exact (SmoothQuant, Xiao et al., 2023). After such a LayerNorm, the range is the
+largest magnitude on calibration images. Elsewhere, the range is clipped where the product's error
+is smallest, because GELU's outputs have a long tail. Mask, patch embedding, LayerNorms, products
+inside attention, softmax and head are not quantised, and neither are the most sensitive products
+(`search`).
 """
 
 from collections import Counter
@@ -25,32 +26,32 @@ from adavipro_fast.method.config import ExportPrecision
 Kind = Literal["int8", "fp8"]
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]
-# Element type, its largest number.
+# Element type and its largest value.
 ELEMENTS: dict[Kind, tuple[int, float]] = {
     "int8": (TensorProto.INT8, 127.0),
     "fp8": (TensorProto.FLOAT8E4M3FN, 448.0),
 }
-# Of SmoothQuant: how much of an outlier moves into the weights. With its authors' 0.5 these
-# products move a ViT-Tiny's embeddings 1.5 times as far (1 - cosine).
+# SmoothQuant's migration strength: the share of an outlier that moves into the weights. With the
+# authors' 0.5, these products change a ViT-Tiny's embeddings 1.5 times as much (1 - cosine).
 SHARE = 0.65
-# Of the largest magnitude: where a range may end.
+# Clipping points to try for a range, relative to the largest magnitude.
 CUTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-# Of a batch: they judge where a range ends.
+# Tokens sampled per batch to choose where a range is clipped.
 TOKENS = 64
 LEAST = 1e-5
 NORM = "LayerNormalization"
 
 
 class Quantiser:
-    """Quantises a graph's products, all of them or some; ranges are found once.
+    """Quantises any of a graph's products; ranges are calibrated once.
 
     Args:
-        model: in fp32; is smoothed in place.
+        model: in fp32; smoothed in place.
         kind: int8 or fp8.
-        feeds: inputs of some hundred images, in batches.
+        feeds: inputs of several hundred images, in batches.
 
     Raises:
-        ValueError: there is no product with weights in the encoder.
+        ValueError: the encoder has no product with constant weights.
     """
 
     def __init__(self, model: onnx.ModelProto, kind: Kind, feeds: Iterable[Feeds]) -> None:
@@ -71,7 +72,7 @@ class Quantiser:
             self.ranges[name] = self.cut_off(self.ranges[name], values, np.hstack(columns))
 
     def quantised(self, chosen: Sequence[str]) -> onnx.ModelProto:
-        """Return a copy of the graph with some products, by their names, quantised."""
+        """Return a copy of the graph with the named products quantised."""
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         graph = model.graph
@@ -97,29 +98,29 @@ class Quantiser:
 
     @property
     def most(self) -> float:
-        """The largest number that a quantised element holds."""
+        """The largest value of a quantised element."""
         return ELEMENTS[self.kind][1]
 
     def with_weight(self, graph: onnx.GraphProto, tensor: onnx.TensorProto) -> onnx.NodeProto:
         """Add a weight's quantised values to a graph; return the node that reads them."""
         values = numpy_helper.to_array(tensor)
         scale = np.maximum(np.abs(values).max(0), LEAST).astype(np.float32) / self.most
-        whole = self.cast(values / scale)
+        rounded = self.cast(values / scale)
         element = ELEMENTS[self.kind][0]
         graph.initializer.append(
             helper.make_tensor(
-                f"{tensor.name}_quantised", element, values.shape, whole.tobytes(), raw=True
+                f"{tensor.name}_quantised", element, values.shape, rounded.tobytes(), raw=True
             )
         )
         graph.initializer.extend(self.constants(tensor.name, scale))
         return self.node(False, tensor.name, axis=1)
 
     def cut_off(self, largest: float, tokens: Array, weight: Array) -> float:
-        """Return the range that changes a product least.
+        """Return the clipped range with the smallest error of the product.
 
         Args:
-            largest: magnitude of its activations.
-            tokens: some of them (N, C).
+            largest: largest magnitude of the activations.
+            tokens: sampled activations (N, C).
             weight: (C, M).
         """
 
@@ -131,16 +132,16 @@ class Quantiser:
         return largest * min(CUTS, key=error)
 
     def cast(self, values: Array) -> Array:
-        """Round to what the element type holds."""
+        """Round to the element type."""
         limited = np.clip(values, -self.most, self.most)
-        whole = self.kind == "int8"
+        integer = self.kind == "int8"
         rounded: Array = (
-            np.rint(limited).astype(np.int8) if whole else limited.astype(ml_dtypes.float8_e4m3fn)
+            np.rint(limited).astype(np.int8) if integer else limited.astype(ml_dtypes.float8_e4m3fn)
         )
         return rounded
 
     def constants(self, name: str, scale: Any) -> list[onnx.TensorProto]:
-        """Make a tensor's scale and its zero."""
+        """Make a tensor's scale and zero point."""
         shape = np.shape(scale)
         zero = bytes(int(np.prod(shape)))
         return [
@@ -149,7 +150,7 @@ class Quantiser:
         ]
 
     def node(self, quantise: bool, name: str, axis: int | None = None) -> onnx.NodeProto:
-        """Make the node that quantises a tensor, or its counterpart."""
+        """Make the node that quantises a tensor, or the one that dequantises it."""
         source, target = ("", "_quantised") if quantise else ("_quantised", "_dequantised")
         return helper.make_node(
             "QuantizeLinear" if quantise else "DequantizeLinear",
@@ -161,7 +162,7 @@ class Quantiser:
 
 
 def products(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Yield the encoder's products of an activation and a weight, whose columns are channels."""
+    """Yield the encoder's products of an activation and a constant weight that can be quantised."""
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     for node in model.graph.node:
         named = (node.name, *node.input)
@@ -173,7 +174,7 @@ def products(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 
 def norms_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Return LayerNorms with constant weights and one reader, by the name of their output."""
+    """Return LayerNorms with constant weights and a single consumer, by their output's name."""
     tensors = {tensor.name for tensor in model.graph.initializer}
     uses = Counter(name for node in model.graph.node for name in node.input)
     return {
@@ -186,12 +187,12 @@ def norms_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 def observed(
     model: onnx.ModelProto, names: Iterable[str], sampled: Container[str], feeds: Iterable[Feeds]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Run a graph and look at some of its tensors, whose last axis is channels C.
+    """Run a graph and record some of its tensors, whose last axis is channels C.
 
     Args:
         model: in fp32.
         names: of the tensors.
-        sampled: those of which tokens are kept.
+        sampled: tensors of which tokens are kept.
         feeds: inputs.
 
     Returns:
@@ -223,13 +224,13 @@ def smooth(
     norms: dict[str, onnx.NodeProto],
     channels: dict[str, Array],
 ) -> None:
-    """Move LayerNorms' outliers into the products behind them.
+    """Move outliers of LayerNorms into the weights of the products after them.
 
     Args:
-        model: whose weights change.
+        model: its weights are changed.
         chosen: the products.
-        norms: of `norms_of`.
-        channels: of `observed`; follows.
+        norms: from `norms_of`.
+        channels: from `observed`; updated.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for product in chosen:
@@ -241,17 +242,17 @@ def smooth(
         strongest = np.maximum(np.abs(weight).max(1), LEAST)
         scale = np.maximum(channels[source], LEAST) ** SHARE / strongest ** (1 - SHARE)
         channels[source] = channels[source] / scale
-        # Tensors of their own: equal ones may be shared.
-        places = [(product, 1, weight * scale[:, None])]
-        places += [
-            (norm, place, numpy_helper.to_array(tensors[norm.input[place]]) / scale)
-            for place in range(1, len(norm.input))
+        # New tensors, since nodes with equal weights may share one.
+        changed = [(product, 1, weight * scale[:, None])]
+        changed += [
+            (norm, index, numpy_helper.to_array(tensors[norm.input[index]]) / scale)
+            for index in range(1, len(norm.input))
         ]
-        for node, place, value in places:
-            name = f"{product.name}_smooth_{node.op_type}_{place}"
+        for node, index, value in changed:
+            name = f"{product.name}_smooth_{node.op_type}_{index}"
             tensor = numpy_helper.from_array(value.astype(np.float32), name)
             model.graph.initializer.append(tensor)
-            node.input[place] = name
+            node.input[index] = name
 
 
 def drop_unused(model: onnx.ModelProto) -> None:
@@ -265,7 +266,7 @@ def drop_unused(model: onnx.ModelProto) -> None:
 def runner(
     model: onnx.ModelProto, precision: ExportPrecision, names: Sequence[str]
 ) -> Callable[[Feeds], list[Array]]:
-    """Return what runs a graph on the CPU and gives some of its outputs."""
+    """Return a function that runs a graph on the CPU and returns the named outputs."""
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), session_options(precision), providers=["CPUExecutionProvider"]
     )
@@ -278,19 +279,19 @@ def search(
     sample: Feeds,
     most: float,
 ) -> tuple[onnx.ModelProto | None, float, list[str]]:
-    """Leave the most sensitive products wide until the loss is small enough.
+    """Keep the most sensitive products in fp32 until the loss is small enough.
 
-    A product's sensitivity is measured: how far the embedding moves when it alone is quantised.
+    A product's sensitivity is the change of the embedding when only that product is quantised.
 
     Args:
         quantiser: of the graph.
-        loss_of: a graph to its loss, points.
-        sample: inputs to measure sensitivity with.
-        most: loss that is accepted.
+        loss_of: returns a graph's loss, points.
+        sample: inputs for measuring sensitivity.
+        most: largest accepted loss.
 
     Returns:
-        The graph, none where even half of the products wide was not enough; its loss; which
-        products are wide, the most sensitive one first.
+        The graph, or None if the loss is too large even with half of the products in fp32; its
+        loss; the products in fp32, the most sensitive first.
     """
     names = list(quantiser.products)
     model = quantiser.quantised(names)

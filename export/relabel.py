@@ -1,7 +1,7 @@
 """Give a checkpoint new class names: `python export/relabel.py FILE --classes A B --output F`.
 
-The names are embedded by the encoder's own text tower and take the place of the old rows; nothing
-is trained. Export the new checkpoint again, which takes seconds.
+The encoder's own text tower embeds the names, and their embeddings replace the old ones; nothing is
+trained. Export the new checkpoint again, which takes seconds.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ from adavipro_fast.method.clip import (
 )
 from adavipro_fast.method.model import AdaViPro, Prediction
 
-# Old names that are embedded again, to see that texts and text tower are those of the old rows.
+# Number of old names to embed again, to check that templates and text tower match the old rows.
 PROBED = 4
 
 
@@ -57,11 +57,11 @@ def main() -> None:
 
 
 def command(config: RelabelConfig) -> dict[str, Any]:
-    """Embed the names, write the file, and name it when it classifies by them.
+    """Embed the names, write the file, verify it, and only then rename it to its final name.
 
     Raises:
-        ValueError: the names, or a file whose classes are not embedded names.
-        VerificationError: the new file computes something else.
+        ValueError: the names are invalid, or the file's classes are not embedded names.
+        VerificationError: the new file's output is not as expected.
     """
     file, output = config.file, config.output
     check_names(config.classes)
@@ -107,7 +107,7 @@ def command(config: RelabelConfig) -> dict[str, Any]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError unless there are names, and the text tower reads each as another one."""
+    """Raise ValueError unless there are names, and the text tower can distinguish them."""
     if not names:
         raise ValueError("no class given; use --classes NAME [NAME ...]")
     texts = [" ".join(readable(name).split()) for name in names]
@@ -119,10 +119,10 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def relabelled(old: Checkpoint, text: TextTower | NoText, config: RelabelConfig) -> Checkpoint:
-    """Replace the class rows; the calibration, fitted for the old ones, goes.
+    """Replace the class embeddings; drop the calibration, which was fitted with the old ones.
 
     Raises:
-        ValueError: no text tower, or one that did not embed the old names.
+        ValueError: there is no text tower, or the old rows are not its embeddings of the names.
     """
     if isinstance(text, NoText):
         raise ValueError(f"encoder {text.name!r} has no text encoder to embed class names")
@@ -146,7 +146,7 @@ def relabelled(old: Checkpoint, text: TextTower | NoText, config: RelabelConfig)
 
 
 def by_rows(before: AdaViPro, new: Checkpoint) -> Classify:
-    """Return what new rows must answer: the old embeddings times them, and all else as it was."""
+    """Return the expected predictions: as before, with logits computed from the new rows."""
     scale, rows = before.head.scale, new.head.rows
     bias = 0.0 if before.head.bias is None else before.head.bias[0]
 
@@ -158,7 +158,7 @@ def by_rows(before: AdaViPro, new: Checkpoint) -> Classify:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say what the file now tells apart."""
+    """Format the numbers of new and old classes."""
     return (
         f"{result['path']}: {result['classes']} classes in place of {result['classes_before']}, "
         "verified; probabilities are not calibrated for the new classes"

@@ -1,7 +1,7 @@
 """Images of any size in the graph: Pillow's antialiased resize as two matrix products.
 
-Pillow filters the columns, rounds to bytes, then the rows. The weights of both passes are formed
-from height and width in the graph; what the centre crop leaves out is never computed.
+Pillow resizes the width, rounds to bytes, then resizes the height. The graph computes the weights
+of both passes from the image's height and width, only for pixels inside the centre crop.
 """
 
 from typing import Any
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from adavipro_fast.method.preprocess import Preprocess
 
-# Pillow's filters, and how many pixels of the coarser image they reach.
+# Pillow's filters and their radius, in pixels of the coarser image.
 REACH = {"bicubic": 2.0, "bilinear": 1.0}
-# Of a weight in Pillow's whole numbers.
+# Scale of Pillow's fixed-point weights.
 PRECISION = 2.0**22
 LARGEST_SIDE = 16384
-# Of the example that is traced; no size of the model's.
+# Height and width of the traced example, different from any size in the model.
 EXAMPLE = (37, 53)
 
 
 def any_size_obstacle(preprocess: Preprocess) -> str | None:
-    """Say what keeps a preprocessing from the graph."""
+    """Return why the graph cannot do a preprocessing; None if it can."""
     if preprocess.interpolation not in REACH:
         return f"interpolation {preprocess.interpolation!r} is not {' or '.join(REACH)}"
     if preprocess.resize_mode == "longest":
@@ -31,10 +31,10 @@ def any_size_obstacle(preprocess: Preprocess) -> str | None:
 
 
 class Resize(nn.Module):
-    """Images (B, 3, H, W) uint8 to the encoder's pixels (B, 3, S, S), whole numbers in fp32.
+    """Images (B, 3, H, W) uint8 to the encoder's pixels (B, 3, S, S), integers in fp32.
 
     Args:
-        preprocess: the encoder's; `any_size_obstacle` must have nothing against it.
+        preprocess: the encoder's; `any_size_obstacle` must return None for it.
     """
 
     outputs_at: Tensor
@@ -62,11 +62,11 @@ class Resize(nn.Module):
         return F.pad(pixels - self.colour, (self.margin,) * 4) + self.colour
 
     def weights(self, size: Any, resized: Any) -> Tensor:
-        """Return the rows (side, size) that turn a line of pixels into its resized, cropped one.
+        """Return the matrix (side, size) that resizes and crops a line of pixels.
 
         Args:
             size: pixels of the line.
-            resized: pixels before the crop.
+            resized: pixels after resizing and before the crop.
         """
         begin, _ = self.preprocess.cropped(resized)
         scale = size / resized
@@ -88,6 +88,6 @@ class Resize(nn.Module):
 
 
 def to_bytes(values: Tensor) -> Tensor:
-    """Round to whole numbers from 0 to 255, halves up."""
+    """Round to integers from 0 to 255, halves up."""
     rounded: Tensor = (values + 0.5).floor().clamp(0, 255)
     return rounded

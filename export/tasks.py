@@ -1,13 +1,13 @@
-"""Many tasks in one graph: each image is prompted and classified for the task that it names.
+"""Several tasks in one graph: each image is prompted and classified for its own task.
 
-The encoder is shared; what a task adds are rows of constant tables, gathered by its number t:
+The tasks share the encoder. Each task has rows in constant tables, selected by its number t:
 
     Δ       the product of each region's edges and K[t]
     tokens  E(x) + Σ_r m_r T[t, r]
-    logits  scores of all tasks' classes, the columns of task t; of many tasks, the scores of the
-            classes of task t alone; -1e30 beyond them
+    logits  scores of all tasks' classes, of which task t's columns are selected; with many tasks,
+            only the classes of task t are scored; -1e30 for missing classes
 
-A prompt without a mask path is a mask of constant sign: open everywhere, or closed without a
+A prompt without a generator has a constant Δ: open everywhere, or closed everywhere without a
 prompt.
 """
 
@@ -26,16 +26,16 @@ from adavipro_fast.export.patches import foldable
 from adavipro_fast.files.task import ABSENT
 from adavipro_fast.method.model import AdaViPro
 
-# Tables with an entry a task, but for the classes.
+# Tables with one entry per task, except those of the classes.
 OF_TASKS = re.compile(
     r"decide\.(constant|heads\.\d+\.kernel)|prompt\.(rows\.\d+|templates)|head\.columns"
 )
-# Up to here, times the largest task's classes, scores of all classes cost less than gathering.
+# Scoring all classes is cheaper than gathering up to this multiple of the largest task's classes.
 MOST_SCORES = 96
 
 
 def difference(first: AdaViPro, other: AdaViPro) -> str:
-    """Name the settings in which the images of two models are prepared differently."""
+    """List the differences between the preprocessing of two models."""
     before, after = asdict(first.preprocess), asdict(other.preprocess)
     changed = [f"{k} {before[k]} and {after[k]}" for k in before if before[k] != after[k]]
     older = "; decoding 2 comes from an older version: train that checkpoint again"
@@ -43,7 +43,7 @@ def difference(first: AdaViPro, other: AdaViPro) -> str:
 
 
 def tasks_obstacle(models: Sequence[AdaViPro]) -> str | None:
-    """Say what keeps models from sharing one graph."""
+    """Return why models cannot share one graph; None if they can."""
     first = models[0]
     for model in models:
         if model.encoder.sha256 != first.encoder.sha256:
@@ -85,13 +85,13 @@ class TaskMasks(nn.Module):
                 constant[number] += head.constant.detach()[0]
         self.heads = nn.ModuleList(heads.values())
         for head, kernel in zip(heads.values(), kernels.values(), strict=True):
-            # The generator is in the stacked kernels.
+            # Replace the first task's kernel by those of all tasks; biases are in `constant`.
             head.kernel, head.bias = nn.Parameter(kernel), nn.Parameter(torch.zeros(len(models)))
             head.constant = None
         self.register_buffer("constant", constant.flatten(1))
 
     def forward(self, images: Tensor, task: Tensor, _absent: Tensor) -> Tensor:
-        """Decide."""
+        """Compute the masks."""
         delta = self.constant.index_select(0, task)
         for head in self.heads:
             assert isinstance(head, MaskHead)
@@ -101,10 +101,10 @@ class TaskMasks(nn.Module):
 
 
 def own_deltas(edges: Tensor, kernels: Tensor, task: Tensor, grid: int) -> Tensor:
-    """Apply to each image the kernel of its own task: Δ (B, G²) without the constants.
+    """Apply the kernel of each image's task: Δ (B, G²) without the constants.
 
-    Not a convolution with a channel for each task: engines need to know how many there are, and
-    its work grows with them.
+    This is not a convolution with a channel per task, because engines would have to know the number
+    of tasks, and the work would grow with it.
 
     Args:
         edges: (B, 3, S, S).
@@ -117,7 +117,7 @@ def own_deltas(edges: Tensor, kernels: Tensor, task: Tensor, grid: int) -> Tenso
 
 
 def windows(edges: Tensor, grid: int) -> Tensor:
-    """Gather what each region's decision reads: (B, 3, S, S) to (B, G², 3 (R + 2)²)."""
+    """Gather the edges that each region's decision needs: (B, 3, S, S) to (B, G², 3 (R + 2)²)."""
     region = edges.shape[-1] // grid
     side, starts = region + 2, torch.arange(grid) * region
     rows = (starts[:, None] + torch.arange(side)).flatten()
@@ -125,14 +125,14 @@ def windows(edges: Tensor, grid: int) -> Tensor:
     cut = [tall[..., start : start + side] for start in starts.tolist()]
     # (B, Gx, 3, Gy, R + 2, R + 2), rows of regions first.
     regions = torch.stack(cut, 1).permute(0, 3, 1, 2, 4, 5)
-    # Of the batch's size without a node that computes shapes.
+    # -1, so that the batch size needs no Shape node.
     return regions.reshape(-1, grid * grid, 3 * side * side)
 
 
 class TaskTokens(nn.Module):
-    """What each region's prompt adds to each patch token, for every task.
+    """Adds the prompts of open regions to the patch tokens, for every task.
 
-    Only tokens that some task's frame touches have rows.
+    Only tokens that overlap some task's frame have rows.
     """
 
     index: Tensor
@@ -152,7 +152,7 @@ class TaskTokens(nn.Module):
         count = stacked.shape[2]
         self.rows = nn.ParameterList(list(stacked[:, :, touched]))
         self.register_buffer("index", table.index[:, touched])
-        # Where each token finds its sum: its own place, or an empty one behind the others.
+        # Index of each token's sum; tokens without rows use the row of zeros after the last sum.
         place = torch.full((count,), len(touched))
         place[touched] = torch.arange(len(touched))
         self.register_buffer("place", place)
@@ -167,14 +167,14 @@ class TaskTokens(nn.Module):
             total = added if total is None else total + added
         assert total is not None
         if self.all:
-            whole: Tensor = tokens + total
-            return whole
+            prompted: Tensor = tokens + total
+            return prompted
         placed: Tensor = F.pad(total, (0, 0, 0, 1)).index_select(1, self.place)
         return tokens + placed
 
 
 class TaskPixels(nn.Module):
-    """The prompts of every task on the pixels."""
+    """Adds the prompts to the pixels, for every task."""
 
     def __init__(self, models: Sequence[AdaViPro]) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class TaskPixels(nn.Module):
         self.templates = nn.Parameter(torch.stack([template_of(model) for model in models]))
 
     def forward(self, images: Tensor, mask: Tensor, task: Tensor, _absent: Tensor) -> Tensor:
-        """Prompt normalised images (B, 3, S, S)."""
+        """Add each image's prompt to normalised images (B, 3, S, S)."""
         region = (self.grid, images.shape[-1] // self.grid)
         split = self.templates.index_select(0, task).unflatten(3, region).unflatten(2, region)
         open_only = split * mask[:, None, :, None, :, None].to(images.dtype)
@@ -191,9 +191,9 @@ class TaskPixels(nn.Module):
 
 
 class TaskScores(nn.Module):
-    """From features (B, F) and tasks (B,) to logits (B, K of the largest task) and embedding.
+    """Features (B, F) and tasks (B,) to logits (B, K of the largest task) and embedding.
 
-    Classes of all tasks are scored, those of linear heads on features after the others.
+    The classes of all tasks are scored; heads on features come after heads on embeddings.
     """
 
     columns: Tensor
@@ -212,7 +212,7 @@ class TaskScores(nn.Module):
         self.register_buffer("of_features", torch.cat([parts[1].t(), absent], 1).contiguous())
 
     def forward(self, features: Tensor, task: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
-        """Score each image's own classes."""
+        """Score all classes, and select those of each image's task."""
         embedding, features = self.project(features)
         scores = features @ self.of_features
         if self.of_embedding.shape[1]:
@@ -222,7 +222,7 @@ class TaskScores(nn.Module):
 
 
 class GatheredScores(nn.Module):
-    """The same of many tasks: an image's own classes are gathered, and they alone are scored."""
+    """Like `TaskScores`, but only the classes of each image's task are gathered and scored."""
 
     columns: Tensor
     bias: Tensor
@@ -235,7 +235,7 @@ class GatheredScores(nn.Module):
         columns, bias, parts = side_by_side(models, self.project)
         self.register_buffer("columns", columns)
         self.register_buffer("bias", bias)
-        # As wide as the widest.
+        # Pad rows to the same width.
         width = max(part.shape[1] for part in parts if len(part))
         padded = [F.pad(part, (0, width - part.shape[1])) for part in parts if len(part)]
         self.register_buffer("rows", torch.cat([*padded, torch.zeros(1, width)]))
@@ -243,16 +243,16 @@ class GatheredScores(nn.Module):
         self.register_buffer("reads_features", reads)
 
     def forward(self, features: Tensor, task: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
-        """Score each image's own classes."""
+        """Gather and score the classes of each image's task."""
         embedding, features = self.project(features)
         width, columns = self.rows.shape[1], self.columns.index_select(0, task)
         read = F.pad(embedding, (0, width - embedding.shape[1]))
         if width >= features.shape[1]:
-            wide = F.pad(features, (0, width - features.shape[1]))
-            read = torch.where(self.reads_features.index_select(0, task)[:, None], wide, read)
-        places = columns.flatten()
-        own = self.rows.index_select(0, places).unflatten(0, (-1, columns.shape[1]))
-        bias = self.bias.index_select(0, places).unflatten(0, (-1, columns.shape[1]))
+            padded = F.pad(features, (0, width - features.shape[1]))
+            read = torch.where(self.reads_features.index_select(0, task)[:, None], padded, read)
+        indices = columns.flatten()
+        own = self.rows.index_select(0, indices).unflatten(0, (-1, columns.shape[1]))
+        bias = self.bias.index_select(0, indices).unflatten(0, (-1, columns.shape[1]))
         logits = (own * read[:, None]).sum(2) + bias
         return logits.masked_fill(absent[:, None], ABSENT), embedding
 
@@ -260,16 +260,17 @@ class GatheredScores(nn.Module):
 def side_by_side(
     models: Sequence[AdaViPro], project: Projection
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Put the classes of all tasks side by side.
+    """Concatenate the classes of all tasks.
 
     Returns:
-        The places of each task's classes (T, K of the largest); the biases of all, with that of no
-        class behind them; the rows that read the embedding (.., E), then those of features (.., F).
+        The indices of each task's classes (T, K of the largest task); the biases of all classes,
+        and of a missing class at the end; the rows of heads on embeddings (.., E) and of heads on
+        features (.., F).
     """
     heads = [model.head.folded for model in models]
     counts = [len(head.rows) for head in heads]
     ordered = sorted(range(len(heads)), key=lambda number: heads[number].reads == "features")
-    # One more column behind all, which is no class.
+    # The index after the last class stands for a missing class.
     columns = torch.full((len(heads), max(counts)), sum(counts))
     biases, begin = [], 0
     for number in ordered:
@@ -286,17 +287,17 @@ def side_by_side(
 
 
 def task_scores(models: Sequence[AdaViPro]) -> TaskScores | GatheredScores:
-    """Take the head that does less work."""
+    """Choose the cheaper of the two heads."""
     counts = [len(model.head.rows) for model in models]
     many = sum(counts) > MOST_SCORES * max(counts)
     return GatheredScores(models) if many else TaskScores(models)
 
 
 class Numbered(nn.Module):
-    """Tasks whose tables are constants: each image names the number of its own.
+    """Tasks whose tables are constants: the input is each image's task number.
 
     Args:
-        count: of tasks.
+        count: number of tasks.
     """
 
     inputs = ("task",)
@@ -306,25 +307,25 @@ class Numbered(nn.Module):
         self.count = count
 
     def example(self) -> tuple[Tensor, ...]:
-        """Return the tasks of two images."""
+        """Return example task numbers of two images."""
         return (torch.zeros(2, dtype=torch.int64),)
 
     def dynamic(self, batch: Any) -> tuple[dict[int, Any], ...]:
-        """Return which axes of the inputs vary."""
+        """Return the inputs' dynamic axes."""
         return ({0: batch},)
 
     def forward(self, task: Tensor) -> tuple[Tensor, Tensor]:
-        """Tell the tasks that exist from others, of which there must be no answer."""
-        # A gather would count numbers below 0 from the end: the answer of another task. Above the
-        # last one it is an error on a CPU.
+        """Return task numbers that can be gathered, and which of them are invalid."""
+        # Gather counts negative numbers from the end, which would select another task. Numbers
+        # after the last task are an error on a CPU.
         absent = (task < 0) | (task >= self.count)
         return torch.where(task < 0, self.count, task), absent
 
 
 def bytes_of(graph: nn.Module, model: AdaViPro) -> int:
-    """Return the bytes that a task's model adds to a file of several."""
+    """Return the bytes that a task adds to a file of several tasks."""
     tables = graph.state_dict().items()
     own: int = sum(table[0].nbytes for name, table in tables if OF_TASKS.fullmatch(name))
-    # Rows and biases.
+    # The head's rows and biases.
     size: int = model.head.rows.nbytes + 4 * len(model.head.rows)
     return own + size

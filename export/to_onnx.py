@@ -11,7 +11,7 @@ from adavipro_fast.export.onnx_export import OnnxConfig, export
 from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import QUANTISED
 
-# Fewer judged images are warned about.
+# With fewer held-out images a warning is printed.
 FEW = 100
 
 
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say what lies where, and how far it is from PyTorch."""
+    """Format the file, its difference from PyTorch, and the next commands."""
     path, error = result["path"], result["max_abs_error"]
     checked = (
         f"verified: embeddings within {error:.1e} of PyTorch"

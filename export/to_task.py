@@ -1,6 +1,6 @@
 """Write a checkpoint as a task file: `python export/to_task.py CHECKPOINT --output F.task`.
 
-The file is added to a running artifact that was exported with `--tasks open`.
+It can be added to a running artifact that was exported with `--tasks open`.
 """
 
 from dataclasses import dataclass
@@ -35,10 +35,10 @@ def main() -> None:
 
 
 def command(config: TaskConfig) -> dict[str, Any]:
-    """Fold, and write the file.
+    """Fold the checkpoint into tables and write them.
 
     Raises:
-        ValueError: the checkpoint is no table, or the file's name is none of a task.
+        ValueError: the checkpoint cannot be folded, or the output does not end in .task.
     """
     if config.output.suffix != ".task":
         raise ValueError(f"output {config.output} must end in .task")
@@ -56,7 +56,7 @@ def command(config: TaskConfig) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say what was written."""
+    """Format the file's task and size."""
     return (
         f"{result['path']}: task {result['task']}, {result['classes']} classes, "
         f"{result['bytes'] / 1e3:.0f} kB; add it with open_artifact(FILE).add(...)"

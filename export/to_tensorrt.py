@@ -1,7 +1,7 @@
 """Build an engine from a checkpoint or .onnx: `python export/to_tensorrt.py SOURCE --output F`.
 
-One strongly typed path for TensorRT (on the GPU it is built for) and TensorRT-RTX (for any listed
-GPU, also on a machine without one). What an engine cannot hold lies in `F.engine.json`.
+Networks are strongly typed. TensorRT builds for this machine's GPU; TensorRT-RTX builds for any
+listed GPU, even on a machine without one. Metadata is written to `F.engine.json`.
 """
 
 import tempfile
@@ -77,12 +77,12 @@ def main() -> None:
 
 
 def command(config: TensorRtConfig) -> dict[str, Any]:
-    """Build, prove the precision, verify where a GPU can run it, and only then name the files.
+    """Build, check the precision, verify if a GPU can run it, and only then rename the files.
 
     Raises:
-        ImportError: no TensorRT is installed.
-        ValueError: source, precision, batch or compute capability cannot be used.
-        VerificationError: the engine is not what was asked for.
+        ImportError: TensorRT is not installed.
+        ValueError: source, precision, batch or compute capability is invalid.
+        VerificationError: the engine's precision or output is wrong.
     """
     if config.output.suffix != ".engine":
         raise ValueError(f"output {config.output} must end in .engine")
@@ -130,7 +130,7 @@ def command(config: TensorRtConfig) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say what was built for which GPUs, and whether it was run."""
+    """Format the engine's properties, and whether it was verified."""
     checked = "verified on this GPU" if result["verified"] else f"not run: {result['reason']}"
     return (
         f"{result['path']}: {result['runtime']} {result['runtime_version']}, "
@@ -141,7 +141,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def ranges_of(config: TensorRtConfig) -> Ranges:
-    """Read the sizes of the dynamic axes, by the names that they have in the graph."""
+    """Return the sizes of the dynamic axes, by their names in the graph."""
     sides = parse_range("image_size", config.image_size)
     return {
         "batch": parse_range("batch", config.batch),
@@ -153,7 +153,7 @@ def ranges_of(config: TensorRtConfig) -> Ranges:
 
 
 def parse_range(name: str, text: str) -> tuple[int, int, int]:
-    """Read MIN,OPT,MAX."""
+    """Parse MIN,OPT,MAX."""
     try:
         smallest, usual, largest = (int(part) for part in text.split(","))
     except ValueError as error:
@@ -164,11 +164,11 @@ def parse_range(name: str, text: str) -> tuple[int, int, int]:
 
 
 def facts_of(about: Description, ranges: Ranges) -> dict[str, Any]:
-    """Return what the sidecar says of an engine with more dynamic axes than the batch."""
+    """Return the sidecar's entries about dynamic axes other than the batch."""
     facts: dict[str, Any] = {}
     if about.input == "any":
         largest = 3 * ranges["batch"][2] * ranges["height"][2] * ranges["width"][2]
-        # The engine holds them as bytes, and as floats on their way to the encoder's size.
+        # The engine stores the images as bytes, and as floats while it resizes them.
         facts["image_size"] = list(ranges["height"])
         facts["largest_images_mib"] = round(largest * (1 + 4) / 2**20)
     if about.open_for is not None:
@@ -178,7 +178,7 @@ def facts_of(about: Description, ranges: Ranges) -> dict[str, Any]:
 
 
 def wide_products(about: Description) -> int:
-    """Count the products that may be in fp32: the mask path's, the last projection, the scores.
+    """Count the products that may be in fp32: those of the mask, the last projection, the scores.
 
     A graph that resizes has two more.
     """
@@ -186,12 +186,12 @@ def wide_products(about: Description) -> int:
     if not about.tasks:
         return WIDE_PRODUCTS + resize
     kinds = {(task.config.edge, task.config.edge_padding) for task in about.tasks}
-    # Each kind of edges has up to two filters and the kernels; scores are of two kinds.
+    # Each edge detector has up to two filters and the kernels; there are two kinds of scores.
     return 3 * len(kinds) + 4 + resize
 
 
 def choose_runtime(asked: Runtime) -> str:
-    """Take what was asked for; auto is TensorRT on a machine with a GPU that has it."""
+    """Resolve auto: TensorRT if there is a GPU and TensorRT is installed, else TensorRT-RTX."""
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
@@ -204,10 +204,10 @@ def choose_runtime(asked: Runtime) -> str:
 
 
 def choose_capabilities(trt: ModuleType, runtime: str, asked: tuple[str, ...]) -> list[str]:
-    """Check the GPUs to build for.
+    """Return the compute capabilities to build for.
 
     Raises:
-        ValueError: none named and none here, or one that the runtime does not know.
+        ValueError: none is given and there is no GPU, or the runtime does not support one.
     """
     here = compute_capability()
     if runtime == "tensorrt":
@@ -240,7 +240,7 @@ def choose_capabilities(trt: ModuleType, runtime: str, asked: tuple[str, ...]) -
 
 
 def onnx_source(config: TensorRtConfig, folder: Path) -> Path:
-    """Return the .onnx file to build from; a checkpoint is exported and verified first."""
+    """Return the .onnx file to build from; export and verify a checkpoint first."""
     if config.source.suffix == ".onnx":
         about = describe_onnx(config.source)
         if config.precision not in (None, about.precision):
@@ -266,10 +266,10 @@ def onnx_source(config: TensorRtConfig, folder: Path) -> Path:
 
 
 def verify(path: Path, config: TensorRtConfig, capabilities: list[str]) -> dict[str, Any]:
-    """Run the engine where a fitting GPU is at hand, and compare it with its checkpoint.
+    """Compare the engine with its checkpoint, if there is a suitable GPU.
 
     Raises:
-        VerificationError: it computes something else.
+        VerificationError: the outputs differ.
     """
     here = compute_capability()
     if here not in capabilities:

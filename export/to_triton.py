@@ -1,7 +1,7 @@
 """Write a Triton Inference Server repository: `python export/to_triton.py F.onnx --output R`.
 
-Four models: the graph, and around it an ensemble from image files to class names, with the two
-Python models that it needs. Another export of the same name is the next version.
+It contains four models: the graph, an ensemble from image files to class names, and the ensemble's
+two Python models. Another export with the same name becomes the next version.
 """
 
 import json
@@ -20,7 +20,8 @@ from adavipro_fast.files.sealed import describe_onnx, read_sidecar
 from adavipro_fast.files.whole import flush, write_whole
 
 MODELS = Path(__file__).parent / "python_backend"
-# Names that configuration files, addresses and folders hold as they are.
+# Characters of names, beside letters and digits, that need no escaping in URLs, paths and
+# configuration files.
 LETTERS = "-_."
 
 
@@ -51,16 +52,16 @@ class TritonConfig:
 
 @dataclass(frozen=True)
 class Served:
-    """What is served, and how much of it at once."""
+    """The graph to serve, and its batch sizes."""
 
     about: Description
     backend: str
     file: str
     batch: int
     usual: int
-    """batch that an engine is fastest at"""
+    """batch size that an engine is optimised for"""
     width: int | None
-    """of the embedding, which an engine's files do not tell"""
+    """of the embedding; None for engines, whose files do not contain it"""
 
 
 def main() -> None:
@@ -72,8 +73,8 @@ def command(config: TritonConfig) -> dict[str, Any]:
     """Write the repository's models, the graph last.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be served by Triton, or is no next version of what is there.
+        FileNotFoundError: the file does not exist.
+        ValueError: Triton cannot serve the file, or an existing model of this name differs.
     """
     graph, name = graph_of(config), config.name or config.artifact.stem
     plain = all(letter.isalnum() or letter in LETTERS for letter in name)
@@ -113,7 +114,7 @@ def command(config: TritonConfig) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say what lies where, and how to serve it."""
+    """Format the repository's models, and how to serve them."""
     return (
         f"{result['repository']}: {result['model']} version {result['version']}, batches up to "
         f"{result['max_batch_size']}\n"
@@ -123,10 +124,10 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def graph_of(config: TritonConfig) -> Served:
-    """Read what a file is.
+    """Read a file's description and batch sizes.
 
     Raises:
-        ValueError: Triton cannot serve it.
+        ValueError: Triton cannot serve the file.
     """
     path = config.artifact
     if path.suffix == ".engine":
@@ -160,16 +161,17 @@ def graph_of(config: TritonConfig) -> Served:
 
 
 def embedding_width(path: Path) -> int:
-    """Read from an .onnx file how many numbers an embedding has."""
+    """Read the embedding's width from an .onnx file."""
     model = onnx.load(path, load_external_data=False)
     shapes = {each.name: each.type.tensor_type.shape for each in model.graph.output}
     return int(shapes["embedding"].dim[1].dim_value)
 
 
 def check_same(path: Path, facts: dict[str, Any]) -> None:
-    """Raise ValueError where versions before are of other classes, tasks or preparation.
+    """Raise ValueError if earlier versions have other classes, tasks or preprocessing.
 
-    Clients would not know, and while Triton changes versions its models mix.
+    Clients would not notice the change, and while Triton switches versions, models of both would be
+    combined.
     """
     known = json.loads(path.read_text()) if path.exists() else facts
     for what in ("tasks", "class_names", "preprocess"):
@@ -181,17 +183,17 @@ def check_same(path: Path, facts: dict[str, Any]) -> None:
 
 
 def next_version(folders: Sequence[Path]) -> int:
-    """Return the number behind the last one of any of a file's models."""
-    found = [each.name for folder in folders if folder.is_dir() for each in folder.iterdir()]
-    return 1 + max((int(name) for name in found if name.isdigit()), default=0)
+    """Return the number after the last version of any of the models."""
+    names = [each.name for folder in folders if folder.is_dir() for each in folder.iterdir()]
+    return 1 + max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def place(
     folder: Path, version: int, config: str, files: dict[str, Path], facts: dict[str, Any]
 ) -> None:
-    """Write a model's configuration and one version, which gets its number when it is whole."""
+    """Write a model's configuration and one version, whose folder is renamed once complete."""
     partial = folder / f"{version}.part"
-    # Of a run that was interrupted.
+    # Left behind by an interrupted run.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     about = (json.dumps(facts) + "\n").encode()
@@ -200,7 +202,7 @@ def place(
         flush(partial / name)
     write_whole(partial / "about.json", about)
     write_whole(folder / "about.json", about)
-    # Only what changes is written: Triton would load the model again.
+    # Write only if changed, since Triton would reload the model.
     path = folder / "config.pbtxt"
     if not path.exists() or path.read_text() != config:
         write_whole(path, config.encode())
@@ -210,15 +212,15 @@ def place(
 
 
 def configurations(name: str, graph: Served, kind: str, config: TritonConfig) -> dict[str, str]:
-    """Write the configuration of each model, by the ending of its name."""
+    """Return the configuration of each model, by the suffix of its name."""
     about = graph.about
     side, grid = about.preprocess.size, about.preprocess.size // about.config.region_size
-    # Several tasks have labels of their own; one task's are Triton's to give.
+    # Triton supports one list of labels, so only a file of one task has them.
     labels = "" if about.tasks else ' label_filename: "labels.txt"'
     image = ("image", "UINT8", [3, side, side] if about.input == "uint8" else [3, -1, -1])
     number = ("task", "INT64", [1])
     task = [("task", "STRING", [1])] if about.tasks else []
-    found = [("class", "STRING", [1]), ("probability", "FP32", [1])]
+    answer = [("class", "STRING", [1]), ("probability", "FP32", [1])]
     classes = ("logits", "FP32", [about.most_classes])
     shared = f"max_batch_size: {graph.batch}\n"
     latest = "version_policy { latest { num_versions: 1 } }\n"
@@ -251,28 +253,28 @@ def configurations(name: str, graph: Served, kind: str, config: TritonConfig) ->
         + "dynamic_batching { }\n",
         "_postprocess": python
         + tensors("input", [line(*classes), *([line(*number)] if task else [])])
-        + tensors("output", [line(*each) for each in found])
+        + tensors("output", [line(*each) for each in answer])
         + "dynamic_batching { }\n",
         "_classify": f'platform: "ensemble"\n{shared}{latest}'
         + tensors("input", [line("encoded", "STRING", [1]), *(line(*each) for each in task)])
-        + tensors("output", [line(*each) for each in found])
+        + tensors("output", [line(*each) for each in answer])
         + ensemble(name, several=bool(task)),
     }
     return {ending: f'name: "{name}{ending}"\n{text}' for ending, text in texts.items()}
 
 
 def line(name: str, kind: str, dims: Sequence[int], more: str = "") -> str:
-    """Configure one tensor; the batch is not among its dimensions."""
+    """Format the configuration of a tensor; its dimensions exclude the batch."""
     return f'{{ name: "{name}" data_type: TYPE_{kind} dims: {list(dims)}{more} }}'
 
 
 def tensors(kind: str, lines: Sequence[str]) -> str:
-    """Configure the inputs or outputs of a model."""
+    """Format the inputs or outputs of a model."""
     return f"{kind} [\n  " + ",\n  ".join(lines) + "\n]\n"
 
 
 def warm_up(side: int, graph: Served) -> str:
-    """Let a model run once before it is ready, with one image and with a full batch."""
+    """Format a warm-up with one image and with a full batch."""
     shapes = [("image", "UINT8", [3, side, side])]
     shapes += [("task", "INT64", [1])] if graph.about.tasks else []
     fed = " ".join(
@@ -286,7 +288,7 @@ def warm_up(side: int, graph: Served) -> str:
 
 
 def ensemble(name: str, *, several: bool) -> str:
-    """Lead image files through the models; tasks are named outside and numbered inside."""
+    """Format the steps of the ensemble, which turn task names into numbers."""
 
     def step(ending: str, inputs: dict[str, str], outputs: dict[str, str]) -> str:
         maps = [

@@ -1,6 +1,6 @@
 """Compare an exported file with its checkpoint: `python export/verify.py CHECKPOINT ARTIFACT`.
 
-Masks must agree everywhere but where Δ is within rounding of 0, and those ties are counted.
+Masks must agree in all regions except ties, where Δ is within rounding of 0; ties are counted.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def command(config: VerifyConfig) -> dict[str, Any]:
     """Compare and return the figures.
 
     Raises:
-        VerificationError: they differ by more than rounding.
+        VerificationError: the outputs differ by more than rounding.
     """
     reference = TorchArtifact.open(
         config.checkpoint, model=config.model, pretrained=config.pretrained, device="cpu"
@@ -58,7 +58,7 @@ def command(config: VerifyConfig) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say how far the two are apart."""
+    """Format the differences."""
     return (
         f"the same: embeddings within {result['max_abs_error']:.1e}, worst cosine "
         f"{result['min_cosine']:.6f}, top-1 of {result['top1_agreement']:.1f} % of the images, "

@@ -1,1 +1,1 @@
-"""Models that Triton's Python backend runs around an exported file."""
+"""Models for Triton's Python backend that run before and after an exported file."""

@@ -13,11 +13,11 @@ class TritonPythonModel:
     """One instance of the model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read names, temperatures and links, each a list with an entry for each task."""
+        """Read names, temperatures and links, each a list with one entry per task."""
         folder = Path(args["model_repository"], args["model_version"])
         about = json.loads((folder / "about.json").read_text())
         self.names, self.temperatures = about["class_names"], about["temperatures"]
-        # Repositories that older versions wrote hold no links.
+        # Repositories written by older versions have no links.
         self.links = about.get("links", ["softmax"] * len(self.names))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -25,7 +25,7 @@ class TritonPythonModel:
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
-        """Say logits (B, K) of tasks (B, 1) in words."""
+        """Turn logits (B, K) of tasks (B, 1) into class names and probabilities."""
         logits = pb_utils.get_input_tensor_by_name(request, "logits").as_numpy()
         named = pb_utils.get_input_tensor_by_name(request, "task")
         tasks = np.zeros(len(logits), int) if named is None else named.as_numpy()[:, 0]
@@ -44,7 +44,7 @@ class TritonPythonModel:
 
 
 def highest(scaled: np.ndarray[Any, Any], link: str) -> float:
-    """Return the highest probability of logits (K,) that were divided by the temperature."""
+    """Return the highest probability, from logits (K,) divided by the temperature."""
     if link == "sigmoid":
         return float(1 / (1 + np.exp(-scaled.max())))
     weights = np.exp(scaled - scaled.max())

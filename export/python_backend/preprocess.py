@@ -1,4 +1,4 @@
-"""Triton's Python backend: image files to the graph's pixels, names of tasks to their numbers."""
+"""Triton's Python backend: image files to the graph's pixels, task names to numbers."""
 
 import json
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ class TritonPythonModel:
     """One instance of the model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read how images are prepared."""
-        # Not above: Triton imports this file twice, once to complete its configuration.
+        """Read the preprocessing and the tasks' names."""
+        # Imported here because Triton also imports this file to complete its configuration.
         from adavipro_fast.data.images import decode
         from adavipro_fast.method.preprocess import Preprocess, completed
 
@@ -25,11 +25,11 @@ class TritonPythonModel:
         self.transform = self.preprocess.pixels()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request; a broken image is an error of its own request alone."""
+        """Answer each request; an unreadable image fails only its own request."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
-        """Prepare the images (B, 1) of a request."""
+        """Decode the image files (B, 1) of a request."""
         try:
             encoded = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()
             images = [
@@ -50,7 +50,7 @@ class TritonPythonModel:
         """Return the number of a task.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no task of this name.
         """
         text = name.decode(errors="replace")
         if text not in self.tasks:
