@@ -2,8 +2,8 @@
 
     python bench/accuracy.py runs/mine/checkpoint.safetensors --data my_images
 
-Every row classifies the whole test split. Agreement is with PyTorch in fp32: answers in percent,
-masks as a share of regions. Then all are timed in turn on the same batch.
+Every row classifies the complete test split. Agreement is with PyTorch in fp32: answers in percent,
+masks as a share of regions. Then all rows are timed in turn on the same batch.
 """
 
 import tempfile
@@ -47,9 +47,9 @@ ONNX: tuple[tuple[GraphKind | None, ExportPrecision, Input], ...] = (
 )
 IN_OPENVINO = (("fp32", "uint8"), ("int8", "uint8"))
 TIMED_TO = "onnx_folded_fp32_uint8"
-# Of an export's result.
-TOLD = ("products", "wide", "loss_points", "bytes")
-# The probabilities of the two likeliest classes are closer than this.
+# Keys of an export's result to keep in its row.
+EXPORT_FIGURES = ("products", "wide", "loss_points", "bytes")
+# Largest difference between the two highest probabilities for a near-tie.
 NEAR = 0.02
 EVALUATED_IN = 64
 
@@ -78,8 +78,8 @@ class Row:
 
     name: str
     artifact: Artifact | None = None
-    told: dict[str, Any] = field(default_factory=dict)
-    """what its export says of bytes and quantisation"""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """the export's bytes and quantisation figures"""
     skipped: str = ""
 
 
@@ -99,10 +99,10 @@ def torch_rows(config: AccuracyConfig, device: torch.device) -> list[Row]:
 
 
 def file_rows(config: AccuracyConfig, device: torch.device, folder: Path) -> Iterator[Row]:
-    """Export the variants, verified, and open each in the runtimes that are asked about it.
+    """Export and verify the variants, and open each in its runtimes.
 
     Raises:
-        VerificationError: one computes something else; a quantised one may lose too much.
+        VerificationError: the output of a variant that is not quantised is wrong.
     """
     for graph, precision, kind in ONNX:
         name = "_".join((graph or "folded", precision, kind))
@@ -110,14 +110,14 @@ def file_rows(config: AccuracyConfig, device: torch.device, folder: Path) -> Ite
         if (precision, kind) in IN_OPENVINO:
             runtimes[f"openvino_{name}"] = "openvino"
         path, skipped = folder / f"{name}.onnx", ""
-        told: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if precision == "bf16" and device.type == "cpu":
             skipped = "ONNX Runtime's CPU provider cannot run bf16"
         elif precision in QUANTISED and not Path(config.data.data).is_dir():
             skipped = f"{precision} takes its ranges from a folder of images"
         else:
             try:
-                told = export(config, graph, precision, kind, path)
+                figures = export(config, graph, precision, kind, path)
             except VerificationError as error:
                 if precision not in QUANTISED:
                     raise
@@ -127,7 +127,8 @@ def file_rows(config: AccuracyConfig, device: torch.device, folder: Path) -> Ite
             if reason := missing or skipped:
                 yield Row(title, skipped=reason)
             else:
-                yield Row(title, open_artifact(path, device=config.device, runtime=runtime), told)
+                artifact = open_artifact(path, device=config.device, runtime=runtime)
+                yield Row(title, artifact, figures)
 
 
 def export(
@@ -137,10 +138,10 @@ def export(
     kind: Input,
     path: Path,
 ) -> dict[str, Any]:
-    """Export a variant; return its bytes, and what quantisation left wide.
+    """Export a variant; return its bytes and quantisation figures.
 
     Raises:
-        VerificationError: it computes something else, or loses too much.
+        VerificationError: its output is wrong, or quantisation loses too much accuracy.
     """
     result = onnx_export.export(
         onnx_export.OnnxConfig(
@@ -154,11 +155,11 @@ def export(
             pretrained=config.pretrained,
         )
     )
-    return {name: result[name] for name in TOLD if name in result}
+    return {name: result[name] for name in EXPORT_FIGURES if name in result}
 
 
 def classified(artifact: Artifact, config: AccuracyConfig, test: Split) -> Evaluation:
-    """Classify the test split: as the graph wants it, resized, or as it was decoded."""
+    """Classify the test split: resized, or for a graph that resizes, at its original size."""
     if artifact.about.input != "any":
         return evaluate_artifact(artifact, test, EVALUATED_IN)
     assert isinstance(artifact, OnnxArtifact)
@@ -175,7 +176,7 @@ def classified(artifact: Artifact, config: AccuracyConfig, test: Split) -> Evalu
 
 
 def described(name: str, found: Evaluation, expected: Evaluation, near: Tensor) -> dict[str, Any]:
-    """Compare predictions with the reference's, whose near-ties are marked (N,)."""
+    """Compare predictions with the reference's; `near` (N,) marks its near-ties."""
     turned = found.predicted != expected.predicted
     return {
         "name": name,
@@ -189,7 +190,7 @@ def described(name: str, found: Evaluation, expected: Evaluation, near: Tensor) 
 
 
 def command(config: AccuracyConfig) -> dict[str, Any]:
-    """Classify with every row, then time all."""
+    """Classify with every row, then time all rows."""
     device = torch_device(config.device)
     opened = torch_rows(config, device)
     reference = opened[0].artifact
@@ -212,8 +213,8 @@ def command(config: AccuracyConfig) -> dict[str, Any]:
             known = row.artifact is reference
             found = expected if known else classified(row.artifact, config, test)
             rows.append(described(row.name, found, expected, near))
-            rows[-1] |= {"provider": row.artifact.provider, **row.told}
-            # What a resize in the graph takes depends on the picture: bench/latency.py.
+            rows[-1] |= {"provider": row.artifact.provider, **row.figures}
+            # The time of a resize in the graph depends on the picture; see bench/latency.py.
             if row.artifact.about.input != "any":
                 works[row.name] = partial(row.artifact, images)
         bases = dict.fromkeys(works, TIMED_TO)
@@ -227,7 +228,7 @@ def command(config: AccuracyConfig) -> dict[str, Any]:
         rows.append({"name": name, "skipped": reason})
     if config.plot is not None:
         scatter(rows, config.plot)
-    hidden = (*TOLD, "provider", "n", "p50_ms")
+    hidden = (*EXPORT_FIGURES, "provider", "n", "p50_ms")
     return publish(rows, device, config.json, f"accuracy: {config.checkpoint}", hidden)
 
 

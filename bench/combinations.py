@@ -1,10 +1,10 @@
-"""Which precision, input and tasks run where: every cell tried with the demo's encoder.
+"""Try every combination of precision, input, tasks and runtime with the demo's encoder.
 
     python bench/combinations.py --json bench/results/cpu-2-cores/combinations.json
 
-A cell counts where its file was exported and verified, and then: ONNX Runtime and OpenVINO answer
-like PyTorch on the CPU, TensorRT-RTX builds the engine (it is not run), Triton's repository is
-written, and `serve` answers over HTTP. Anything else needs a reason in `REASONS`.
+A combination works if its file is exported and verified, and then: ONNX Runtime and OpenVINO answer
+like PyTorch on the CPU, TensorRT-RTX builds the engine (which is not run), Triton's repository is
+written, and `serve` answers over HTTP. Any failure must have a reason in `REASONS`.
 """
 
 import io
@@ -37,7 +37,7 @@ from lib.task_models import NAMES, PROMPT_SIZE, task_model
 
 Tasks = Literal["one", "baked", "data"]
 WHERE = ("onnxruntime", "openvino", "tensorrt-rtx", "triton", "serve")
-# What a refusal says, and what the table says of it, in at most ten words.
+# Part of an error message, and the table's explanation of it, in at most ten words.
 REASONS = {
     "on cpu: ": "ONNX Runtime has bf16 on CUDA devices only",
     "on auto: ": "ONNX Runtime has bf16 on CUDA devices only",
@@ -66,12 +66,12 @@ class CombinationsConfig:
 
 @dataclass(frozen=True)
 class Trial:
-    """What is exported, and the answers that its files must give."""
+    """The checkpoints to export, and the answers expected of their files."""
 
     folder: Path
     checkpoints: tuple[Path, ...]
     expected: tuple[Prediction, ...]
-    """of each task, by PyTorch"""
+    """PyTorch's predictions for each task"""
     pixels: torch.Tensor
 
 
@@ -81,10 +81,10 @@ def main() -> None:
 
 
 def command(config: CombinationsConfig) -> dict[str, Any]:
-    """Try all cells.
+    """Try all combinations.
 
     Raises:
-        VerificationError: a cell does not work, for no known reason.
+        VerificationError: a combination fails for an unknown reason.
     """
     axes = (
         config.precision or get_args(ExportPrecision),
@@ -109,7 +109,7 @@ def command(config: CombinationsConfig) -> dict[str, Any]:
 
 
 def prepared(folder: Path) -> Trial:
-    """Save two tasks' checkpoints, their .task files, and images for ranges."""
+    """Save two tasks' checkpoints, their .task files, and calibration images."""
     subject = Subject("demo", images=6, device="cpu")
     paths, expected = [], []
     for number in range(2):
@@ -131,7 +131,7 @@ def prepared(folder: Path) -> Trial:
 def row_of(
     trial: Trial, precision: ExportPrecision, input: Input, tasks: Tasks, *, engines: bool
 ) -> dict[str, Any]:
-    """Export a combination and try it everywhere but in `serve`."""
+    """Export a combination and try it in every runtime except `serve`."""
     name = f"{precision}-{input}-{tasks}"
     path = trial.folder / f"{name}.onnx"
     first, other = trial.checkpoints
@@ -167,7 +167,7 @@ def row_of(
 
 
 def reason_of(work: Callable[[], object]) -> str:
-    """Do it; return nothing, or why it could not be done."""
+    """Call `work`; return an empty text, or why it failed."""
     try:
         work()
     except (ValueError, VerificationError) as error:
@@ -176,12 +176,12 @@ def reason_of(work: Callable[[], object]) -> str:
 
 
 def explained(error: str) -> str:
-    """Return the table's words for a refusal, or the refusal where there are none."""
+    """Return the table's explanation of an error, or the error if there is none."""
     return next((reason for known, reason in REASONS.items() if known in error), error)
 
 
 def answered(trial: Trial, path: Path, tasks: Tasks, runtime: Any) -> None:
-    """Compare a file's answers with PyTorch's, of each task.
+    """Compare a file's answers with PyTorch's for each task.
 
     Raises:
         VerificationError: they differ by more than rounding.
@@ -199,7 +199,7 @@ def answered(trial: Trial, path: Path, tasks: Tasks, runtime: Any) -> None:
 
 
 def serve(trial: Trial, rows: list[dict[str, Any]]) -> None:
-    """Serve all files that open here in one process, and ask each."""
+    """Serve all files that can be opened here in one process, and send each a request."""
     files = []
     for row in rows:
         opened = reason_of(partial(open_artifact, row["file"], device="cpu"))
@@ -220,7 +220,7 @@ def serve(trial: Trial, rows: list[dict[str, Any]]) -> None:
 
 
 def asked(url: str, image: bytes) -> str:
-    """Send an image; return nothing, or what is wrong with the answer."""
+    """Send an image; return an empty text, or what is wrong with the answer."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, image, method="POST")) as answer:
             values = json.loads(answer.read())

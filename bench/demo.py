@@ -1,7 +1,7 @@
 """Train the embedded demo, export it, evaluate and time what was exported: `make demo`.
 
-The last line is one JSON object: training's figures, and the later steps' under `onnx`, `engine`
-and `latency`.
+The last line is one JSON object: the figures of training, and those of later steps under `onnx`,
+`engine` and `latency`.
 """
 
 import os
@@ -16,7 +16,7 @@ from adavipro_fast.export import onnx_export, to_onnx, to_tensorrt
 from adavipro_fast.training.config import recipe
 from adavipro_fast.training.run import start_run
 
-# TensorRT-RTX builds for a GPU that is not here; this is the RTX 3090 of the paper.
+# The paper's RTX 3090; TensorRT-RTX can build for it without a GPU.
 COMPUTE_CAPABILITY = "8.6"
 
 
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def demo() -> dict[str, Any]:
-    """Run the product's main job from end to end on its embedded default."""
+    """Run the complete workflow on the built-in demo."""
     say("1/4 train a prompt for the embedded task")
     result = start_run(recipe("best"))
     say(train.summary(result))
@@ -50,7 +50,7 @@ def export_onnx(checkpoint: Path) -> dict[str, Any]:
 
 
 def build_engine(checkpoint: Path) -> dict[str, Any]:
-    """Build a TensorRT-RTX engine, where it can be installed."""
+    """Build a TensorRT-RTX engine if TensorRT-RTX is installed."""
     say(f"\n3/4 build a TensorRT-RTX engine for compute capability {COMPUTE_CAPABILITY}")
     config = to_tensorrt.TensorRtConfig(
         checkpoint,
@@ -68,13 +68,13 @@ def build_engine(checkpoint: Path) -> dict[str, Any]:
 
 
 def time_it() -> dict[str, Any]:
-    """Time the demo's encoder with and without a prompt, in every runtime at hand."""
+    """Time the demo's encoder with and without a prompt, in every installed runtime."""
     say("\n4/4 measure latency")
     return latency.command(latency.LatencyConfig("demo", quick=True))
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Say what was reached, where it lies, and what to do next."""
+    """Format the accuracy, the files and the next commands."""
     onnx, folder = result["onnx"], Path(result["checkpoint"]).parent
     rows = {row["name"]: row for row in result["latency"]["rows"]}
     folded = rows["onnx_folded"]
@@ -96,7 +96,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def say(line: str) -> None:
-    """Tell what happens next, or how it went."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr)
 
 

@@ -2,7 +2,7 @@
 
     python bench/drawn.py sounds my_sounds
 
-Nothing is downloaded: letters use the fonts that matplotlib ships, sounds are computed.
+Nothing is downloaded: letters use the fonts included in matplotlib, and sounds are synthesised.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Kind = Literal["letters", "sounds", "charts"]
 Array = np.ndarray[Any, Any]
 SIDE = 128
 LETTERS = "BDEFKMPRSW"
-# Files with Latin letters; the Display ones have few.
+# Fonts with Latin letters; the Display fonts lack most of them.
 FONTS = ("DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf")
 # Samples of a sound, and of one spectrum; a new spectrum starts every HOP samples.
 SAMPLES, WINDOW, HOP = 8192, 256, 64
@@ -42,7 +42,7 @@ def fonts() -> list[Path]:
 
 
 def letter(name: str, rng: np.random.Generator) -> Image.Image:
-    """Draw a letter: any font, size, place, angle and pair of greys, under noise."""
+    """Draw a letter in a random font, size, position, angle and pair of greys, with noise."""
     paper, ink = rng.permutation([rng.uniform(40, 110), rng.uniform(150, 215)])
     font = ImageFont.truetype(str(rng.choice(fonts())), int(rng.integers(40, 90)))  # type: ignore[arg-type]
     drawn = Image.new("L", (SIDE, SIDE), int(paper))
@@ -103,7 +103,7 @@ SOUNDS: dict[str, Callable[[float, float, np.random.Generator], Array]] = {
 
 
 def sound(name: str, rng: np.random.Generator) -> Image.Image:
-    """Draw the spectrogram of a sound in noise, beside a short tone that says nothing."""
+    """Draw the spectrogram of a sound in noise, with a short tone unrelated to the class."""
     low, high = rng.uniform(300, 900), rng.uniform(1500, 3200)
     begin, end = np.sort(rng.uniform(0, 1, 2))
     other = tone(path(rng.uniform(200, 3800))) * ((begin < TIME) & (end > TIME))
@@ -130,7 +130,7 @@ CHARTS: dict[str, Callable[[Array, np.random.Generator], Array]] = {
 
 
 def chart(name: str, rng: np.random.Generator) -> Image.Image:
-    """Draw a scatter plot; the class is how the points go, everything else says nothing."""
+    """Draw a scatter plot; the class is the points' trend, and everything else is random."""
     x = np.sort(rng.uniform(size=rng.integers(25, 60)))
     y = rng.uniform(0.7, 1.5) * CHARTS[name](x, rng)
     y = y + rng.normal(0, rng.uniform(0.12, 0.28), len(x))
@@ -172,10 +172,10 @@ class DrawnConfig:
 
 
 def command(config: DrawnConfig) -> dict[str, Any]:
-    """Draw the images; every image has a seed of its own.
+    """Draw the images; every image has its own seed.
 
     Raises:
-        ValueError: the output is there already.
+        ValueError: the output already exists.
     """
     if config.output.exists():
         raise ValueError(f"{config.output} is there already; name a new folder")

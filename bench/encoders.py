@@ -1,8 +1,8 @@
-"""Which encoders work how: a prompt trained, exported, run and built for each family.
+"""Supported encoders: train, export, run and build a prompt for each family.
 
     python bench/encoders.py --json rows.json --markdown docs/pages/encoders.md
 
-Weights are random: this is about architectures. What is refused is told as users are told.
+Weights are random, since only the architecture matters. Errors are reported as users see them.
 """
 
 import gc
@@ -34,7 +34,7 @@ Form = tuple[GraphKind | None, Precision]
 
 NAMES = ("cat", "dog", "bird")
 LARGEST_REGION = 32
-# TensorRT-RTX builds for these without a GPU: a GeForce of the 40 and one of the 50 series.
+# TensorRT-RTX builds for these without a GPU: the GeForce 40 and 50 series.
 BUILT_FOR = ("8.9", "12.0")
 
 
@@ -51,7 +51,7 @@ class EncodersConfig:
 
 
 def command(config: EncodersConfig) -> dict[str, Any]:
-    """Try the encoders, one after the other."""
+    """Try the encoders one after another."""
     chosen = [e for e in ENCODERS if not config.encoder or e.name in config.encoder]
     rows = []
     for encoder in tqdm(chosen, "encoders", disable=None):
@@ -66,7 +66,7 @@ def command(config: EncodersConfig) -> dict[str, Any]:
 
 
 def tried(encoder: Encoder, engines: bool) -> dict[str, Any]:
-    """Train a step of a prompt for an encoder, then export it in every form."""
+    """Train a prompt for an encoder by one step, then export it in every form."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, pretrained = encoder.written(folder)
@@ -99,7 +99,7 @@ def tried(encoder: Encoder, engines: bool) -> dict[str, Any]:
 
 
 def stepped(frozen: FrozenEncoder, text: TextTower | NoText) -> AdaViPro:
-    """Put a prompt before an encoder, and train it by one step.
+    """Put a prompt in front of an encoder, and train it by one step.
 
     Raises:
         VerificationError: no gradient reaches the template.
@@ -131,7 +131,7 @@ def stepped(frozen: FrozenEncoder, text: TextTower | NoText) -> AdaViPro:
 
 
 def exported(form: str, config: onnx_export.OnnxConfig) -> dict[str, Any]:
-    """Export, and return how far the file is from PyTorch, or the refusal."""
+    """Export; return the file's difference from PyTorch, or the error."""
     try:
         result = onnx_export.export(config)
     except (ValueError, VerificationError) as error:
@@ -146,7 +146,7 @@ def exported(form: str, config: onnx_export.OnnxConfig) -> dict[str, Any]:
 
 
 def built(path: Path) -> dict[str, Any]:
-    """Build a TensorRT-RTX engine; return whether it was built, or why not."""
+    """Build a TensorRT-RTX engine; return its result, or the error."""
     config = to_tensorrt.TensorRtConfig(
         path, path.with_suffix(".engine"), runtime="tensorrt-rtx",
         compute_capability=BUILT_FOR, batch="1,4,16", builder_level=0,
@@ -178,7 +178,7 @@ Masks agree with PyTorch on every region, except where the decision is within ro
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """Lay the rows out as a page, refusals below the table."""
+    """Format the rows as a page, with errors below the table."""
     text = HEADER.format(built=" and ".join(BUILT_FOR))
     refused = []
     for row in rows:

@@ -2,8 +2,8 @@
 
     python bench/far.py my_images far_images --look thermal
 
-A labelled folder is copied with its classes and splits; what an image shows stays, what it looks
-like changes. Pictures are written as PNG.
+Copies a labelled folder with its classes and splits; the images keep their content and change their
+appearance. Pictures are written as PNG.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ Look = Literal["thermal", "negative", "permuted", "blurred"]
 
 
 def thermal(image: Image.Image) -> Image.Image:
-    """Colour brightness as thermal cameras do, dark as hot."""
+    """Colour brightness like a thermal camera, with dark as hot."""
     heat = colormaps["inferno"](255 - np.asarray(image.convert("L")), bytes=True)
     return Image.fromarray(heat[..., :3])
 
 
 def permuted(image: Image.Image) -> Image.Image:
-    """Turn red, green, blue into blue, red, green."""
+    """Permute the channels red, green, blue to blue, red, green."""
     red, green, blue = image.split()
     return Image.merge("RGB", (blue, red, green))
 
@@ -62,7 +62,7 @@ def command(config: FarConfig) -> dict[str, Any]:
     """Copy the images.
 
     Raises:
-        ValueError: the output is there already.
+        ValueError: the output already exists.
     """
     if config.output.exists():
         raise ValueError(f"{config.output} is there already; name a new folder")

@@ -3,11 +3,12 @@
     python bench/fused.py --json bench/results/fused.json
     python bench/fused.py --tune
 
-uint8 pixels in, bf16 images out. Calls are captured as CUDA graphs, over several sets of tensors
-that L2 does not hold, so that neither the host nor a cache is measured. Bytes are counted, not
-measured: what a pass must move once, backward's partial sums included. Rows: `copy`; `masks` of
-10,000 images; the kernels alone by shape; each form of the prompt forward, both ways, and backward
-as the difference of the two. Without a CUDA device only the gate runs, in Triton's interpreter.
+Inputs are uint8 pixels and outputs bf16 images. Calls are captured as CUDA graphs over several sets
+of tensors that do not fit into L2, so that neither the host nor a cache is measured. Bytes are
+counted, not measured: those that a pass must move once, including backward's partial sums. Rows:
+`copy`; `masks` of 10,000 images; the kernels alone by shape; each form of the prompt forward,
+forward and backward, and backward as the difference of the two. Without a CUDA device, only the
+gate runs, in Triton's interpreter.
 """
 
 import os
@@ -20,7 +21,7 @@ import torch
 import tyro
 
 if not torch.cuda.is_available():
-    # Triton reads it when it is imported, which open_clip already does.
+    # Set before the imports below: Triton reads it when imported, which open_clip does.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from torch import Tensor
@@ -76,7 +77,7 @@ class FusedConfig:
 
 
 def shapes(config: FusedConfig) -> list[Shape]:
-    """Return the shapes of the kernels' own rows, the configuration's first."""
+    """Return the shapes for the rows of the kernels alone, the configuration's first."""
     first = Shape(config.batch, config.region_size, side=config.side)
     if config.rehearse:
         return [replace(first, dtype=torch.float32)]
@@ -86,7 +87,7 @@ def shapes(config: FusedConfig) -> list[Shape]:
 
 
 def kernel_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
-    """Time the kernels alone at sizes that matter, as a share of the copy's bandwidth."""
+    """Time the kernels alone by shape, as a share of the copy bandwidth."""
     size = 2**20 if config.rehearse else 2**31
     copied = rows.attempt("copy", lambda: copy_gb_s(device, size, config.rounds)) or float("nan")
     rows.append({"name": "copy", "gb_s": copied, "bytes": size})
@@ -120,7 +121,7 @@ def one_shape(shape: Shape, config: FusedConfig, copied: float, rows: Rows) -> N
 def captured(
     found: dict[str, Variant], pixels: list[Tensor], device: torch.device, rows: Rows
 ) -> dict[str, tuple[Any, int]]:
-    """Capture forward and both ways of every form; a name gets its replay and its calls."""
+    """Capture forward, and forward with backward, of every form; return replays and calls."""
     upstream = torch.randn(pixels[0].shape, device=device)
     upstream = upstream.bfloat16() if device.type == "cuda" else upstream
     replays = {}
@@ -133,7 +134,7 @@ def captured(
         def both(call: int, variant: Variant = variant) -> tuple[Tensor, ...]:
             return variant.both(pixels[call % len(pixels)], upstream)
 
-        # The paper's maps take gigabytes a call.
+        # The paper form's maps need gigabytes per call.
         calls = 1 if name.startswith("paper") else len(pixels)
         work = forward if part == "forward" else both
         replay = rows.attempt(f"{name}_{part}", partial(graphed, work, device, calls=calls))
@@ -143,7 +144,7 @@ def captured(
 
 
 def variant_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
-    """Time whole prompts in every form, forward and backward."""
+    """Time complete prompts in every form, forward and backward."""
     setting = Setting(config.batch, config.region_size, config.edge, config.side, device)
     found = variants(setting)
     if config.rehearse:
@@ -171,13 +172,13 @@ def variant_rows(config: FusedConfig, device: torch.device, rows: Rows) -> None:
 
 
 def captured_once(found: dict[str, Variant], name: str, pixels: list[Tensor]) -> Tensor:
-    """Call a form forward as a user would, the host's time included."""
+    """Call a form's forward pass eagerly, so that the host's time is included."""
     with torch.no_grad():
         return found[name.removesuffix("_forward")].forward(pixels[0])
 
 
 def bytes_moved(config: FusedConfig) -> dict[str, int]:
-    """Count what each pass of a whole prompt must move; partial sums are written and read."""
+    """Count the bytes that each pass of a prompt must move; partial sums are written and read."""
     from adavipro_fast.kernels.adaptive_prompt import launch_options
 
     shape = Shape(config.batch, config.region_size, side=config.side)
@@ -235,7 +236,7 @@ def launched(config: FusedConfig, device: torch.device) -> dict[str, Any]:
 
 
 def skipped_rows() -> list[dict[str, Any]]:
-    """Say of every time why there is none."""
+    """Return rows with the reason why nothing was timed."""
     reason = "times need a CUDA device; here the kernel runs in Triton's interpreter"
     names = [f"{name}_{part}" for name, part in product(NAMES, ("forward", "backward", "both"))]
     return [{"name": name, "skipped": reason} for name in ("kernel_forward", *names)]
@@ -243,7 +244,7 @@ def skipped_rows() -> list[dict[str, Any]]:
 
 @full_fp32()
 def command(config: FusedConfig) -> dict[str, Any]:
-    """Run the gate, then what the device allows."""
+    """Run the gate, then the measurements that the device allows."""
     device = torch_device("auto")
     if config.rehearse:
         config = replace(config, batch=1, region_size=8, side=16, rounds=2)

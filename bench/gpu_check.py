@@ -1,14 +1,14 @@
-"""Prove the fused kernel on a GPU and measure everything, in one command and under ten minutes.
+"""Test the fused kernel on a GPU and measure everything, in one command and under ten minutes.
 
     python bench/gpu_check.py
     python bench/gpu_check.py --part kernels
     python bench/gpu_check.py --cpu
 
-Steps run in order of value, each with a time limit, and every row is on disk once it is measured:
-fused.json, training.json, latency.json; check.json has what became of each step and the targets,
-log.txt the output. `--cpu` rehearses the steps on a CPU in a tiny form; its times mean nothing.
-Exit 1 where a test fails or a result is wrong. CONTRIBUTING says how to run it on a machine
-without an installed package.
+The most valuable steps run first, each with a time limit, and every row is saved as soon as it is
+measured: to fused.json, training.json or latency.json. check.json has the outcome of each step and
+the targets, log.txt the output. `--cpu` rehearses small versions of the steps on a CPU; its times
+are meaningless. The exit code is 1 if a test fails or a result is wrong. CONTRIBUTING explains how
+to run it on a machine without an installed package.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from lib.targets import targets
 
 FILES = ("fused", "training", "latency")
 LEAST_S = 8
-# Builds share the processor with the tests.
+# Builds run at the same time as the tests.
 BUILD = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "3"}
 
 
@@ -63,11 +63,11 @@ class CheckConfig:
 
 
 class Run:
-    """The steps of one call, their log and what became of them.
+    """The steps of one call, their log and their outcomes.
 
     Args:
         config: of the command.
-        place: where results go.
+        place: the folders of results and builds.
     """
 
     def __init__(self, config: CheckConfig, place: Place) -> None:
@@ -84,7 +84,7 @@ class Run:
         return self.limit_s - (time.perf_counter() - self.began)
 
     def environment(self, step: Step) -> dict[str, str]:
-        """Return a step's environment: the compiled kernel, and its own ONNX Runtime."""
+        """Return a step's environment: no Triton interpreter, and the chosen ONNX Runtime."""
         found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         found["PYTHONUNBUFFERED"] = "1"
         if self.config.cpu:
@@ -97,7 +97,7 @@ class Run:
         return found
 
     def step(self, step: Step) -> None:
-        """Run a step within its limit and the time left, and write down what became of it."""
+        """Run a step within its limit and the time left, and save its outcome."""
         limit = min(step.limit_s * (5 if self.config.cpu else 1), self.left_s())
         outcome: int | str
         began = time.perf_counter()
@@ -131,7 +131,7 @@ class Run:
             print(line, file=file)
 
     def save(self) -> dict[str, Any]:
-        """Write check.json: what became of the steps, and the targets."""
+        """Write check.json: the outcomes of the steps, and the targets."""
         rows = {name: rows_of(self.place.output / f"{name}.json") for name in FILES}
         result = {"machine": self.machine, "steps": list(self.done)}
         result["targets"] = {} if self.config.cpu else targets(rows)
@@ -140,7 +140,7 @@ class Run:
         return result
 
     def all(self) -> dict[str, Any]:
-        """Run the chosen steps: what is built beside the tests, then the others alone."""
+        """Run the chosen steps: builds at the same time as the tests, then the others alone."""
         chosen = [s for s in steps(self.place) if s.part in (self.config.part or PARTS)]
         built = [s for s in chosen if s.build]
         with ThreadPoolExecutor(max(1, len(built))) as pool:
@@ -157,7 +157,7 @@ class Run:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Read a file's rows; none where there is no file yet."""
+    """Read a file's rows; empty if there is no file yet."""
     return list(json.loads(path.read_text())["rows"]) if path.exists() else []
 
 
@@ -173,7 +173,7 @@ def output_of(config: CheckConfig) -> Path:
 
 @contextlib.contextmanager
 def place_of(config: CheckConfig) -> Iterator[Place]:
-    """Make the folders; remove results of the chosen parts' earlier runs."""
+    """Create the folders; remove earlier results of the chosen parts."""
     output = output_of(config)
     output.mkdir(parents=True, exist_ok=True)
     parts = config.part or PARTS
@@ -200,7 +200,7 @@ def command(config: CheckConfig) -> dict[str, Any]:
         )
     with place_of(config) as place:
         result = Run(config, place).all()
-    # A profiler that is not installed is no fault of ours.
+    # A missing profiler is not an error.
     wrong = [s["name"] for s in result["steps"] if s["outcome"] == 1 and s["part"] != "profile"]
     if wrong:
         raise VerificationError(f"{', '.join(wrong)} failed; see {place.output / 'log.txt'}")

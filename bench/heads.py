@@ -1,9 +1,9 @@
-"""When a prompt with a learned head is worth it: trained prompts beside the probe they start from.
+"""Compare prompts with a learned head to the linear probe that they start from.
 
     python bench/heads.py --data my_images --model local-dir:my_clip --pretrained "" --seeds 3 \
         --json cells.json
 
-Every finished cell is a row of the file at once; a cell whose row is there is not run again.
+Every cell's row is saved as soon as it is finished; cells that already have a row are skipped.
 """
 
 import tempfile
@@ -66,7 +66,7 @@ def command(config: HeadsConfig) -> dict[str, Any]:
     """Run the cells that have no row yet, and compare each line with the probe.
 
     Raises:
-        ValueError: a line that is not there.
+        ValueError: a line is unknown.
     """
     known = dict(LINES)
     unknown = [name for name in config.line if name not in known]
@@ -82,7 +82,7 @@ def command(config: HeadsConfig) -> dict[str, Any]:
 
 
 def run_seed(config: HeadsConfig, data: str, seed: int, rows: Rows) -> None:
-    """Run the lines of a set and a seed; all start from the same probe."""
+    """Run the lines of a data set and a seed; all start from the same probe."""
     cells = [
         {
             "name": f"{Path(data).name}/{line}/{seed}",
@@ -94,7 +94,7 @@ def run_seed(config: HeadsConfig, data: str, seed: int, rows: Rows) -> None:
         }
         for line in config.line or dict(LINES)
     ]
-    # One file may hold the same line under several limits and numbers of epochs.
+    # A file may contain the same line with several limits and numbers of epochs.
     cells = [cell for cell in cells if not any(cell.items() <= row.items() for row in rows)]
     if not cells:
         return
@@ -113,7 +113,7 @@ def run_seed(config: HeadsConfig, data: str, seed: int, rows: Rows) -> None:
 
 
 def parsed(config: HeadsConfig, data: str, cell: dict[str, Any], output: Path) -> TrainConfig:
-    """Return a cell's settings as `train --head linear` reads them."""
+    """Return a cell's settings, as if from the flags of `train --head linear`."""
     flags = {
         "model": config.model,
         "data": data,
@@ -142,7 +142,7 @@ def test_images(loaded: Loaded | Run) -> Split:
     """Return the test split.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no test split.
     """
     dataset = loaded.dataset if isinstance(loaded, Loaded) else loaded.trainer.dataset
     if dataset.test is None:
@@ -151,14 +151,14 @@ def test_images(loaded: Loaded | Run) -> Split:
 
 
 def tested_probe(run: Run, loaded: Loaded) -> Tested:
-    """Test the model before training: its template is 0, so that it is the probe."""
+    """Test the model before training, which is the probe since its template is 0."""
     trainer = run.trainer
     val, test = (trainer.evaluate(trainer.model, s) for s in (loaded.dataset.val, test_images(run)))
     return Tested(val, test)
 
 
 def figures(run: Run, probe: Tested, *, shuffle: bool) -> dict[str, Any]:
-    """Train; return what the probe, the last epoch and the model that is kept reach."""
+    """Train; return the accuracy of the probe, the last epoch and the kept model."""
     trainer, optimiser = run.trainer, run.config.optimiser
     trainer.run()
     progress, test = trainer.progress, test_images(run)

@@ -1,11 +1,12 @@
-"""Compile the fused kernels for every architecture without a GPU; estimate what they cost.
+"""Compile the fused kernels for every architecture without a GPU; estimate their time.
 
     python bench/kernels_aot.py --json bench/results/kernels-aot.json
 
-A row is a kernel at one architecture and region size: registers a thread; spill_bytes and
-shared_bytes a program; warps_per_sm that these leave room for; warp_instructions by class of one
-region of one image; bytes of an image through L1 and from and to memory; and the estimated time of
-an image by three limits, the binding one named. `rules` says how these are estimated.
+A row is a kernel at one architecture and region size: registers per thread; spill_bytes and
+shared_bytes per program; warps_per_sm, the resident warps that these allow; warp_instructions by
+class for one region of one image; bytes per image through L1 and to and from memory; and the
+estimated time per image by three limits, with the name of the binding one. `rules` explains the
+estimates.
 """
 
 import json
@@ -61,7 +62,7 @@ class AotConfig:
 
 
 def compiled(name: str, mode: str, arch: int, region_size: int) -> Any:
-    """Compile `forward` or `backward` as the launcher would start it."""
+    """Compile `forward` or `backward` with the launcher's options."""
     function = {"forward": kernels._forward, "backward": kernels._backward}[name]
     options = kernels.launch_options(SIDE, region_size, BATCH)
     warps = options.pop("num_warps")
@@ -79,7 +80,7 @@ def compiled(name: str, mode: str, arch: int, region_size: int) -> Any:
         n: "constexpr" if n in constants else SCALARS.get(n) or POINTERS.get(n, "*fp32")
         for n in names
     }
-    # torch aligns its allocations to 16 bytes and more.
+    # torch aligns its allocations to at least 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
     source = ASTSource(
         function, signature, {(names.index(n),): v for n, v in constants.items()}, attrs=aligned
@@ -89,7 +90,7 @@ def compiled(name: str, mode: str, arch: int, region_size: int) -> Any:
 
 
 def resources(ptx: str) -> dict[str, int]:
-    """Assemble PTX and read what ptxas says of registers and spills."""
+    """Assemble PTX and return the registers and spills that ptxas reports."""
     target = re.search(r"\.target (sm_\w+)", ptx)
     assert target is not None
     assembler = get_ptxas(int(re.sub(r"\D", "", target[1]))).path
@@ -109,7 +110,7 @@ def resources(ptx: str) -> dict[str, int]:
 
 
 def trips(name: str, region_size: int) -> list[int]:
-    """Return the trips of a kernel's loops, in their order."""
+    """Return the trip counts of a kernel's loops, in order."""
     options = kernels.launch_options(SIDE, region_size, BATCH)
     block = options["BLOCK"]
     parts = [
@@ -120,9 +121,9 @@ def trips(name: str, region_size: int) -> list[int]:
 
 
 def memory_bytes(name: str, region_size: int) -> float:
-    """Count what an image moves from and to memory: pixels, bf16 images, its share of the sums."""
+    """Count an image's bytes to and from memory: pixels, bf16 image, its share of the sums."""
     images = kernels.launch_options(SIDE, region_size, BATCH)["IMAGES"]
-    # Each program writes its sums, and one read adds them up.
+    # Each program writes its partial sums, which are read once to add them.
     sums = partial_sum_bytes(SIDE, region_size, BATCH, images) if name == "backward" else 0
     return moved_bytes(name, Shape(BATCH, region_size), images) / BATCH + sums / BATCH
 
@@ -173,7 +174,7 @@ def estimate(
 
 
 def command(config: AotConfig) -> dict[str, Any]:
-    """Compile everything asked for and write."""
+    """Compile all chosen kernels, and save the rows."""
     rows = []
     for region_size, (name, mode), arch in product(
         config.region_sizes, PASSES, config.architectures

@@ -1,13 +1,14 @@
-"""What the prompt costs at inference: latency of every runtime, beside its encoder alone.
+"""The prompt's cost at inference: latency in every runtime, relative to the encoder alone.
 
     python bench/latency.py --batch 1 --batch 16 --json FILE
 
-Rows are interleaved in one process, each only after it gave the right answer. A row's ratio is to
-the encoder alone in the same runtime (of a resize in the graph, to the file without), with its 95 %
-interval; `onnx_baseline_again` is that encoder a second time and shows the noise. `to_other`
-compares what users would run instead with the fastest row of ours with a prompt in the same
-precision, and int8 with fp32. Three timing contracts: `encoder` and `prompt + encoder` start from
-the graph's input in memory, `pipeline` starts from JPEG bytes and ends with class names.
+Rows are interleaved in one process, after each has passed a check of its answers. A row's ratio is
+relative to the encoder alone in the same runtime (for a graph that resizes, to the file that does
+not), with its 95 % interval; `onnx_baseline_again` times that encoder a second time and shows the
+noise. `to_other` compares other ways to run the model with our fastest row with a prompt in the
+same precision, and int8 with fp32. There are three timing contracts: `encoder` and `prompt +
+encoder` start from the graph's input in memory, `pipeline` starts from JPEG bytes and ends with
+class names.
 """
 
 import statistics
@@ -70,7 +71,7 @@ def command(config: LatencyConfig) -> dict[str, Any]:
     """Measure all rows at all batch sizes.
 
     Raises:
-        VerificationError: a row computes something else; nothing is timed.
+        VerificationError: a row's answers are wrong; nothing is timed.
     """
     sizes = config.batch or (1,)
     if min(sizes) < 1:
@@ -109,22 +110,22 @@ def built_rows(subject: Subject, count: int, folder: Path, config: LatencyConfig
     """Build the rows that were chosen."""
     chosen = chosen_by(config.rows)
 
-    def some(*prefixes: str) -> bool:
-        """Tell whether a row of these names may be chosen: building takes minutes."""
+    def wanted(*prefixes: str) -> bool:
+        """Report whether rows with these prefixes may be chosen, since building takes minutes."""
         pairs = product(config.rows, prefixes)
         return not config.rows or any(a.startswith(b) or b.startswith(a) for a, b in pairs)
 
     quick, built = config.quick, []
-    if some("encoder", "paper", "collapsed", "fused", "compiled", "open_clip", "transformers"):
+    if wanted("encoder", "paper", "collapsed", "fused", "compiled", "open_clip", "transformers"):
         built += torch_rows(subject, count, quick=quick)
     built += deployed_rows(subject, count, folder, quick=quick, chosen=chosen)
     built += file_rows(subject, count, folder, quick=quick, chosen=chosen)
     built += bound_rows(subject, count, folder, quick=quick, chosen=chosen)
-    if some("onnx_plain", "onnx_paper", "openvino_open_clip"):
+    if wanted("onnx_plain", "onnx_paper", "openvino_open_clip"):
         built += peer_rows(subject, count, folder, quick=quick)
-    if some("pipeline"):
+    if wanted("pipeline"):
         built += pipeline_rows(subject, count, folder, quick=quick)
-    if some("tensorrt"):
+    if wanted("tensorrt"):
         built += engine_rows(subject, count, folder)
     return [row for row in built if chosen(row.name)]
 
@@ -132,7 +133,7 @@ def built_rows(subject: Subject, count: int, folder: Path, config: LatencyConfig
 def checked_rows(
     subject: Subject, count: int, folder: Path, config: LatencyConfig, wrong: list[str]
 ) -> list[Row]:
-    """Build rows and check their answers; with --keep-going note what is wrong."""
+    """Build rows and check their answers; with --keep-going, add wrong ones to `wrong`."""
     result = []
     for row in built_rows(subject, count, folder, config):
         try:
@@ -150,7 +151,7 @@ def checked_rows(
 def time_rows(
     subject: Subject, rows: list[Row], count: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """Time rows that were checked, all in turn."""
+    """Time the checked rows in turn."""
     works = {row.name: row.work for row in rows if row.work is not None}
     bases = {row.name: row.base for row in rows if row.name in works and row.base in works}
     times = until_steady(works, subject.device, seconds=seconds, bases=bases)

@@ -1,15 +1,15 @@
 """Rerun the paper's tables and figures: `python bench/paper.py --table 2` or `--figure 4`.
 
-`--evidence` compares the two recipes with each other, with a fixed prompt under the better one,
-with images shrunk by a margin, and with masks shuffled between images.
+`--evidence` compares the two recipes with each other and, under the better one, with a fixed
+prompt, with images shrunk by a margin, and with masks shuffled between images.
 
-Without other flags: the nine data sets under --data-root, CLIP ViT-B/32 of OpenAI, the paper's
-recipe and budget, which takes a GPU. Any encoder, folder and budget can be named instead:
+By default: the nine data sets under --data-root, OpenAI's CLIP ViT-B/32, and the paper's recipe and
+budget, which need a GPU. Any other encoder, folder and budget can be chosen:
 
     python bench/paper.py --table 1 --model local-dir:my_clip --data my_images --epochs 3
 
-A cell is one training run in a folder of its own. Finished cells are kept, and an interrupted one
-is resumed (full fine-tuning: started again), so that the command can be stopped at any time.
+A cell is one training run in its own folder. Finished cells are kept, and an interrupted one is
+resumed (full fine-tuning: started again), so the command can be stopped at any time.
 """
 
 import csv
@@ -32,7 +32,7 @@ from lib.machine import ROOT
 
 SIZES = (5, 30, 60, 90, 112)
 
-# What a table compares: the name of each line and the flags that make it.
+# The lines of each table: their names and flags.
 LINES: dict[int, Lines] = {
     1: [
         (method, {"method": method})
@@ -54,7 +54,7 @@ LINES: dict[int, Lines] = {
 }
 LINES[3] = LINES[1] + [("adavipro, D 8", {"method": "adavipro", "embed-dim": 8})]
 
-# Recipe paper gets 128: at its own 256 short runs would have half as many steps.
+# Recipe paper uses batches of 128: with its default of 256, short runs would have half the steps.
 EVIDENCE: Lines = [
     (line.format(size), {"prompt-size": size, "recipe": line.split()[0], **flags})
     for size in (30, 112)
@@ -90,7 +90,7 @@ def mean_of(rows: Sequence[dict[str, Any]], data: str, line: str, figure: str) -
 
 
 def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
-    """Write a table: lines by data sets, the paper's figure in brackets where its text has one."""
+    """Format a table of lines by data sets, with the paper's figures, if known, in brackets."""
     sets = list(dict.fromkeys(row["data"] for row in rows))
     text = ["| | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
     for line in dict.fromkeys(row["line"] for row in rows):
@@ -107,7 +107,7 @@ def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
 
 
 def compare_recipes(config: PaperConfig) -> dict[str, Any]:
-    """Run the evidence for recipe best, its shuffled masks included, and write best.csv."""
+    """Run the evidence for recipe best, including shuffled masks, and write best.csv."""
     cells = cells_of(EVIDENCE, config.sweep)
     rows = run_cells(cells, config.sweep)
     for cell, row in zip(cells, list(rows), strict=True):
@@ -145,7 +145,7 @@ def draw_sizes(config: PaperConfig) -> dict[str, Any]:
     rows = run_cells(cells_of(LINES[2], config.sweep), config.sweep)
     sets = list(dict.fromkeys(row["data"] for row in rows))
     figure = Figure(figsize=(3.4 * len(sets), 3), layout="constrained")
-    # One scale for all sets, so that noise does not look like a difference.
+    # The same scale for all sets, so that noise does not look like a difference.
     columns = figure.subplots(1, len(sets), squeeze=False, sharey=True)[0]
     for axes, data in zip(columns, sets, strict=True):
         for method in ("vp", "adavipro"):
@@ -161,7 +161,7 @@ def draw_sizes(config: PaperConfig) -> dict[str, Any]:
 
 
 def draw_masks(config: PaperConfig) -> dict[str, Any]:
-    """Draw Figure 4: test images under VP and AdaViPro at 30 and 60, one below the other."""
+    """Draw Figure 4: test images with VP and AdaViPro at sizes 30 and 60, in rows."""
     wanted = {f"{method} {size}" for method in ("vp", "adavipro") for size in (30, 60)}
     cells = [c for c in cells_of(LINES[2], config.sweep) if c.line in wanted and c.seed == 0]
     run_cells(cells, config.sweep)
@@ -186,10 +186,10 @@ def draw_masks(config: PaperConfig) -> dict[str, Any]:
 
 
 def command(config: PaperConfig) -> dict[str, Any]:
-    """Make the table or figure that was asked for.
+    """Make the requested table or figure.
 
     Raises:
-        ValueError: none was named, or both.
+        ValueError: none or several are requested.
         VerificationError: a cell failed; the finished ones are kept.
     """
     if (config.table is not None) + (config.figure is not None) + config.evidence != 1:

@@ -1,4 +1,4 @@
-"""From the photograph to the answer: what each way to decode saves and changes, and bulk.
+"""From photographs to answers: time and accuracy of each way to decode, and bulk throughput.
 
     python bench/photos.py --data flowers --model local-dir:my_clip --json photos.json
 
@@ -35,7 +35,7 @@ from lib.timing import compared, interleaved_ms, percentiles
 
 PHOTOGRAPH, USUAL = (4000, 3000), (500, 375)
 MEGAPIXELS = 12e6
-# A multiple of what JPEGs are scaled by, as cameras have it.
+# Sides of photographs are multiples of this, so that JPEG's scales divide them, as for cameras.
 MULTIPLE = 16
 QUALITY = 92
 CHEAPER: tuple[Decode, ...] = ("fast", "scaled")
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def command(config: PhotosConfig) -> dict[str, Any]:
-    """Time all rows in turn, then compare."""
+    """Time all rows in turn, then compare the decodings."""
     device = torch.device("cpu")
     rows = Rows(device, config.json, append=config.append)
     if config.calls:
@@ -81,7 +81,7 @@ def command(config: PhotosConfig) -> dict[str, Any]:
 
 
 def timed_rows(config: PhotosConfig, folder: Path, device: torch.device) -> list[dict[str, Any]]:
-    """Time one photograph, a folder of them, and usual pictures from every kind of source."""
+    """Time one photograph, a folder of them, and smaller pictures from every kind of source."""
     subject = Subject(config.encoder, images=1, device="cpu")
     path = folder / "folded_uint8.onnx"
     write(subject, path)
@@ -94,7 +94,7 @@ def timed_rows(config: PhotosConfig, folder: Path, device: torch.device) -> list
     files = images_in(small)
     preprocess = full.about.preprocess
     batch = read_pixels((files[0],) * BATCH, preprocess)
-    # Name, base, images of a call, work.
+    # Name, base, images per call, work.
     plan: list[tuple[str, str | None, int, Callable[[], object]]] = [
         ("photo_full", None, 1, partial(full.classify, content)),
         *(
@@ -183,7 +183,7 @@ def bulk(artifact: Artifact, source: Path, folder: Path) -> object:
 
 
 def decode_alone(files: list[Path], preprocess: Preprocess) -> None:
-    """Decode files in threads, as bulk does, and do nothing with them."""
+    """Decode files in threads like bulk classification, and discard them."""
     for _ in decoded_ahead(files, partial(pixels_of, preprocess=preprocess), BATCH):
         pass
 
@@ -235,7 +235,7 @@ def agreement(folder: Path, config: PhotosConfig) -> list[dict[str, Any]]:
 
 
 def enlarged(file: Path) -> bytes:
-    """Enlarge an image to 12 megapixels, in sides that JPEG's scales divide."""
+    """Enlarge an image to 12 megapixels, with sides that JPEG's scales divide."""
     image = Image.open(file).convert("RGB")
     factor = (MEGAPIXELS / (image.width * image.height)) ** 0.5
     width, height = (

@@ -1,10 +1,10 @@
-"""What a second process brings: torchrun with 1 and with 2 processes on the same cores or GPUs.
+"""The gain of a second process: torchrun with 1 and with 2 processes on the same cores or GPUs.
 
     python bench/scaling.py --json FILE
 
-Both train the demo with the same global batch: one process with all threads, and two with half of
-them each (on GPUs one device each). The share of communication is that of the one message a step,
-timed alone, in the step's time.
+Both train the demo with the same global batch: one process with all threads, or two with half of
+the threads each (on GPUs, with one device each). The share of communication is the time of a step's
+single message, measured alone, divided by the step's time.
 """
 
 import json
@@ -70,7 +70,7 @@ def step_ms(processes: int, config: ScalingConfig) -> float:
 
 
 def message_ms(config: ScalingConfig) -> float:
-    """Time the sum of the gradients over the processes that are here, ms."""
+    """Time the sum of the gradients over the processes of this group, ms."""
     group, device = distributed.join(config.device)
     prompt = AdaptivePrompt(load_encoder("demo").preprocess.size, PromptConfig()).to(device)
     for parameter in prompt.parameters():

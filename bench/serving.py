@@ -1,10 +1,10 @@
-"""What serving costs: requests per second and latency of closed loops of clients on loopback.
+"""The cost of serving: requests per second and latency of closed loops of clients on loopback.
 
     python bench/serving.py --json bench/results/cpu-2-cores/serving.json
 
-The server is a process of its own, as `python -m adavipro_fast.serve` starts it. The limit is the
-bare runner, called with full batches of pixels while the server is idle; servers with batching and
-without it take turns with it. Every answer is compared with the runner's.
+The server is a separate process of `python -m adavipro_fast.serve`. The upper limit is the bare
+runner, called with full batches of pixels while the servers are idle. The runner, a server with
+batching and one without are measured in turn. Every answer is compared with the runner's.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from lib.table import Json, publish
 from lib.task_models import NAMES, PROMPT_SIZE, task_model
 
 IMAGES = 32
-# Between answers of other batches; probabilities, which are what is sent.
+# Largest difference between probabilities computed in different batches.
 LARGEST_DIFFERENCE = 1e-4
 
 
@@ -71,14 +71,14 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that are ready to be sent, and the right answers."""
+    """Prepared requests, and the expected answers."""
 
     paths: list[str]
     requests: list[bytes]
     expected: list[list[float]]
-    """what each answer's first list of numbers should be"""
+    """the first list of numbers in each answer"""
     read: re.Pattern[bytes]
-    """finds the numbers"""
+    """matches the numbers"""
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def command(config: ServingConfig) -> dict[str, Any]:
-    """Export, serve with and without batching, and take turns."""
+    """Export, serve with and without batching, and measure in turn."""
     subject = Subject(config.model, images=IMAGES, device="cpu")
     counts = config.clients or (1, 8, 32, 128)
     with tempfile.TemporaryDirectory() as place:
@@ -118,19 +118,19 @@ def command(config: ServingConfig) -> dict[str, Any]:
 
 
 def middle(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Take the median of each figure over rounds."""
+    """Return the median of each figure over rounds."""
     return {
         name: statistics.median(row[name] for row in rows) for name in rows[0] if name != "errors"
     }
 
 
 def errors(rows: list[dict[str, Any]]) -> int:
-    """Sum the answers that were no answers."""
+    """Return the number of failed requests."""
     return sum(int(row.get("errors", 0)) for row in rows)
 
 
 def exported(subject: Subject, config: ServingConfig, folder: Path) -> Path:
-    """Export the subject, or tasks of its encoder, bytes as input."""
+    """Export the subject, or several tasks for its encoder, with uint8 input."""
     path, several = folder / "served.onnx", config.tasks > 1
     sources = [Source(checkpoint_of(subject.model, CLASS_NAMES), subject.model)]
     if several:
@@ -145,7 +145,7 @@ def exported(subject: Subject, config: ServingConfig, folder: Path) -> Path:
 
 
 def load_of(config: ServingConfig, subject: Subject, artifact: Artifact) -> Load:
-    """Make the requests, and what they should be answered."""
+    """Prepare the requests and their expected answers."""
     contents = []
     for pixels in subject.sample:
         content = io.BytesIO()
@@ -175,7 +175,7 @@ def load_of(config: ServingConfig, subject: Subject, artifact: Artifact) -> Load
 
 
 def kserve(pixels: Any) -> bytes:
-    """Write a KServe request, its JSON's length before it."""
+    """Return a KServe request, preceded by the length of its JSON."""
     size = {"binary_data_size": pixels.size}
     tensor = {"name": "image", "shape": [1, *pixels.shape], "datatype": "UINT8", "parameters": size}
     head = json.dumps({"inputs": [tensor]}).encode()
@@ -185,7 +185,7 @@ def kserve(pixels: Any) -> bytes:
 def bare(
     artifact: Artifact, pixels: torch.Tensor, tasks: list[str] | None, seconds: float
 ) -> dict[str, Any]:
-    """Call the runner with full batches, for the task of each image."""
+    """Call the runner with full batches, with the task of each image."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -208,7 +208,7 @@ def measured(address: str, load: Load, clients: int, seconds: float) -> dict[str
     """Run a closed loop of clients.
 
     Raises:
-        VerificationError: an answer is not the runner's.
+        VerificationError: an answer differs from the runner's.
     """
     before = batches(address)
     times, differences, failed, spent = asyncio.run(drive(address, load, clients, seconds))
@@ -227,7 +227,7 @@ def measured(address: str, load: Load, clients: int, seconds: float) -> dict[str
 
 
 def batches(address: str) -> tuple[float, float]:
-    """Read from the server's metrics how many images it ran, in how many batches."""
+    """Read the numbers of images and batches from the server's metrics."""
     with urllib.request.urlopen(f"{address}/metrics") as answer:
         text = answer.read().decode()
     found = [re.findall(rf"adavipro_batch_images_{kind} (\S+)", text) for kind in ("sum", "count")]
@@ -237,7 +237,7 @@ def batches(address: str) -> tuple[float, float]:
 async def drive(
     address: str, load: Load, clients: int, seconds: float
 ) -> tuple[list[float], list[float], int, float]:
-    """Let clients send one request after another; times (ms), differences, errors, seconds."""
+    """Let clients send requests in a loop; return times (ms), differences, errors, seconds."""
     host, _, port = address.removeprefix("http://").rpartition(":")
     times: list[float] = []
     differences: list[float] = []
@@ -269,7 +269,7 @@ async def drive(
 
 
 def framed(path: str, content: bytes) -> bytes:
-    """Write an HTTP request."""
+    """Return an HTTP request."""
     extra = ""
     if path.startswith("/v2"):
         extra = f"Inference-Header-Content-Length: {int.from_bytes(content[:4], 'little')}\r\n"
@@ -279,7 +279,7 @@ def framed(path: str, content: bytes) -> bytes:
 
 
 async def answered(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    """Read an HTTP answer."""
+    """Read an HTTP response."""
     head = await reader.readuntil(b"\r\n\r\n")
     status = int(head.split(b" ", 2)[1])
     found = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)

@@ -1,10 +1,10 @@
-"""What many tasks in one file cost: a mixed batch beside the file of a single task.
+"""The cost of many tasks in one file: a mixed batch, relative to a single-task file.
 
     python bench/tasks.py --json bench/results/cpu-2-cores/tasks.json
 
-Every number of tasks is one ONNX file with the same encoder; all are timed in turn with the
-single-task file, with a file whose tasks are data, and with one session a task. Before that each is
-compared with the single-task answers of its first task.
+For every number of tasks there is one ONNX file with the same encoder. All are timed in turn with
+the single-task file, a file with tasks as data, and one session per task. First, each file's
+answers for its first task are compared with those of the single-task file.
 """
 
 import statistics
@@ -36,11 +36,11 @@ from lib.table import Json, Plot, publish
 from lib.task_models import NAMES, task_model
 from lib.timing import compared, percentiles, until_steady
 
-# Tasks of the row where they are data.
+# Number of tasks in the row with tasks as data.
 OPEN = 8
-# Tasks of the rows where each has a file and a session of its own.
+# Numbers of tasks in the rows with a file and a session per task.
 SEPARATE = (2, 4, 8)
-# Between two int8 files of the same weights, whose activations were observed on other images.
+# Between two int8 files with the same weights that were calibrated on different images.
 LEAST_COSINE_INT8 = 0.99
 Work = Callable[[], object]
 
@@ -78,7 +78,7 @@ def command(config: TasksConfig) -> dict[str, Any]:
     models = [task_model(subject, config.prompt_size, number) for number in range(max(counts))]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        # All are written before one is opened: thousands of models and of sessions have no room.
+        # Write all files before opening any: models and sessions together would not fit in memory.
         write(subject, models[:1], folder / "single.onnx", config.precision)
         for count in counts:
             write(subject, models[:count], folder / f"{count}.onnx", config.precision)
@@ -117,7 +117,7 @@ def command(config: TasksConfig) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw memory and time over the number of tasks, in one file and in files of their own."""
+    """Draw memory and time over the number of tasks, in one file and in separate files."""
     mpl.rcParams["svg.hashsalt"] = "adavipro_fast"
     figure = Figure(figsize=(8, 3), layout="constrained")
     memory, time_ = figure.subplots(1, 2)
@@ -135,7 +135,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def drawn(count: int, batch: int) -> list[str]:
-    """Draw a task for each image."""
+    """Draw a random task for each image."""
     generator = torch.Generator().manual_seed(0)
     return [str(n) for n in torch.randint(count, (batch,), generator=generator).tolist()]
 
@@ -143,7 +143,7 @@ def drawn(count: int, batch: int) -> list[str]:
 def open_row(
     subject: Subject, config: TasksConfig, models: list[AdaViPro], single: Artifact, folder: Path
 ) -> tuple[dict[str, Any], Work]:
-    """Build the row of a file whose tasks are data; say how long adding one takes."""
+    """Build the row of a file with tasks as data, and time adding a task."""
     path = folder / "open.onnx"
     write(subject, models[:1], path, config.precision)
     artifact = opened(subject, path)
@@ -171,7 +171,7 @@ def separate(subject: Subject, models: list[AdaViPro], folder: Path) -> list[Art
 
 
 def separate_row(subject: Subject, files: list[Artifact], size: int) -> tuple[dict[str, Any], Work]:
-    """Build the row of one session a task, each called with its own images in turn."""
+    """Build the row of one session per task, each called in turn with its own images."""
     names = drawn(len(files), len(subject.sample))
     shares = {
         int(name): subject.sample[[place for place, other in enumerate(names) if other == name]]
@@ -187,7 +187,7 @@ def separate_row(subject: Subject, files: list[Artifact], size: int) -> tuple[di
 
 
 def opened(subject: Subject, path: Path) -> Artifact:
-    """Open a file where the bench runs."""
+    """Open a file on the bench's device."""
     return open_artifact(path, device=str(subject.device), runtime="onnxruntime")
 
 
@@ -199,14 +199,14 @@ def write(
     *,
     alone: bool = False,
 ) -> None:
-    """Export models, bytes as input.
+    """Export models with uint8 input.
 
     Args:
         subject: of the bench.
-        models: the tasks; of one named `single` or `open` the first is all.
-        path: named after what it holds.
+        models: the tasks; files named `single` or `open` need only the first.
+        path: the file; its name defines the form.
         precision: of the encoder.
-        alone: one task without a name.
+        alone: export one unnamed task.
     """
     kind: Literal["alone", "baked", "open"] = "baked"
     if alone or path.stem == "single":
@@ -222,7 +222,9 @@ def write(
 
 
 def check(name: str, got: Prediction, own: Prediction, precision: str) -> None:
-    """Compare the answers for the first task with its own file's, whose ranges may differ.
+    """Compare the answers for the first task with those of its own file.
+
+    The ranges of two int8 files may differ.
 
     Raises:
         VerificationError: they differ by more than rounding.

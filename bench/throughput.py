@@ -1,10 +1,10 @@
-"""Images per second: over batch sizes, encoders, runtimes, time, and what the loader can feed.
+"""Images per second by batch size, encoder, runtime and over time, and of the data loader.
 
     python bench/throughput.py --model ViT-B-32 --model ViT-B-16 --json FILE
 
-Every point times the folded ONNX graph beside the same encoder without a prompt, in turn. The first
-model gets all batch sizes and says where more images per call bring no more images per second;
-there it runs in int8 and in OpenVINO too. The others get one batch size and show how the prompt's
+Every point times the folded ONNX graph in turn with the same encoder without a prompt. The first
+model is measured at all batch sizes, to find where throughput saturates; at that size, it is also
+measured in int8 and in OpenVINO. The other models have one batch size and show how the prompt's
 share falls as encoder and image grow.
 """
 
@@ -30,9 +30,9 @@ from lib.timing import compared, interleaved_ms, summary
 
 SATURATED = 0.95
 QUICK_SIZES = (1, 8)
-# Different images in a call; larger batches repeat them.
+# Number of different images; larger batches repeat them.
 IMAGES = 8
-# Ending of the file's name, and what runs it.
+# Suffix of the file's name, and its runtime.
 VARIANTS: tuple[tuple[str, Runtime], ...] = (
     ("_int8", "onnxruntime"),
     ("", "openvino"),
@@ -69,7 +69,7 @@ def command(config: ThroughputConfig) -> dict[str, Any]:
     """Measure all rows.
 
     Raises:
-        VerificationError: a graph computes something else; nothing is timed.
+        VerificationError: a graph's answers are wrong; nothing is timed.
     """
     first, *others = config.model or (MODELS[:1] if config.quick else MODELS)
     open_subject = partial(Subject, images=IMAGES, precision=config.precision, device=config.device)
@@ -120,7 +120,7 @@ def point_or_reason(
     ending: str = "",
     runtime: Runtime = "onnxruntime",
 ) -> dict[str, Any]:
-    """Measure a point, or say why it cannot run here."""
+    """Measure a point, or return why it cannot run here."""
     try:
         return point(subject, count, folder, ending, runtime)
     except NotRunnableError as error:
@@ -134,8 +134,8 @@ def checked_work(
     """Open an exported graph on `count` images, and check its answer.
 
     Raises:
-        NotRunnableError: it cannot run here.
-        VerificationError: it computes something else.
+        NotRunnableError: the graph cannot run here.
+        VerificationError: its answers are wrong.
     """
     artifact = export(subject, name, folder, runtime)
     if isinstance(artifact, str):
@@ -178,7 +178,7 @@ def point(
 
 
 def sustained(subject: Subject, count: int, folder: Path, seconds: float) -> dict[str, Any]:
-    """Run the folded graph without a pause; compare the first and the last third."""
+    """Run the folded graph without pauses; compare the first and the last third."""
     work = checked_work(subject, "folded", count, folder)
     work()
     began = previous = time.perf_counter()

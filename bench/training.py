@@ -1,13 +1,12 @@
-"""Where a training step's time goes, how fast epochs are, and when an accuracy is reached.
+"""Time of training: steps and their parts, epochs, and the time to reach an accuracy.
 
     python bench/training.py --model ViT-B-32 --batch 32 --json FILE
 
-Rows vp, vp_stock_attention (under PyTorch's own attention), adavipro_paper_form (the generator as
-the paper writes it) and adavipro (the default path), interleaved in one process; peak memory comes
-from a process of its own per row, on a GPU from torch's allocator. Pixels lie on the device, as
-training keeps them. The parts of a step are timed in steps of their own.
-`epoch_first` decodes JPEG files, `epoch_cached` reads the cache; `to_accuracy_*` trains the
-embedded demo.
+The rows vp, vp_stock_attention (with PyTorch's own attention), adavipro_paper_form (the generator
+as in the paper) and adavipro (the default) are interleaved in one process. Peak memory is measured
+in a separate process per row, or on a GPU by torch's allocator. Pixels are on the device, as in
+training. The parts of a step are timed in separate steps. `epoch_first` decodes JPEG files,
+`epoch_cached` reads the cache, and `to_accuracy_*` trains the demo.
 """
 
 import json
@@ -35,10 +34,10 @@ from lib.training_step import TrainingStep
 
 NAMES = ("vp", "vp_stock_attention", "adavipro_paper_form", "adavipro")
 PARTS_ROUNDS = 5
-# Steps of one timed call on a GPU: the host prepares the next while the GPU computes.
+# Steps per timed call on a GPU, where the host prepares the next step while the GPU computes.
 BLOCK = 10
 DEMO_EPOCHS = 20
-# They take gigabytes, and the step after them pays: in turn with vp, but not with the others.
+# These rows need gigabytes, which slows the step after them, so each is timed only with vp.
 APART = {"vp_stock_attention", "adavipro_paper_form"}
 
 
@@ -91,7 +90,7 @@ def command(config: TrainingConfig) -> dict[str, Any]:
 
 
 def other_rows(encoder: FrozenEncoder, config: TrainingConfig, rows: Rows) -> None:
-    """Measure the loader, whole epochs and the time to an accuracy."""
+    """Measure the loader, complete epochs and the time to an accuracy."""
     device = torch_device(config.device)
     count = config.batch * (2 if config.quick else 8)
     rows += loader_rows(encoder.preprocess, device, count=count, batch=config.batch)
@@ -149,7 +148,7 @@ def timed_steps(
 def step_figures(
     times_ms: list[float], base_ms: list[float], config: TrainingConfig
 ) -> dict[str, Any]:
-    """Return a step's time, its ratio to that of vp, and the images that it makes a second."""
+    """Return a step's time, its ratio to vp's, and its images per second."""
     figures = summary(times_ms)
     return {
         "step_ms": figures["median_ms"],
@@ -160,7 +159,7 @@ def step_figures(
 
 
 def memory(name: str, step: TrainingStep, config: TrainingConfig) -> dict[str, float]:
-    """Return a row's peak memory; --quick has none on a CPU, where it takes a process."""
+    """Return a row's peak memory; skipped with --quick on a CPU, where it needs a process."""
     if step.device.type == "cuda":
         return {"peak_mib": step.own_device_mib()}
     return {} if config.quick else {"peak_mib": peak_mib(name, config)}
@@ -186,7 +185,7 @@ def own_peak_mib(config: TrainingConfig) -> float:
 
 
 def epoch_rows(encoder: FrozenEncoder, config: TrainingConfig, count: int) -> list[dict[str, Any]]:
-    """Time whole epochs of adavipro on `count` images, from files and from the cache."""
+    """Time complete epochs of adavipro on `count` images, from files and from the cache."""
     device = torch_device(config.device)
     step = TrainingStep("adavipro", encoder, config.batch, config.precision)
     seconds = {}
@@ -208,7 +207,7 @@ def epoch_rows(encoder: FrozenEncoder, config: TrainingConfig, count: int) -> li
 
 
 def accuracy_row(method: Method, config: TrainingConfig) -> dict[str, Any]:
-    """Train the demo until an epoch's validation accuracy reaches what was asked for."""
+    """Train the demo until an epoch's validation accuracy reaches the target."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         best = recipe("best")

@@ -1,8 +1,8 @@
-"""How well `unknown` tells images of other sets from a task's own.
+"""How well `unknown` separates images of other sets from a task's own.
 
     python bench/unknown.py mine.onnx --data my_images --others other_images --json rows.json
 
-The artifact's confidence ranks both: its AUROC, and what `--reject` answers on each.
+Reports the AUROC of the artifact's confidence, and the share of each set that `--reject` rejects.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class UnknownConfig:
 
 
 def command(config: UnknownConfig) -> dict[str, Any]:
-    """Compare the confidences, one row a set."""
+    """Compare the confidences, with one row per set."""
     artifact = open_artifact(
         config.artifact, model=config.model, pretrained=config.pretrained, device="cpu"
     )

@@ -1,1 +1,1 @@
-"""What the benches share; it imports none of them."""
+"""Code shared by the benches; it does not import any of them."""

@@ -1,7 +1,7 @@
-"""ONNX Runtime on tensors that stay on a GPU: plain, and as a CUDA graph of its own.
+"""ONNX Runtime on tensors that stay on a GPU: plain, and as its own CUDA graph.
 
-Rows `onnx_bound_*` and `onnx_graph_*`. A session is opened strictly first, all nodes on the GPU;
-where that is refused, the row runs with nodes on the CPU and says why.
+Rows `onnx_bound_*` and `onnx_graph_*`. A session is first opened with all nodes required to run on
+the GPU; if that fails, the row allows nodes on the CPU and notes the reason.
 """
 
 import time
@@ -102,7 +102,7 @@ def bound(session: Any, subject: Subject, count: int, place: str = "cuda") -> Ca
         torch.cuda.synchronize(device)
 
     def run() -> Outputs:
-        # The image is named here so that its memory lives as long as the binding.
+        # Refer to the image here, so that its memory lives as long as the binding.
         assert image.data_ptr()
         session.run_with_iobinding(binding)
         return outputs

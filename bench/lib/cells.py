@@ -1,4 +1,4 @@
-"""A sweep's cells: one training run each, in a folder of its own, kept when it is finished."""
+"""A sweep's cells: each is a training run in its own folder, kept once finished."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ Lines = list[tuple[str, dict[str, object]]]
 
 FROM_FLAGS = ("recipe", "batch_size", "prompt_size")
 
-# Figures that the paper's text gives, percent; its tables are not available.
+# Figures from the paper's text, percent; its tables are not available.
 PUBLISHED = {
     ("cifar10", "adavipro"): 95.4,
     ("eurosat", "adavipro"): 96.8,
@@ -44,7 +44,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the cells have in common."""
+    """Settings that all cells share."""
 
     model: str = "ViT-B-32-quickgelu"
     """open_clip name or local-dir:PATH"""
@@ -84,7 +84,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Folder name: the same settings are the same cell, whichever table asks for it."""
+        """Folder name, which depends only on the settings, so that tables share cells."""
         flags = dict(self.flags)
         defaults = recipe(flags["recipe"], int(flags["prompt-size"]))
         text = json.dumps([self.flags, asdict(defaults.prompt), asdict(defaults.optimiser)])
@@ -92,7 +92,7 @@ class Cell:
 
 
 def cells_of(lines: Lines, sweep: Sweep) -> list[Cell]:
-    """List the runs that a table with these lines needs."""
+    """List the cells of a table with these lines."""
     data = sweep.data or NINE
     epochs = sweep.epochs or (1000,)
     if len(epochs) == 1:
@@ -110,7 +110,7 @@ def cells_of(lines: Lines, sweep: Sweep) -> list[Cell]:
 
 
 def flags_of(sweep: Sweep, data: str, epochs: int, seed: int, flags: dict[str, object]) -> Flags:
-    """Return a cell's flags for training, sorted; those of its line win."""
+    """Return a cell's training flags, sorted; the flags of its line take precedence."""
     settings = recipe(str(flags.get("recipe", sweep.recipe)))
     values = {
         "model": sweep.model,
@@ -129,7 +129,7 @@ def flags_of(sweep: Sweep, data: str, epochs: int, seed: int, flags: dict[str, o
 
 
 def run_cell(cell: Cell, sweep: Sweep, devices: "SimpleQueue[str]") -> dict[str, Any]:
-    """Return a cell's figures; train where they are not there yet.
+    """Return a cell's figures; train if there are none yet.
 
     Raises:
         VerificationError: training failed.
@@ -145,7 +145,7 @@ def run_cell(cell: Cell, sweep: Sweep, devices: "SimpleQueue[str]") -> dict[str,
         if (folder / "last.safetensors").exists():
             start = ["--resume", folder, "--accept-change", "device"]
         else:
-            # What a run that cannot be resumed left behind.
+            # Files of a run that cannot be resumed.
             shutil.rmtree(folder, ignore_errors=True)
         result = result_of("-m", "adavipro_fast.train", *start, "--device", device)
     finally:
@@ -155,7 +155,7 @@ def run_cell(cell: Cell, sweep: Sweep, devices: "SimpleQueue[str]") -> dict[str,
 
 
 def run_cells(cells: Sequence[Cell], sweep: Sweep) -> list[dict[str, Any]]:
-    """Run cells side by side; return one row each."""
+    """Run cells in parallel; return one row per cell."""
     devices: SimpleQueue[str] = SimpleQueue()
     for job in range(sweep.jobs):
         gpus = torch.cuda.device_count()
@@ -189,13 +189,13 @@ def opened(cell: Cell, sweep: Sweep) -> tuple[AdaViPro, Split]:
 
 
 def shuffle_masks(cell: Cell, sweep: Sweep) -> float:
-    """Return a cell's test top-1, percent, with each image under the mask of another one."""
+    """Return a cell's test top-1, percent, with each image given the mask of another one."""
     return shuffled_top1(*opened(cell, sweep), cell.seed)
 
 
 @torch.no_grad()
 def shuffled_top1(model: AdaViPro, test: Split, seed: int) -> float:
-    """Return a prompt's test top-1, percent, with each image under the mask of another one."""
+    """Return a prompt's test top-1, percent, with each image given the mask of another one."""
     model.prompt.eval()
     device = model.prompt.mean.device
     masks = torch.cat([model.prompt(pixels).mask for pixels, _ in test.batches(EVAL_BATCH, device)])

@@ -1,6 +1,6 @@
-"""The deployed modules in PyTorch: as they are, as CUDA graphs, compiled, and by AOTInductor.
+"""The exported modules in PyTorch: eager, as CUDA graphs, compiled, and with AOTInductor.
 
-They are what is exported, from uint8 pixels. A row's base is the encoder alone in the same runtime.
+Their input is uint8 pixels. A row's base is the encoder alone in the same runtime.
 """
 
 import time
@@ -30,7 +30,7 @@ LARGEST_BATCH = 1024
 def deployed_rows(
     subject: Subject, count: int, folder: Path, *, quick: bool, chosen: Chosen
 ) -> list[Row]:
-    """Build the rows of every runtime and form; a form that fails is a row with its reason."""
+    """Build the rows of every runtime and form; a form that fails becomes a row with the reason."""
     rows = []
     modules: dict[str, Graph] = {}
     for runtime, form in product(RUNTIMES, FORMS):
@@ -56,7 +56,7 @@ def deployed_rows(
 
 
 def obstacle(subject: Subject, runtime: str, *, quick: bool) -> str | None:
-    """Say why a runtime is not measured."""
+    """Return why a runtime is not measured; None if it is."""
     if runtime == "cuda_graph" and subject.device.type != "cuda":
         return "CUDA graphs need a CUDA device"
     if quick and runtime in ("deployed_compiled", "aoti"):
@@ -71,7 +71,7 @@ def module(subject: Subject, form: str) -> Graph:
 
 
 def outputs_of(run: Callable[[], Any], module: Graph) -> Callable[[], Outputs]:
-    """Name what a runner returns."""
+    """Return a call that gives the runner's outputs by name."""
 
     @torch.inference_mode()
     def work() -> Outputs:
@@ -81,13 +81,13 @@ def outputs_of(run: Callable[[], Any], module: Graph) -> Callable[[], Outputs]:
 
 
 def eagerly(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
-    """Call the module."""
+    """Return a call of the module in eager mode."""
     return lambda: module(image)
 
 
 @torch.inference_mode()
 def as_graph(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
-    """Replay the module, captured for this batch."""
+    """Capture the module for this batch as a CUDA graph; return its replay."""
     kept: dict[str, Any] = {}
 
     def once(_: int) -> None:
@@ -103,13 +103,13 @@ def as_graph(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
 
 
 def compiled(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
-    """Compile the module for this batch; the first call does it."""
+    """Compile the module for this batch, at the first call."""
     run = torch.compile(module, dynamic=False)
     return lambda: run(image)
 
 
 def ahead_of_time(module: Graph, image: Tensor, package: Path) -> Callable[[], Any]:
-    """Compile the module to a package for batches of 1 to 1024, once, and load it."""
+    """Compile the module once to a package for batches of 1 to 1024, and load it."""
     if not package.exists():
         with torch.no_grad():
             example = tuple(part.to(image.device) for part in module.example())

@@ -1,4 +1,4 @@
-"""Small random encoders of every family that open_clip and timm hold."""
+"""Small random encoders of every family in open_clip and timm."""
 
 import json
 from dataclasses import dataclass, field
@@ -19,26 +19,26 @@ HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
 
 @dataclass(frozen=True)
 class Encoder:
-    """One architecture; what is small stands for the family's larger ones."""
+    """An architecture, small if possible, that represents its family."""
 
     family: str
     name: str
-    """of timm, or what open_clip's configuration is called here"""
+    """timm's name, or a name for the open_clip configuration"""
     vision: dict[str, Any] | None = None
-    """open_clip's configuration of the image tower; none is an encoder of timm alone"""
+    """open_clip's configuration of the image tower; None for an encoder of timm alone"""
     rest: dict[str, Any] = field(default_factory=dict)
-    """what else open_clip's configuration has"""
+    """other entries of open_clip's configuration"""
     resize_mode: str = "shortest"
     refused: tuple[str, ...] = ()
     """forms that are known not to work"""
     quick: bool = False
-    """small enough for a test of every day"""
+    """small enough for the ordinary tests"""
 
     def written(self, folder: Path) -> tuple[str, str]:
-        """Write random weights; return the model and its weights as commands take them.
+        """Write random weights; return the values of --model and --pretrained.
 
         Args:
-            folder: an empty one.
+            folder: an empty folder.
         """
         torch.manual_seed(0)
         if self.vision is None:
@@ -63,7 +63,7 @@ def write_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def of_timm(name: str, side: int, pool: str, projection: str) -> dict[str, Any]:
-    """Return open_clip's configuration of an image tower that timm has."""
+    """Return open_clip's configuration of an image tower from timm."""
     return {
         "timm_model_name": name,
         "timm_model_pretrained": False,

@@ -1,4 +1,4 @@
-"""The tables of what was measured on GPUs, from the folders that `bench/gpu_check.py` wrote."""
+"""Tables of GPU measurements, from the folders written by `bench/gpu_check.py`."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,7 +55,7 @@ PEERS = {
 
 
 def devices(results: Path) -> list[Path]:
-    """Return the folders of GPU runs; a rehearsal on a CPU is not one."""
+    """Return the folders of GPU runs, without rehearsals on a CPU."""
     checks = sorted(results.glob("*/check.json"))
     return [
         path.parent for path in checks if not json.loads(path.read_text())["machine"]["rehearsal"]
@@ -63,7 +63,7 @@ def devices(results: Path) -> list[Path]:
 
 
 def rows_of(folder: Path, name: str) -> list[Row]:
-    """Return the measured rows of a file; none where there is no such file."""
+    """Return the measured rows of a file; empty if there is no such file."""
     path = folder / f"{name}.json"
     if not path.exists():
         return []
@@ -71,7 +71,7 @@ def rows_of(folder: Path, name: str) -> list[Row]:
 
 
 def table(rows: Iterable[Row], forms: Mapping[str, str]) -> Iterator[str]:
-    """Yield a Markdown table with a line for each row, and nothing without rows."""
+    """Yield a Markdown table with one line per row; nothing if there are no rows."""
     body = [[form.format_map(row) for form in forms.values()] for row in rows]
     if body:
         lines = [list(forms), ["---"] * len(forms), *body]
@@ -79,7 +79,7 @@ def table(rows: Iterable[Row], forms: Mapping[str, str]) -> Iterator[str]:
 
 
 def about(folder: Path) -> str:
-    """Name the machine and the targets that were missed."""
+    """Return the machine's name and the missed targets."""
     check = json.loads((folder / "check.json").read_text())
     machine, found = check["machine"], check["targets"]
     missed = [name for name, target in found.items() if not target["met"]]
@@ -107,7 +107,7 @@ def tables(folder: Path) -> str:
 
 
 def gpu_section(results: Path) -> str:
-    """Return the tables of all GPUs, or that none was measured."""
+    """Return the tables of all GPUs, or a note that there are none."""
     found = devices(results)
     if not found:
         return f"**{NONE.partition(';')[0]}**;{NONE.partition(';')[2]}"
@@ -115,7 +115,7 @@ def gpu_section(results: Path) -> str:
 
 
 def gpu_limit(results: Path) -> str:
-    """Return README's line on what a GPU has measured."""
+    """Return README's line on GPU measurements."""
     found = devices(results)
     if not found:
         return LIMIT

@@ -1,4 +1,4 @@
-"""The two fused kernels launched alone, on tensors that are there already."""
+"""Launch the two fused kernels alone, on preallocated tensors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
 @dataclass(frozen=True)
 class Shape:
-    """What a launch works on: uint8 pixels in, images of `dtype` out."""
+    """Shape of a launch: uint8 pixels in, images of `dtype` out."""
 
     batch: int
     region: int = 32
@@ -22,13 +22,13 @@ class Shape:
 
 
 def partial_sum_bytes(side: int, region: int, batch: int, images: int) -> int:
-    """Count the bytes of backward's partial sums of template and K, one of each a program."""
+    """Count the bytes of backward's partial sums of template and K, one of each per program."""
     kernel = 3 * (region + 2) ** 2 * (side // region) ** 2
     return 4 * -(-batch // images) * (3 * side**2 + kernel)
 
 
 def moved_bytes(part: str, shape: Shape, images: int) -> int:
-    """Count what a kernel must move once: pixels, images or their gradient, the partial sums."""
+    """Count a kernel's bytes: pixels, images or their gradient, and partial sums, once each."""
     pixels = shape.batch * 3 * shape.side**2
     moved = pixels * (1 + shape.dtype.itemsize)
     if part == "backward":
@@ -37,13 +37,13 @@ def moved_bytes(part: str, shape: Shape, images: int) -> int:
 
 
 class Launches:
-    """Launches of forward and backward without allocation and without autograd.
+    """Launches forward and backward without allocation or autograd.
 
     Args:
-        shape: of what they work on.
-        device: where.
-        sets: how many sets of tensors they take in turn, so that L2 does not hold the next one.
-        options: launch options in the place of `launch_options`'s.
+        shape: of the launches.
+        device: of the tensors.
+        sets: number of sets of tensors used in turn, so that the next one is not in L2.
+        options: launch options that replace those of `launch_options`.
     """
 
     def __init__(self, shape: Shape, device: torch.device, *, sets: int, **options: Any) -> None:
@@ -98,5 +98,5 @@ class Launches:
         )
 
     def moved_bytes(self, part: str) -> int:
-        """Count what a kernel moves."""
+        """Count a kernel's bytes."""
         return moved_bytes(part, self.shape, self.constants["IMAGES"])

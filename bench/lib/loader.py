@@ -1,4 +1,4 @@
-"""How fast images come to the device: decoded from JPEG files, or read from the cache."""
+"""Speed of the data loader: decoding JPEG files, or reading the cache."""
 
 import tempfile
 import time
@@ -19,14 +19,14 @@ from adavipro_fast.data.sets import DataConfig, load_dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.method.preprocess import Preprocess
 
-# A photograph's usual size on the web; its content is smooth noise, which JPEG stores in 50 kB.
+# A usual size of photographs on the web; JPEG stores the smooth noise used here in 50 kB.
 WIDTH, HEIGHT = 500, 375
 CLASSES = 4
 
 
 @contextmanager
 def jpeg_folder(count: int) -> Iterator[Path]:
-    """Make a data folder of `count` training JPEGs and a few others; remove it at the end."""
+    """Create a data folder of `count` training JPEGs and a few others; remove it at the end."""
     noise = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         for split, images in (("train", count), ("val", CLASSES), ("test", CLASSES)):
@@ -41,7 +41,7 @@ def jpeg_folder(count: int) -> Iterator[Path]:
 def decoded_batches(
     folder: Path, preprocess: Preprocess, size: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yield batches as a loader without a cache would: decode and resize, in threads."""
+    """Yield batches without a cache: decode and resize in threads."""
     transform = preprocess.pixels()
     files = sorted((folder / "images" / "train").rglob("*.jpg"))
     with ThreadPoolExecutor(threads()) as pool:
@@ -54,7 +54,7 @@ def decoded_batches(
 
 
 def loaded(folder: Path, preprocess: Preprocess) -> Split:
-    """Open the training split as training does, decoding what is not in the cache yet."""
+    """Load the training split as in training, and decode images that are not yet cached."""
     config = DataConfig(data=str(folder / "images"), cache_dir=folder / "cache")
     return load_dataset(config, preprocess).train
 
@@ -73,7 +73,7 @@ def loader_rows(
             for _ in decoded_batches(folder, preprocess, batch, device):
                 pass
             rounds["loader_decode"].append(time.perf_counter() - began)
-            # Reading is short: ten epochs make a time that can be measured.
+            # Ten epochs, since one is too short to be timed.
             began = time.perf_counter()
             for _ in range(10):
                 order = torch.randperm(count)

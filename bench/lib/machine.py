@@ -1,4 +1,4 @@
-"""The machine that a bench runs on: device, clocks, versions, commit, memory."""
+"""Describe the machine that a bench runs on: device, clocks, versions, commit, memory."""
 
 import contextlib
 import importlib.metadata
@@ -28,15 +28,15 @@ GPU_FIELDS = (
 
 
 def no_openvino(device: torch.device) -> str | None:
-    """Say why OpenVINO is not measured on a device."""
+    """Return why OpenVINO is not measured on a device; None if it is."""
     if device.type == "cpu" and find_spec("openvino") is not None:
         return None
     return f"OpenVINO runs on CPUs, where it is installed: {INSTALL}"
 
 
 def peak_host_mib() -> float:
-    """Return the largest memory this process ever had resident, MiB; 0 where it cannot be told."""
-    # Not getrusage: its peak is inherited from the process that started this one.
+    """Return the peak resident memory of this process, MiB; 0 if unknown."""
+    # Not getrusage, whose peak is inherited from the parent process.
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
@@ -44,7 +44,7 @@ def peak_host_mib() -> float:
 
 
 def peak_device_mib(work: Callable[[], object], device: torch.device) -> float:
-    """Return the largest memory torch holds on a GPU during a call, MiB."""
+    """Return torch's peak GPU memory during a call, MiB."""
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return torch.cuda.max_memory_allocated(device) / 2**20
@@ -60,7 +60,7 @@ def cpu_name() -> str:
 
 
 def clocks() -> dict[str, Any]:
-    """Read the clocks as they are now and what slows them down, where the machine tells it."""
+    """Return the current clocks and the reasons for throttling, if available."""
     about: dict[str, Any] = {}
     if hasattr(os, "getloadavg"):
         about["load_average"] = os.getloadavg()[0]
@@ -82,7 +82,7 @@ def clocks() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions of what can be measured."""
+    """Return the installed versions of measured packages."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -91,9 +91,9 @@ def versions() -> dict[str, str]:
 
 
 def commit_here() -> str:
-    """Return the commit, with `-dirty` where files differ; "" where nothing records it.
+    """Return the commit, with `-dirty` if files differ; "" if unknown.
 
-    A machine that got a copy of the files without their history reads $ADAVIPRO_COMMIT.
+    A copy of the files without the git history uses $ADAVIPRO_COMMIT.
     """
     command = ["git", "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError):
@@ -104,7 +104,7 @@ def commit_here() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Describe what was measured on: device, clocks, versions, commit."""
+    """Describe the machine: device, clocks, versions, commit."""
     commit = commit_here()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {

@@ -1,4 +1,4 @@
-"""The paper's form of the mask generator, as it is written: what the collapsed one is beside."""
+"""The paper's uncollapsed form of the mask generator, for comparison with the collapsed one."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from adavipro_fast.method.prompt import AdaptivePrompt, Sampling
 
 
 class PaperForm(AdaptivePrompt):
-    """The paper's generator as it is written: 64 full-resolution maps, nothing collapsed."""
+    """The paper's generator: 64 full-resolution maps, not collapsed."""
 
     @classmethod
     def of(cls, prompt: AdaptivePrompt) -> "PaperForm":
-        """Write a prompt in the paper's form; the values are copied."""
+        """Copy a prompt into the paper's form."""
         mean, std = (tuple(part) for part in prompt.mean_std)
         side = prompt.grid * prompt.config.region_size
         twin = cls(side, prompt.config, mean=mean, std=std, kernel="plain")
@@ -26,12 +26,12 @@ class PaperForm(AdaptivePrompt):
         return uncollapsed
 
     def _noise(self, drawn: Sampling, delta: Tensor) -> Tensor:
-        """Draw from torch's own generator."""
+        """Draw from torch's generator."""
         return torch.logit(torch.rand_like(delta), eps=1e-6) if drawn.noise is None else drawn.noise
 
 
 def in_paper_form(model: AdaViPro) -> AdaViPro:
-    """Return the model with its prompt computed as the paper writes it."""
+    """Return a twin of the model with its prompt in the paper's form."""
     twin = AdaViPro(model.encoder, model.head.rows, model.config)
     twin.prompt = PaperForm.of(model.prompt)
     return twin.train(model.training).to(model.head.rows.device)

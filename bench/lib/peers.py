@@ -1,6 +1,6 @@
-"""What users would run instead: Hugging Face, OpenVINO's converter, a plain export.
+"""Other ways to run the model: Hugging Face, OpenVINO's converter, a plain export.
 
-Peers get the same weights and images as our own rows, and pass the same check before they are
+Peers use the same weights and images as our rows, and must pass the same check before they are
 timed.
 """
 
@@ -32,7 +32,7 @@ def hugging_face(encoder: FrozenEncoder) -> nn.Module:
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: the tower is not CLIP's own vision transformer.
+        ValueError: the tower is not a CLIP vision transformer.
     """
     try:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -68,7 +68,7 @@ def hugging_face(encoder: FrozenEncoder) -> nn.Module:
 
 
 def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give open_clip's weights of a vision transformer the names that transformers uses."""
+    """Rename the weights of open_clip's vision transformer to transformers' names."""
     head = "vision_model."
     found = {
         f"{head}embeddings.class_embedding": weights["class_embedding"],
@@ -127,14 +127,14 @@ def hugging_face_rows(
 
 
 class Exported(nn.Module):
-    """A model as one would hand it to torch.onnx.export: tensors in, tensors out."""
+    """A model for a plain torch.onnx.export: tensors in, tensors out."""
 
     def __init__(self, model: AdaViPro, *, prompted: bool) -> None:
         super().__init__()
         self.model, self.prompted = model, prompted
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Embed normalised images (B, 3, S, S); the mask comes second."""
+        """Embed normalised images (B, 3, S, S); the second output is the mask."""
         if not self.prompted:
             return (self.model.encoder(image),)
         prediction = self.model(image)
@@ -160,7 +160,7 @@ def plain_onnx_rows(model: AdaViPro, images: Tensor, folder: Path) -> list[Row]:
 
 
 def plain_onnx_row(module: Exported, images: Tensor, folder: Path, device: torch.device) -> Row:
-    """Export a module with no more than torch.onnx.export, and open it in ONNX Runtime."""
+    """Export a module with torch.onnx.export alone, and open it in ONNX Runtime."""
     import onnxruntime
 
     name = "onnx_paper_form" if module.prompted else "onnx_plain_encoder"
@@ -202,7 +202,7 @@ def plain_onnx_row(module: Exported, images: Tensor, folder: Path, device: torch
 
 
 def converted_row(model: AdaViPro, images: Tensor) -> Row:
-    """Build the row of open_clip's tower as OpenVINO converts it."""
+    """Build the row of open_clip's tower converted by OpenVINO."""
     row = Row("openvino_open_clip", "openvino_baseline", "encoder", peer=True)
     if model.encoder.precision != "fp32":
         return replace(row, skipped="OpenVINO is measured in fp32")

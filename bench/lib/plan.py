@@ -1,8 +1,8 @@
-"""What `bench/gpu_check.py` runs: steps in order of value, each with the seconds that it may take.
+"""The steps of `bench/gpu_check.py`, the most valuable first, with their time limits.
 
-The order: the compiled kernel is right; its bandwidth; training; the product trains; inference in
-PyTorch; ONNX Runtime; profilers; launch options. `build` steps run beside the tests, where nothing
-is timed: they compile and export what is timed later.
+The order: tests of the compiled kernel; its bandwidth; training steps; training the demo; inference
+in PyTorch; ONNX Runtime; profilers; launch options. `build` steps compile and export for later
+steps. They run at the same time as the tests, when nothing is timed.
 """
 
 import shutil
@@ -37,21 +37,21 @@ class Step:
     limit_s: int
     command: tuple[str, ...]
     build: bool = False
-    """runs beside the tests"""
+    """runs at the same time as the tests"""
     only_gpu: str = ""
-    """why no CPU can rehearse it"""
+    """why it cannot be rehearsed on a CPU"""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where results and what is built go, and whether this is a rehearsal on a CPU."""
+    """Folders of results and builds, and whether this is a rehearsal on a CPU."""
 
     output: Path
     work: Path
     model: str
     cpu: bool = False
     quick: bool = False
-    """a rehearsal that compiles nothing"""
+    """rehearse without compiling"""
 
     def bench(self, name: str, *flags: object) -> tuple[str, ...]:
         """Return a bench's command."""
@@ -63,7 +63,7 @@ class Place:
 
 
 def steps(place: Place) -> Iterator[Step]:
-    """Yield all steps, first those that build."""
+    """Yield all steps, builds first."""
     yield from builds(place)
     yield from tests(place)
     rehearse = ("--rehearse",) if place.cpu else ()
@@ -76,7 +76,7 @@ def steps(place: Place) -> Iterator[Step]:
 
 
 def tests(place: Place) -> Iterator[Step]:
-    """Run the kernel's tests, on a CPU one case."""
+    """Run the kernel's tests; on a CPU only a few."""
     file = str(ROOT / "tests" / "test_kernel.py")
     some = ("-k", "opcheck or stream") if place.cpu else ("-n", "6", "--maxfail=8")
     flags = ("-q", file, "-p", "no:cacheprovider", *some)
@@ -125,7 +125,7 @@ def inference(place: Place) -> Iterator[Step]:
 
 
 def builds(place: Place) -> Iterator[Step]:
-    """Compile and export beside the tests."""
+    """Compile and export while the tests run."""
     if place.cpu:
         return
     part: Part
@@ -145,7 +145,7 @@ def builds(place: Place) -> Iterator[Step]:
 
 
 def profile(place: Place) -> Iterator[Step]:
-    """Count bytes and look for accesses out of bounds by NVIDIA's tools."""
+    """Count bytes and check for out-of-bounds accesses with NVIDIA's tools."""
     found = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
     counter = shutil.which("ncu") or str(found[-1] if found else "ncu")
     kernels = ("--kernel-name", "regex:^_(forward|backward)$", "--launch-skip", "2")

@@ -1,4 +1,4 @@
-"""What a prompt with a head gains over the probe that it starts from."""
+"""The gain of a prompt with a head over the probe that it starts from."""
 
 import statistics
 from collections import defaultdict
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def over_probe(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare with the probe of the same seed: points of test top-1, mean and standard error.
+    """Return the gain over the probe of the same seed: points of test top-1, mean and error.
 
-    The error is that of the seeds; of a single one, that of the test images which the last epoch
-    and the probe answer differently (McNemar, 1947), and 0 where the probe was kept.
+    The standard error is over seeds. For a single seed it comes from the test images that the last
+    epoch and the probe answer differently (McNemar, 1947), and it is 0 if the probe was kept.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -42,7 +42,7 @@ def _of_images(group: list[dict[str, Any]]) -> float:
     (row,) = group
     if not row["kept_epoch"]:
         return 0.0
-    # Of the difference of two binomial counts that are as likely.
+    # Standard error of the difference of two equally likely counts.
     error: float = (row["test_gained"] + row["test_lost"]) ** 0.5
     images: int = row["images"]["test"]
     return 100 * error / images

@@ -1,4 +1,4 @@
-"""Commands of this project in processes of their own."""
+"""Run commands of this project in separate processes."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ def printed(*arguments: object, environment: Mapping[str, str] | None = None) ->
     """Run Python with these arguments in a new process and return what it printed.
 
     Raises:
-        VerificationError: it exited with another code than 0.
+        VerificationError: the exit code is not 0.
     """
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -30,7 +30,7 @@ def printed(*arguments: object, environment: Mapping[str, str] | None = None) ->
 
 
 def result_of(*arguments: object, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run Python likewise and return the JSON object of its last line."""
+    """Run Python like `printed`, and return the JSON object in its last line."""
     return dict(json.loads(printed(*arguments, environment=environment).splitlines()[-1]))
 
 
@@ -43,15 +43,15 @@ def streamed(
     folder: Path,
     quiet: bool = False,
 ) -> int | str:
-    """Run a command; its output goes to stderr and to a log as it comes.
+    """Run a command, and copy its output to stderr and a log.
 
     Args:
         command: program and arguments.
-        limit_s: after so many seconds it is ended, with its children.
-        log: file that lines are added to.
+        limit_s: time limit in seconds, after which it and its children are stopped.
+        log: file to which lines are appended.
         environment: of the command.
-        folder: that it runs in.
-        quiet: write the log alone.
+        folder: working directory.
+        quiet: write only to the log.
 
     Returns:
         The exit code, or why there is none.
@@ -95,7 +95,7 @@ def _copy(child: subprocess.Popen[str], log: Path, quiet: bool) -> None:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """End a process that we started and what it started: it leads a group of its own."""
+    """Stop a process that we started and its children, by its process group."""
     for way in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, way)

@@ -1,4 +1,4 @@
-"""The rows of our own: PyTorch, ONNX files, engines, and the way from a JPEG to a class name."""
+"""Our own rows: PyTorch, ONNX files, engines, and the pipeline from a JPEG to a class name."""
 
 import io
 import time
@@ -35,20 +35,20 @@ FILES: dict[Runtime, tuple[str, ...]] = {
 }
 PREFIXES: dict[Runtime, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
 QUICK = ("baseline", "baseline_again", "folded")
-# Width and height of a pipeline's pictures, enlarged ones: as on the web, as of a camera.
+# Width and height of a pipeline's pictures, enlarged: typical of the web and of a camera.
 PICTURES = {"": (500, 375), "_12_mp": (4000, 3000)}
 Run = Callable[[Tensor], Outputs]
 Chosen = Callable[[str], bool]
 
 
 def chosen_by(prefixes: tuple[str, ...]) -> Chosen:
-    """Return which rows are measured: those whose names begin so; all without prefixes."""
+    """Return a filter of rows by the prefixes of their names; without prefixes, all pass."""
     return lambda name: not prefixes or name.startswith(prefixes)
 
 
 @torch.inference_mode()
 def torch_rows(subject: Subject, count: int, *, quick: bool) -> list[Row]:
-    """Build the rows that PyTorch runs; `open_clip` is the encoder with its own attention."""
+    """Build the rows of PyTorch; `open_clip` is the encoder with open_clip's attention."""
     model = subject.twin()
     images = model.prompt.normalised(subject.sample[:count].to(subject.device))
     fused = fused_obstacle(model.prompt.config)
@@ -70,7 +70,7 @@ def torch_rows(subject: Subject, count: int, *, quick: bool) -> list[Row]:
         return {"embedding": original(x)}
 
     row = partial(torch_row, images)
-    # A batch of another size is compiled anew, not for sizes that are open.
+    # Static shapes: compile again for each batch size.
     compiled = partial(torch.compile, dynamic=False)
     no_compiled = "--quick: no compiled rows" if quick else None
     graphs = "CUDA graphs need a CUDA device" if subject.device.type != "cuda" else no_compiled
@@ -89,7 +89,7 @@ def torch_rows(subject: Subject, count: int, *, quick: bool) -> list[Row]:
 
 
 def torch_row(images: Tensor, name: str, run: Run, skipped: str | None = None) -> Row:
-    """Build a row that runs on normalised images (B, 3, S, S), or say why there is none."""
+    """Build a row for normalised images (B, 3, S, S), or a skipped row with the reason."""
     base = "encoder_compiled" if "compiled" in name else "encoder_eager"
     alone = name == base or name.startswith("open_clip")
     row = Row(name, base, "encoder" if alone else "prompt + encoder")
@@ -113,7 +113,7 @@ def file_rows(
 def file_row(
     subject: Subject, name: str, count: int, folder: Path, runtime: Runtime, *, quick: bool
 ) -> Row:
-    """Build the row of one file in one runtime, or say why there is none."""
+    """Build the row of one file in one runtime, or a skipped row with the reason."""
     prefix = PREFIXES[runtime]
     kind, _, ending = name.removesuffix("_again").partition("_")
     row = Row(
@@ -166,7 +166,7 @@ def pipeline_rows(subject: Subject, count: int, folder: Path, *, quick: bool) ->
 def class_name(
     artifact: OnnxArtifact, content: bytes, transform: Callable[..., Any]
 ) -> dict[str, Any]:
-    """Run the whole pipeline: JPEG bytes to the name of the likeliest class."""
+    """Run the complete pipeline: JPEG bytes to the name of the likeliest class."""
     about = artifact.about
     if about.input == "any":
         pixels = unresized(decode_image(content, "bench", about.preprocess))
@@ -178,7 +178,7 @@ def class_name(
 
 @torch.inference_mode()
 def expected_name(subject: Subject, content: bytes, *, prompted: bool) -> str:
-    """Return what PyTorch in fp32 answers to a JPEG."""
+    """Return the class name that PyTorch in fp32 predicts for a JPEG."""
     preprocess = subject.model.encoder.preprocess
     pixels = torch.from_numpy(preprocess.pixels()(decode(content, "bench", preprocess)))[None]
     if prompted:
@@ -190,7 +190,7 @@ def expected_name(subject: Subject, content: bytes, *, prompted: bool) -> str:
 
 
 def engine_rows(subject: Subject, count: int, folder: Path) -> list[Row]:
-    """Build the rows of TensorRT and TensorRT-RTX, from uint8 files; pixels go to the device."""
+    """Build the rows of TensorRT and TensorRT-RTX from uint8 files, with the copy to the GPU."""
     rows = []
     for runtime in ("tensorrt", "tensorrt-rtx"):
         prefix = runtime.replace("-", "_")
@@ -203,7 +203,7 @@ def engine_rows(subject: Subject, count: int, folder: Path) -> list[Row]:
 
 
 def engine_row(subject: Subject, row: Row, path: Path, *, runtime: str, count: int) -> Row:
-    """Build an engine of an ONNX file for this GPU, or say what keeps it from running."""
+    """Build an engine of an ONNX file for this GPU, or a skipped row with the reason."""
     if compute_capability() is None:
         return replace(row, skipped="running an engine needs a CUDA device")
     try:

@@ -1,7 +1,7 @@
-"""What a compiled kernel executes and what that would cost, from its assembly alone: estimates.
+"""Estimate a compiled kernel's instructions and time from its assembly.
 
-Counts are static: each instruction once, times the trips of the loops around it. The cost is a
-roofline, as if latency, the instruction cache and the last wave of programs cost nothing.
+Counts are static: each instruction is multiplied by the trip counts of the loops around it. The
+time is a roofline, which ignores latency, the instruction cache and the last wave of programs.
 """
 
 import math
@@ -20,22 +20,22 @@ NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdis
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of an architecture: what its vendor states."""
+    """A GPU's specifications, as its vendor states them."""
 
     name: str
     multiprocessors: int
     clock_ghz: float
     memory_gb_s: float
     float_rate: float
-    """fp32 warp instructions a cycle and multiprocessor"""
+    """fp32 warp instructions per cycle and multiprocessor"""
     load_store_rate: float
-    """likewise, of loads, stores and shuffles"""
+    """loads, stores and shuffles per cycle and multiprocessor"""
     warps: int
-    """most on a multiprocessor"""
+    """largest number per multiprocessor"""
     programs: int
-    """likewise"""
+    """largest number per multiprocessor"""
     shared_bytes: int
-    """of a multiprocessor"""
+    """per multiprocessor"""
 
 
 GPUS = {
@@ -79,36 +79,36 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of assembly: operation with its modifiers, and the label that it jumps to."""
+    """A line of assembly: the operation with its modifiers, and the label it jumps to."""
 
     operation: str
     target: str | None
 
     @property
     def kind(self) -> str:
-        """Return its class.
+        """Return the instruction's class.
 
         Raises:
-            ValueError: no class names it.
+            ValueError: the instruction is unknown.
         """
         name = self.operation.split(".")[0]
         if name in CLASS_OF:
             return CLASS_OF[name]
-        # The uniform datapath's take a place among the warp's, but none of its pipes.
+        # Uniform instructions use an issue slot of the warp, but none of its pipes.
         if name.startswith("U"):
             return "control"
         raise ValueError(f"instruction {self.operation} is of no class; add it to CLASSES")
 
     @property
     def width(self) -> int:
-        """Return the bytes that a thread loads, stores or passes on; 0 for what does not."""
+        """Return the bytes that a thread loads, stores or shuffles; 0 for other instructions."""
         if self.kind not in ("global", "shared", "shuffle"):
             return 0
         return next((WIDTHS[part] for part in self.operation.split(".") if part in WIDTHS), 4)
 
 
 def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    """Return a kernel's instructions up to its end, and where its labels stand."""
+    """Return a kernel's instructions, and the positions of its labels."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -132,9 +132,9 @@ def repeats(
     """Return how often one warp executes each instruction.
 
     Args:
-        instructions: of a kernel without branches but its loops.
-        labels: where they stand.
-        trips: of the loops, in their order; a loop of one trip is none.
+        instructions: of a kernel whose only branches are loops.
+        labels: their positions.
+        trips: trip counts of the loops, in order; loops with one trip are not in the assembly.
 
     Raises:
         ValueError: the assembly has other loops.
@@ -157,7 +157,7 @@ def repeats(
 def executed(
     instructions: Sequence[Instruction], labels: dict[str, int], trips: Sequence[int]
 ) -> Counter[str]:
-    """Count what one warp executes, by class, with `total`, `wavefronts` and `l1_bytes`.
+    """Count a warp's instructions by class, with `total`, `wavefronts` and `l1_bytes`.
 
     Arguments and errors are those of `repeats`.
     """
@@ -172,19 +172,19 @@ def executed(
 
 
 def resident_warps(gpu: Gpu, *, registers: int, shared_bytes: int, warps: int) -> int:
-    """Return how many warps a multiprocessor holds of programs with these needs."""
+    """Return how many warps fit on a multiprocessor, given a program's resources."""
     by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
     by_shared = gpu.shared_bytes // (shared_bytes + 1024)
     return warps * min(by_registers, by_shared, gpu.programs, gpu.warps // warps)
 
 
 def estimate_ns(gpu: Gpu, counts: Counter[str], memory_bytes: float) -> dict[str, float]:
-    """Return what an image takes by each limit.
+    """Return an image's time by each limit.
 
     Args:
-        gpu: which.
-        counts: warp instructions of an image.
-        memory_bytes: that cross the memory's bus for an image.
+        gpu: the GPU.
+        counts: warp instructions per image.
+        memory_bytes: bytes to and from memory per image.
     """
     cycles_per_ns = gpu.multiprocessors * gpu.clock_ghz
     ports = (

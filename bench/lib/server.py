@@ -1,4 +1,4 @@
-"""`python -m adavipro_fast.serve` in a process of its own."""
+"""Run `python -m adavipro_fast.serve` in a separate process."""
 
 import signal
 import subprocess
@@ -12,10 +12,10 @@ from adavipro_fast.errors import VerificationError
 
 @contextmanager
 def server(path: Path, *flags: str, runtime: str = "onnxruntime") -> Iterator[str]:
-    """Serve a file in a process of its own; give its address.
+    """Serve a file in a separate process; yield the server's address.
 
     Raises:
-        VerificationError: it does not start.
+        VerificationError: the server does not start.
     """
     command = [sys.executable, "-m", "adavipro_fast.serve", str(path), *flags, "--port", "0"]
     command += ["--runtime", runtime]

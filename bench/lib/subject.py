@@ -1,4 +1,4 @@
-"""What is measured: a model with its right answers, its ONNX files, and rows that are checked."""
+"""The model under test: its expected answers, its ONNX files, and checked rows."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,16 +27,16 @@ from adavipro_fast.method.model import Prediction
 from lib.machine import no_openvino
 
 CLASS_NAMES = tuple(f"class {number}" for number in range(10))
-# The first one that divides the image's side is taken.
+# Region sizes; the first that divides the image side is used.
 REGIONS = (32, 56, 16, 8)
 LEAST_COSINE = {
     "fp32": comparison.SMALLEST_COSINE,
     "fp16": comparison.SMALLEST_COSINE,
     "bf16": 0.999,
-    # Of random weights, whose products are all quantised: there is no accuracy to judge them by.
+    # For random weights with all products quantised, since there is no accuracy to measure.
     "int8": 0.98,
 }
-# How a file's name ends: its input, and its precision where that is not the subject's.
+# Suffix of a file's name: its input, and its precision if it differs from the subject's.
 ENDINGS: dict[str, tuple[Input, Literal["int8"] | None]] = {
     "": ("float32", None),
     "uint8": ("uint8", None),
@@ -52,34 +52,35 @@ class Row:
 
     name: str
     base: str
-    """row of the encoder alone in the same runtime; of a resize in the graph, the file without"""
+    """row of the encoder alone in the same runtime; for a graph that resizes, the file that does
+    not"""
     contract: str
     """encoder, prompt + encoder, or pipeline"""
     work: Callable[[], Outputs] | None = None
     int8: bool = False
     """whether its products are quantised"""
     peer: bool = False
-    """what users would run instead: it is also compared with the fastest of ours"""
+    """another way to run the model, which is also compared with our fastest row"""
     other: str = ""
-    """a row that it is also compared with"""
+    """another row to compare with"""
     build_s: float = 0.0
     """export, compilation and first call, seconds; not part of the latency"""
     cosine: float = 1.0
-    """smallest of an image's embedding with PyTorch's in fp32"""
+    """smallest cosine between embeddings of this row and of PyTorch in fp32"""
     note: str = ""
-    """how it runs, where that is not its name's"""
+    """how it actually runs, if that differs from its name"""
     skipped: str = ""
 
 
 class Subject:
-    """The model under test, its images, and the answers that every row must give.
+    """The model under test, its images, and the expected answers of every row.
 
     Args:
         model: open_clip name, local-dir:PATH, or demo.
-        pretrained: open_clip tag or path of the weights; random ones without.
-        images: how many at most.
-        precision: of the encoder that is timed.
-        device: where.
+        pretrained: open_clip tag or path of the weights; random weights if empty.
+        images: largest number of images.
+        precision: of the timed encoder.
+        device: to run on.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Subject:
         """Return the model in the precision and on the device under test.
 
         Args:
-            lean: with our attention; else with open_clip's.
+            lean: use our attention instead of open_clip's.
         """
         model = AdaViPro(
             self.model.encoder.with_(precision=self.precision, lean=lean),
@@ -130,10 +131,10 @@ class Subject:
         return model.eval().to(self.device)
 
     def checked(self, row: Row, count: int) -> Row:
-        """Call a row once, and let it pass if it gives the right answer on the first images.
+        """Call a row once and check its answers on the first images; return the row.
 
         Raises:
-            VerificationError: it computes something else.
+            VerificationError: the answers are wrong.
         """
         if row.work is None or row.contract == "pipeline":
             return row
@@ -160,13 +161,13 @@ class Subject:
 def export(
     subject: Subject, name: str, folder: Path, runtime: Runtime = "onnxruntime"
 ) -> OnnxArtifact | OpenVinoArtifact | str:
-    """Export one ONNX row and open it; return the reason where it cannot be run.
+    """Export the ONNX file of a row and open it; return the reason if it cannot run.
 
     Args:
-        subject: of which.
-        name: a form, and how it ends: folded, folded_uint8, baseline_int8, ...
-        folder: of the files; what lies there is not written again.
-        runtime: that runs it.
+        subject: the model under test.
+        name: a form with a suffix: folded, folded_uint8, baseline_int8, ...
+        folder: of the files; existing files are reused.
+        runtime: runs the file.
     """
     if reason := obstacle(subject, name, runtime):
         return reason
@@ -181,7 +182,7 @@ def export(
 
 
 def obstacle(subject: Subject, name: str, runtime: Runtime) -> str | None:
-    """Say what keeps a file from being measured; arguments are `export`'s."""
+    """Return why a file cannot be measured, or None; arguments are those of `export`."""
     if subject.precision == "bf16" and subject.device.type == "cpu":
         return "ONNX Runtime's CPU provider cannot run bf16"
     if name.endswith("_int8") and subject.precision != "fp32":
@@ -194,7 +195,7 @@ def obstacle(subject: Subject, name: str, runtime: Runtime) -> str | None:
 
 
 def write(subject: Subject, path: Path) -> None:
-    """Write the ONNX file that its name says, unverified."""
+    """Write the ONNX file that the path's name describes, without verifying it."""
     form, _, ending = path.stem.partition("_")
     kind, precision = ENDINGS[ending]
     foldable = folding_obstacle(subject.model.encoder.visual) is None
@@ -209,9 +210,9 @@ def write(subject: Subject, path: Path) -> None:
 
 
 def write_sources(subject: Subject, sources: Sequence[Source], path: Path, form: Form) -> None:
-    """Write sources as one file, unverified; int8 rounds every product.
+    """Write sources as one file, without verifying it; int8 quantises every product.
 
-    Random weights have no accuracy to lose. Each task sees its share of the images.
+    Random weights have no accuracy to lose. Each task is calibrated on its share of the images.
     """
     write_graph(path, sources, form)
     if form.precision == "int8":

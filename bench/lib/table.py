@@ -1,4 +1,4 @@
-"""A bench's output: its rows as a table, a chart and a file."""
+"""Output of benches: rows as a table, a chart and a file."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from adavipro_fast.errors import VerificationError
 from adavipro_fast.files.whole import write_whole
 from lib.machine import machine, peak_host_mib
 
-# What a narrow terminal has no room for; the first goes first.
+# Columns that a narrow terminal leaves out, in this order.
 SPARE = ("iqr_ms", "build_s", "p99_ms", "calls", "provider", "p90_ms", "ratio_high", "ratio_low")
 
 MARKERS = {"torch": "^", "onnx": "o", "openvino": "s"}
@@ -40,7 +40,7 @@ def show(rows: list[dict[str, Any]], title: str, hidden: Collection[str] = ()) -
 
 
 def table(rows: list[dict[str, Any]], hidden: Collection[str], width: int) -> list[str]:
-    """Lay rows out in columns; those that `width` has no room for are named below."""
+    """Format rows in columns; columns that do not fit into `width` are listed below."""
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
     columns = {key: [key, *(cell(row.get(key, "")) for row in rows)] for key in keys}
     sizes = {key: max(map(len, column)) for key, column in columns.items()}
@@ -63,10 +63,10 @@ def table(rows: list[dict[str, Any]], hidden: Collection[str], width: int) -> li
 
 
 def skipped(rows: list[dict[str, Any]], width: int) -> list[str]:
-    """Name the rows without figures, reason by reason."""
+    """List the skipped rows, grouped by reason."""
     names: dict[str, dict[str, None]] = {}
     for row in rows:
-        # What --quick leaves out in particular is the row itself.
+        # All reasons that begin with --quick are grouped together.
         reason = "--quick" if row["skipped"].startswith("--quick") else row["skipped"]
         names.setdefault(reason, {})[row["name"]] = None
     named = "; ".join(f"{', '.join(some)} ({reason})" for reason, some in names.items())
@@ -79,20 +79,20 @@ def wrapped(line: str, width: int) -> list[str]:
 
 
 def cell(value: object) -> str:
-    """Write a figure with the digits that it deserves."""
+    """Format a figure with a suitable number of digits."""
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return str(value)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, *, value: str, label: str) -> None:
-    """Draw a figure of the rows as bars, their ratios beside them.
+    """Draw one figure of the rows as bars, labelled with their ratios.
 
     Args:
-        rows: those without the figure are left out.
+        rows: rows without the figure are left out.
         path: PNG or SVG.
         value: the figure's name.
-        label: what the axis says.
+        label: label of the axis.
     """
     drawn = [row for row in rows if value in row]
     figure = Figure(figsize=(8, 0.8 + 0.3 * len(drawn)), layout="constrained")
@@ -109,7 +109,7 @@ def draw(rows: list[dict[str, Any]], path: Path, *, value: str, label: str) -> N
 
 
 def scatter(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy over images/s, a marker a backend: PNG or SVG."""
+    """Draw accuracy over images/s, with one marker per backend: PNG or SVG."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for row in rows:
@@ -124,7 +124,7 @@ def scatter(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture that is the same at every run."""
+    """Write a picture reproducibly."""
     with mpl.rc_context({"svg.hashsalt": "adavipro_fast"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -133,12 +133,12 @@ Result = TypeVar("Result")
 
 
 class Rows(list[dict[str, Any]]):
-    """Rows that are on disk as soon as they are measured: a time limit may end a bench any time.
+    """Rows that are saved as soon as they are measured, since a time limit may end a bench.
 
     Args:
-        device: what they are measured on.
-        path: file for them and the machine's description; none is written without.
-        append: keep the rows that the file has already.
+        device: that they are measured on.
+        path: file for the rows and the machine's description, if any.
+        append: keep the rows that are already in the file.
     """
 
     def __init__(self, device: torch.device, path: Path | None, *, append: bool = False) -> None:
@@ -153,7 +153,7 @@ class Rows(list[dict[str, Any]]):
         self.save()
 
     def extend(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add rows, each as soon as it comes."""
+        """Add rows one by one, as they are measured."""
         for row in rows:
             self.append(row)
 
@@ -162,10 +162,10 @@ class Rows(list[dict[str, Any]]):
         return self
 
     def attempt(self, name: str, work: Callable[[], Result]) -> Result | None:
-        """Run a step; what goes wrong becomes a row, and the bench goes on.
+        """Run a step; turn an error into a skipped row and continue.
 
         Raises:
-            VerificationError: the step found a wrong result.
+            VerificationError: a result is wrong.
         """
         try:
             return work()
@@ -177,7 +177,7 @@ class Rows(list[dict[str, Any]]):
             return None
 
     def save(self) -> None:
-        """Write what there is."""
+        """Write the rows measured so far."""
         if self.path is not None:
             about = self.machine | {"peak_host_mib": peak_host_mib()}
             content = json.dumps({"rows": list(self), "machine": about}, indent=1)
@@ -186,7 +186,7 @@ class Rows(list[dict[str, Any]]):
     def published(self, title: str, hidden: Collection[str] = ()) -> dict[str, Any]:
         """Show the new rows as a table, and return all with the machine's description."""
         show(self[self.kept :], title, hidden)
-        # Clocks as they are after the work.
+        # Read the clocks again after the work.
         self.machine = machine(self.device)
         self.save()
         return {"rows": list(self), "machine": self.machine | {"peak_host_mib": peak_host_mib()}}
@@ -199,14 +199,14 @@ def publish(
     title: str,
     hidden: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Show the rows, write them where asked, and return them with the machine's description.
+    """Show the rows, write them if requested, and return them with the machine's description.
 
     Args:
-        rows: what was measured.
-        device: where.
-        path: file for all of it.
+        rows: the measurements.
+        device: that they were measured on.
+        path: file for rows and description, if any.
         title: of the table.
-        hidden: figures that the table has no room for.
+        hidden: figures to leave out of the table.
     """
     found = Rows(device, None)
     found += rows

@@ -1,15 +1,15 @@
-"""What a GPU run has to reach, and whether its rows do."""
+"""Targets of a GPU run, and whether its rows reach them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
-# Least shares of the copy bandwidth, least times faster than torch.compile, largest ratios.
+# Smallest share of the copy bandwidth, smallest speed-up over torch.compile, and largest ratios.
 LEAST_SHARE, LEAST_TIMES_COMPILED, LARGEST_STEP, LARGEST_FOLDED = 0.7, 1.5, 1.02, 1.01
 
 
 def targets(rows: Mapping[str, Iterable[Row]]) -> dict[str, dict[str, Any]]:
-    """Compare rows by file with the targets; what was not measured is not listed."""
+    """Compare the rows of each file with the targets; unmeasured targets are left out."""
     found = {}
     for name, value, goal, least in measured(rows):
         met = value >= goal if least else value <= goal
@@ -23,7 +23,7 @@ def targets(rows: Mapping[str, Iterable[Row]]) -> dict[str, dict[str, Any]]:
 
 
 def measured(rows: Mapping[str, Iterable[Row]]) -> Iterator[tuple[str, float, float, bool]]:
-    """Yield name, value, target, and whether it is the least or the most."""
+    """Yield name, value, target, and whether the target is a minimum."""
     for row in rows.get("fused", ()):
         name = row["name"]
         if name in ("kernel_forward", "kernel_backward") and row["batch"] >= 256:

@@ -1,4 +1,4 @@
-"""Tasks for one encoder, each with a prompt and classes of its own."""
+"""Tasks for one encoder, each with its own prompt and classes."""
 
 import torch
 
@@ -10,7 +10,7 @@ PROMPT_SIZE = 30
 
 
 def task_model(subject: Subject, prompt_size: int, number: int) -> AdaViPro:
-    """Make the task of this number."""
+    """Make the model of a task; the number is its seed."""
     torch.manual_seed(number)
     width = subject.model.head.rows.shape[1]
     prompt = PromptConfig(

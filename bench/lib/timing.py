@@ -1,4 +1,4 @@
-"""Interleaved timing of variants, and medians, percentiles and ratios of what was timed."""
+"""Interleaved timing of variants, and medians, percentiles and ratios of the times."""
 
 import math
 import random
@@ -17,13 +17,13 @@ STEADY = 0.02
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for a GPU's work; nothing on a CPU."""
+    """Wait for a GPU's work; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Time one call: by CUDA events on a GPU, by the clock elsewhere."""
+    """Time one call, with CUDA events on a GPU and the clock elsewhere."""
     synchronise(device)
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -39,7 +39,7 @@ def timed_ms(work: Callable[[], object], device: torch.device) -> float:
 
 @dataclass
 class Replay:
-    """Calls captured as one CUDA graph; results are kept, so that none writes over another."""
+    """Calls captured as one CUDA graph; results are kept so that calls do not share memory."""
 
     graph: torch.cuda.CUDAGraph
     kept: list[object]
@@ -52,10 +52,10 @@ class Replay:
 def graphed(
     work: Callable[[int], object], device: torch.device, *, calls: int = 1
 ) -> Callable[[], object]:
-    """Capture calls of `work`, which gets the number of the call, so that the host costs nothing.
+    """Capture calls of `work` as a CUDA graph, to exclude the host's time.
 
-    A kernel of microseconds cannot be timed otherwise: its launch takes longer. Without a GPU the
-    calls run one after another.
+    `work` gets the number of the call. A kernel of a few microseconds cannot be timed otherwise,
+    because its launch takes longer. Without a GPU, the calls run one after another.
     """
     if device.type != "cuda":
         return lambda: [work(call) for call in range(calls)]
@@ -81,15 +81,15 @@ def interleaved_ms(
     bases: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Time variants in turn, so that a drift of the machine meets all alike.
+    """Time variants in turn, so that the machine's drift affects all equally.
 
     Args:
         variants: name to work.
         device: where the work runs.
-        rounds: timed calls of each.
-        warm_up: calls of each before, not timed.
-        bases: name to the variant that it is compared with; both run close to each other.
-        seed: of their orders.
+        rounds: timed calls of each variant.
+        warm_up: untimed calls of each variant before.
+        bases: name to the variant that it is compared with; both are timed close to each other.
+        seed: of the order.
 
     Returns:
         Milliseconds of each timed call, by name.
@@ -99,7 +99,7 @@ def interleaved_ms(
     for turn in tqdm(range(warm_up + rounds), "measure", leave=False, disable=None):
         for name in shuffled(list(variants), bases or {}, order):
             if device.type == "cpu":
-                # Threads of the runtime before may still spin for more work.
+                # Threads of the previous runtime may still be spinning.
                 time.sleep(PAUSE_S)
             elapsed = timed_ms(variants[name], device)
             if turn >= warm_up:
@@ -108,9 +108,9 @@ def interleaved_ms(
 
 
 def shuffled(names: list[str], bases: Mapping[str, str], order: random.Random) -> list[str]:
-    """Return the names in another order, those with the same base side by side.
+    """Return the names in random order, with those of the same base adjacent.
 
-    What ran before leaves caches and clocks behind: nobody always follows the same one.
+    A call affects caches and clocks of the next one, so no variant should always follow the same.
     """
     names = order.sample(names, len(names))
     groups = list(dict.fromkeys(bases.get(name, name) for name in names))
@@ -124,13 +124,14 @@ def until_steady(
     seconds: float,
     bases: Mapping[str, str],
 ) -> dict[str, list[float]]:
-    """Time variants in turn until 95 % intervals are within 2 %, or time is over.
+    """Time variants in turn until 95 % intervals are within 2 %, or the time is used up.
 
     Args:
         variants: name to work.
         device: where the work runs.
         seconds: longest time to measure for.
-        bases: name to the variant that its ratio is to; intervals of medians and ratios count.
+        bases: name to the variant that it is compared with; intervals of both medians and ratios
+            must be within 2 %.
 
     Returns:
         Milliseconds of each timed call, by name.
@@ -148,7 +149,7 @@ def until_steady(
 
 
 def steady(times_ms: list[float]) -> bool:
-    """Tell whether the 95 % interval of the median is within 2 % of it (order statistics)."""
+    """Report whether the median's 95 % interval is within 2 % of it (order statistics)."""
     ordered = sorted(times_ms)
     reach = 0.98 * len(ordered) ** 0.5
     low = ordered[max(0, math.floor(len(ordered) / 2 - reach))]
@@ -157,13 +158,13 @@ def steady(times_ms: list[float]) -> bool:
 
 
 def summary(times_ms: list[float]) -> dict[str, float]:
-    """Median and interquartile range, ms."""
+    """Return median and interquartile range, ms."""
     low, middle, high = statistics.quantiles(times_ms, n=4)
     return {"median_ms": middle, "iqr_ms": high - low}
 
 
 def percentiles(times_ms: list[float]) -> dict[str, float]:
-    """p50, p90, p99 and interquartile range, ms."""
+    """Return p50, p90, p99 and interquartile range, ms."""
     cut = statistics.quantiles(times_ms, n=100, method="inclusive")
     return {
         "p50_ms": cut[49],
@@ -175,12 +176,12 @@ def percentiles(times_ms: list[float]) -> dict[str, float]:
 
 
 def paired_ratio(times_ms: list[float], base_ms: list[float]) -> float:
-    """Median over rounds of the ratio to the base timed in the same round."""
+    """Return the median over rounds of the ratio to the base in the same round."""
     return statistics.median(t / b for t, b in zip(times_ms, base_ms, strict=True))
 
 
 def ratio_interval(times_ms: list[float], base_ms: list[float]) -> tuple[float, float]:
-    """95 % interval of `paired_ratio`, by bootstrap over rounds."""
+    """Return the 95 % interval of `paired_ratio`, by bootstrap over rounds."""
     ratios = torch.tensor(times_ms, dtype=torch.double) / torch.tensor(base_ms, dtype=torch.double)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(ratios), (2000, len(ratios)), generator=generator)
@@ -190,6 +191,6 @@ def ratio_interval(times_ms: list[float], base_ms: list[float]) -> tuple[float, 
 
 
 def compared(times_ms: list[float], base_ms: list[float], name: str = "ratio") -> dict[str, float]:
-    """Return `paired_ratio`, under a name, with its `ratio_interval`."""
+    """Return `paired_ratio` as `name`, with its `ratio_interval`."""
     low, high = ratio_interval(times_ms, base_ms)
     return {name: paired_ratio(times_ms, base_ms), "ratio_low": low, "ratio_high": high}

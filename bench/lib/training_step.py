@@ -1,4 +1,4 @@
-"""One training step, whole or part by part, with its pixels where training keeps them."""
+"""A training step, complete or by parts, with its pixels on the device as in training."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +17,12 @@ from lib.paper_form import in_paper_form
 from lib.timing import synchronise, timed_ms
 
 CLASSES = 100
-# So many batches of pixels lie on a GPU: more than its L2 cache holds.
+# Number of batches of pixels on a GPU, more than fit into its L2 cache.
 BATCHES = 4
 
 
 class TrainingStep:
-    """One training step, whole or part by part.
+    """A training step, complete or by parts.
 
     Args:
         name: of the row.
@@ -54,12 +54,12 @@ class TrainingStep:
         self.loss = torch.zeros(())
 
     def data(self) -> None:
-        """Gather a batch on the device, as training does."""
+        """Gather a batch on the device, as in training."""
         rows = torch.randperm(len(self.pixels), device=self.device)[: self.batch]
         self.images, self.targets = self.pixels[rows], self.labels[rows]
 
     def prompt(self) -> None:
-        """Prompt the images, in the type that the encoder computes in."""
+        """Add the prompt to the images, in the encoder's type."""
         self.prompted = self.model.prompt(self.images, dtype=self.dtype, tau=1.0)
 
     def encoder(self) -> None:
@@ -68,7 +68,7 @@ class TrainingStep:
         self.loss = F.cross_entropy(logits, self.targets)
 
     def backward(self) -> None:
-        """Differentiate encoder and prompt."""
+        """Run the backward pass of encoder and prompt."""
         self.optimiser.zero_grad()
         self.loss.backward()
 
@@ -93,7 +93,7 @@ class TrainingStep:
             part()
 
     def repeated(self, count: int) -> Callable[[], None]:
-        """Return a call of `count` steps: the host runs ahead of a GPU, as in training."""
+        """Return a call of `count` steps, so that the host runs ahead of a GPU as in training."""
 
         def steps() -> None:
             for _ in range(count):
@@ -110,7 +110,7 @@ class TrainingStep:
         return {name: median(values) for name, values in times.items()}
 
     def own_device_mib(self) -> float:
-        """Return what a step needs of a GPU: its own tensors, and its peak above what is held."""
+        """Return a step's GPU memory: its tensors, and its peak above the memory already used."""
         self()
         synchronise(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -122,7 +122,7 @@ class TrainingStep:
         return (peak + sum(own.values())) / 2**20
 
     def kernel_ms(self, steps: int = 3) -> dict[str, float]:
-        """Profile the GPU's own time of a step, and that of the fused kernels within it."""
+        """Profile a step's GPU time, and the fused kernels' part of it."""
         from torch.profiler import ProfilerActivity, profile
 
         self()

@@ -1,4 +1,4 @@
-"""The prompt's forward pass in every form: fused kernel, collapsed, as the paper writes it."""
+"""The prompt's forward pass in every form: fused kernel, collapsed, and as in the paper."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ LARGEST_ERROR = 1e-5
 
 @dataclass(frozen=True)
 class Setting:
-    """What prompts are made for."""
+    """Sizes, edge detector and device of the prompts."""
 
     batch: int
     region: int
@@ -35,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """A forward pass from pixels to prompted images, and the parameters that it learns."""
+    """A forward pass from pixels to prompted images, and its parameters."""
 
     forward: Callable[[Tensor], Tensor]
     parameters: list[Tensor]
@@ -46,7 +46,7 @@ class Variant:
 
 
 def build(setting: Setting, kernel: Kernel) -> AdaptivePrompt:
-    """Make a prompt whose weights depend on nothing but the setting."""
+    """Make a prompt with weights that depend only on the setting."""
     torch.manual_seed(0)
     config = PromptConfig(
         region_size=setting.region,
@@ -65,7 +65,7 @@ def pixels_of(setting: Setting) -> Tensor:
 
 
 def noise_of(setting: Setting) -> Tensor:
-    """Draw the noise (B, G, G) that all forms get."""
+    """Draw the noise (B, G, G) that all forms use."""
     grid = setting.side // setting.region
     return logistic_noise(0, 0, (setting.batch, grid, grid), setting.device)
 
@@ -95,7 +95,7 @@ def gate(setting: Setting) -> float:
     """Return the largest of `errors`.
 
     Raises:
-        VerificationError: it is above the limit.
+        VerificationError: the error is above the limit.
     """
     worst = max(errors(setting).values())
     if not worst <= LARGEST_ERROR:
@@ -105,7 +105,7 @@ def gate(setting: Setting) -> float:
 
 @torch.no_grad()
 def mask_differences(setting: Setting, images: int) -> dict[str, int]:
-    """Count regions where fused and plain argmax masks differ, near-ties apart."""
+    """Count regions where fused and plain argmax masks differ; near-ties are counted separately."""
     counts = {"images": images, "regions": 0, "ties": 0, "different": 0}
     fused, plain = (build(setting, kernel).eval() for kernel in ("fused", "plain"))
     device, batch, side = setting.device, setting.batch, setting.side
@@ -125,7 +125,7 @@ def mask_differences(setting: Setting, images: int) -> dict[str, int]:
 
 
 def variants(setting: Setting) -> dict[str, Variant]:
-    """Name the forward passes, all with the same noise and results of the same type."""
+    """Return the forward passes by name, all with the same noise and output type."""
     noise = noise_of(setting)
     plain, fused = build(setting, "plain"), build(setting, "fused")
     written = PaperForm.of(plain)
@@ -155,7 +155,7 @@ def variants(setting: Setting) -> dict[str, Variant]:
 
 
 def copy_gb_s(device: torch.device, size: int, rounds: int) -> float:
-    """Measure the device's copy bandwidth on `size` bytes, bytes read and written."""
+    """Measure the device's copy bandwidth with `size` bytes, counting bytes read and written."""
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = interleaved_ms({"copy": lambda: target.copy_(source)}, device, rounds=rounds)
