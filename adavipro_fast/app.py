@@ -1,6 +1,6 @@
 """Classify images in the browser: `python -m adavipro_fast.app ARTIFACT`.
 
-The server's page, on this machine alone: drop a picture and see classes, mask and prompted picture.
+Serves the page on this machine only: drop a picture and see classes, mask and prompted picture.
 """
 
 import sys

@@ -172,7 +172,7 @@ def compare_tasks(
     candidate: Artifact,
     batches: Sequence[Tensor],
 ) -> Comparison:
-    """Compare each task with its checkpoint, in batches of its own and in a mixed batch.
+    """Compare each task with its checkpoint, in separate batches and in a mixed batch.
 
     Returns:
         The worst figures of all tasks; ties are summed.

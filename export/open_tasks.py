@@ -55,7 +55,7 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
 
 
 class Tables(NamedTuple):
-    """Inputs of a call beside its images: the task of each image, and the tables of all tasks."""
+    """Inputs of a call other than images: the task of each image, and the tables of all tasks."""
 
     task: Tensor
     """(B,) int64, 0 to T - 1"""

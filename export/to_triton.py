@@ -20,7 +20,7 @@ from adavipro_fast.files.sealed import describe_onnx, read_sidecar
 from adavipro_fast.files.whole import flush, write_whole
 
 MODELS = Path(__file__).parent / "python_backend"
-# Characters of names, beside letters and digits, that need no escaping in URLs, paths and
+# Characters allowed in names besides letters and digits: they need no escaping in URLs, paths and
 # configuration files.
 LETTERS = "-_."
 

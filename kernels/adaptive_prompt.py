@@ -331,7 +331,7 @@ def adaptive_prompt_backward(
     noise: Tensor | None, *, mode: str, edge: str, replicate: bool, tau: float, seed: int,
     offset: int, mean: list[float], std: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of `adaptive_prompt`, from its arguments and two others.
+    """Compute the gradients of `adaptive_prompt`, from its arguments, `grad` and `delta`.
 
     `grad` (B, 3, S, S) is g, the gradient of the prompted images; `delta` (B, G, G) is Δ of the
     forward pass. Returns the gradients of template (3, S, S), K (3, R + 2, R + 2) and b (), fp32.

@@ -1,6 +1,6 @@
 """Write rows of answers as parts and join them at the end, so that a killed run can continue.
 
-A record beside the output holds the run's options and the number of rows of each finished part.
+A record beside the output stores the run's options and the number of rows of each finished part.
 Parts that are not in the record are written again.
 """
 

@@ -195,7 +195,7 @@ def class_folders(
         folder: the split's folder.
         root: the data set's folder.
         others: folders that are not classes.
-        notes: extended with messages about what else the folder contains.
+        notes: extended with messages about the folder's other content.
 
     Raises:
         ValueError: a name is not valid text, or two names are equal after composition.

@@ -187,7 +187,7 @@ def code(text: str) -> str:
 
 
 def result_of(run: Run) -> EvalResult:
-    """Return the test accuracy for the Hub's model-index; the validation accuracy without one."""
+    """Return the accuracy for the Hub's model-index: on test, or else validation images."""
     split = "validation" if run.figures["test_top1"] is None else "test"
     figure = run.figures["val_top1" if split == "validation" else "test_top1"]
     return EvalResult(

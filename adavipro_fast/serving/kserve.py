@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (KServe v2) over HTTP: tensors in JSON or as bytes behind it.
+"""The Open Inference Protocol (KServe v2) over HTTP: tensors in JSON or as bytes after it.
 
 https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol, with the binary
 tensors of NVIDIA's extension, so that `tritonclient` works unchanged.

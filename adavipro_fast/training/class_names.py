@@ -11,7 +11,7 @@ from adavipro_fast.training.log import say
 
 
 def needs_text(config: TrainConfig) -> bool:
-    """Report whether the trained model needs class embeddings."""
+    """Report whether the model to train needs class embeddings."""
     named = config.prompt.head == "text" and config.prompt.method != "linear_probe"
     return named or config.class_embeddings is not None
 

@@ -127,7 +127,7 @@ def execute(run: Run) -> dict[str, Any]:
         run: a new run, or a restored one.
 
     Raises:
-        KeyboardInterrupt: a signal stopped the process; the step reached is saved.
+        KeyboardInterrupt: a signal stopped the run; the state is saved.
         VerificationError: the frozen encoder changed.
     """
     trainer, frozen = run.trainer, run.frozen
