@@ -265,16 +265,16 @@ def read_pixels(paths: tuple[Path, ...], preprocess: Preprocess) -> Tensor:
 def pixels_of(
     picture: Picture, preprocess: Preprocess, name: str = "(bytes)"
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Decode a picture as the encoder wants it: (3, S, S) uint8.
+    """Decode a picture to the encoder's input: (3, S, S) uint8.
 
     Args:
-        picture: of any kind.
+        picture: a path, encoded bytes, a Pillow image, or (H, W, 3) uint8 RGB.
         preprocess: the encoder's.
-        name: what to call bytes in a message.
+        name: name of encoded bytes in messages.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read.
+        FileNotFoundError: the file does not exist.
+        ValueError: the picture cannot be read.
     """
     if isinstance(picture, str | Path):
         return read_pixels((Path(picture),), preprocess)[0].numpy()
