@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from adavipro_fast.data.metrics import Evaluation, macro_of
 from adavipro_fast.training.assemble import build, load
+from adavipro_fast.training.batches import Batch
 from adavipro_fast.training.probe import fit_head
 from adavipro_fast.training.trainer import balanced
 
@@ -35,8 +36,8 @@ def test_training_and_probe_follow_the_flag(small, tmp_path, weights):
     labels = loaded.dataset.train.labels[loaded.dataset.train.rows]
     images, some = loaded.dataset.train.batch(torch.arange(8), trainer.device)
     logits = torch.randn(8, 3)
-    trainer.model.forward = lambda *_, **__: trainer_prediction(logits)
-    loss, _, _ = trainer._step(images, some, 8, tau=1.0)
+    trainer._logits = lambda *_: logits.requires_grad_()
+    loss, _, _ = trainer._step(Batch(images, some, torch.arange(8), 8), tau=1.0)
     expected = F.cross_entropy(logits, some, reduction="none")
     if weights == "balanced":
         expected = expected * balanced(labels, 3)[some]
@@ -69,11 +70,3 @@ def test_the_judge_chooses_the_epoch(small, tmp_path, judge, kept):
     assert trainer._beats_untrained(now) == kept
     expected = macro_of(now.per_class(("a", "b", "c"))) if judge == "macro" else now.top1
     assert trainer._score(now) == pytest.approx(expected)
-
-
-def trainer_prediction(logits):
-    """What a model returns whose logits are given."""
-    from adavipro_fast.method.model import Prediction
-
-    leaf = logits.clone().requires_grad_()
-    return Prediction(leaf, torch.zeros(len(logits), 7, 7), torch.zeros(len(logits), 1))

@@ -39,6 +39,7 @@ from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.preprocess import Preprocess
+from adavipro_fast.training.batches import Batch
 from adavipro_fast.training.config import OptimiserConfig
 from adavipro_fast.training.trainer import Trainer
 
@@ -190,7 +191,7 @@ def test_a_step_waits_for_the_device_once(tmp_path):
     run = trainer(tmp_path, model_of(Watching()))
     images, labels = run.dataset.train.batch(torch.arange(4), CPU)
     with Operators() as operators:
-        run._step(images, labels, 4, 1.0)
+        run._step(Batch(images, labels, torch.arange(4), 4), 1.0)
     # An index by a mask asks the device how long its result is.
     waits = ("aten.index.Tensor", "aten.nonzero", "aten._local_scalar_dense", "aten.item")
     assert not [name for name in operators.names if name.startswith(waits)]
@@ -204,11 +205,11 @@ def test_a_steps_density_is_that_of_the_frames_regions(tmp_path):
     run.weights = run.inside / run.inside.sum()
     masks = torch.zeros(2, 4, 4)
     masks[0, 0, 1] = masks[1, 0, :3] = 1
-    model.forward = lambda *_, **__: SimpleNamespace(
-        logits=model.prompt.template.values[:10].view(2, 5), mask=masks
-    )
+    model.prompted = lambda *_, **__: SimpleNamespace(images=None, mask=masks)
+    run._logits = lambda *_: model.prompt.template.values[:10].view(2, 5)
     run.config = replace(run.config, batch_size=2)
-    density = run._step(torch.zeros(2), torch.zeros(2, dtype=torch.long), 2, 1.0)[2]
+    labels = torch.zeros(2, dtype=torch.long)
+    density = run._step(Batch(torch.zeros(2), labels, torch.arange(2), 2), 1.0)[2]
     assert density == pytest.approx((1 / 3 + 2 / 3) / 2)
 
 

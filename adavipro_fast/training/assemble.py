@@ -28,6 +28,7 @@ from adavipro_fast.training.class_names import (
 )
 from adavipro_fast.training.config import TrainConfig, stored
 from adavipro_fast.training.data_record import keep_data
+from adavipro_fast.training.folds import FoldHeads, folded
 from adavipro_fast.training.log import say
 from adavipro_fast.training.probe import Features, fit_head, frozen_features, softened
 from adavipro_fast.training.trainer import Trainer
@@ -133,6 +134,7 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
         },
         templates=templates_of(config),
         group=group,
+        folds=_folds(config, loaded, model),
     )
     precision = config.optimiser.known_precision
     if complaint := slow_precision(precision, device):
@@ -141,6 +143,26 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
     if config.prompt.method in PROMPTED:
         say(f"prompt kernel: {model.prompt.path(device)} (--kernel {config.kernel})")
     return Run(trainer, frozen, embeddings, config)
+
+
+def _folds(config: TrainConfig, loaded: Loaded, model: AdaViPro) -> FoldHeads | None:
+    """Return the fold heads of a prompt whose head starts from a probe, where the data allow it."""
+    train, classes = loaded.dataset.train, len(loaded.dataset.class_names)
+    head, prompt = model.head, model.config
+    if not head.learns or prompt.method not in PROMPTED or not folded(len(train), classes):
+        return None
+    if head.bias is None or not bool(head.bias.any()):
+        # It starts from the text embeddings.
+        return None
+    return FoldHeads(
+        train.labels[train.rows],
+        classes,
+        head.reads,
+        epochs=config.optimiser.epochs,
+        seed=config.optimiser.seed,
+        balanced=config.optimiser.class_weights == "balanced",
+        device=loaded.device,
+    )
 
 
 def _model(config: TrainConfig, loaded: Loaded) -> AdaViPro:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +10,19 @@ from torch import Tensor
 
 from adavipro_fast.data.split import Split
 from adavipro_fast.training.group import Group
+
+
+class Batch(NamedTuple):
+    """A process's share of a batch."""
+
+    images: Tensor
+    """(B, 3, S, S) uint8"""
+    labels: Tensor
+    """(B,)"""
+    positions: Tensor
+    """(B,) in the split, on the CPU"""
+    count: int
+    """images of the batch in all processes"""
 
 
 def shuffled(count: int, *, seed: int, epoch: int) -> Tensor:
@@ -19,11 +33,8 @@ def shuffled(count: int, *, seed: int, epoch: int) -> Tensor:
 
 def gathered(
     split: Split, order: Tensor, size: int, *, device: torch.device, group: Group
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield an order's batches, gathered one step ahead.
-
-    Images and labels are this process's share of the batch; the number is the global batch size.
-    """
+) -> Iterator[Batch]:
+    """Yield an order's batches, gathered one step ahead."""
     chunks = order.split(size)
     if not len(order):
         return
@@ -37,4 +48,4 @@ def gathered(
             images, labels = ahead.result()
             if number + 1 < len(chunks):
                 ahead = gather(chunks[number + 1])
-            yield images, labels, len(chunk)
+            yield Batch(images, labels, chunk[group.share(len(chunk))], len(chunk))

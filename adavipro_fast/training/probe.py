@@ -155,6 +155,15 @@ def unscaled(head: HeadRows, encoder: FrozenEncoder) -> HeadRows:
     return replace(head, rows=head.rows / encoder.logit_scale)
 
 
+def rows_of(probe: LogisticRegression) -> tuple[Tensor, Tensor]:
+    """Return a fitted probe's weight (K, D) and bias (K,), in fp64."""
+    weight, bias = torch.tensor(probe.coef_), torch.tensor(probe.intercept_)
+    if len(weight) == 1:
+        # Of two classes scikit-learn keeps the difference.
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return weight, bias
+
+
 def _probe(
     train: Features,
     val: Features,
@@ -171,10 +180,7 @@ def _probe(
     for strength in tqdm(STRENGTHS[head_input], "penalty", leave=False, disable=None):
         probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS, class_weight=weights)
         probe.fit(rows, train.labels)
-        weight, bias = torch.tensor(probe.coef_), torch.tensor(probe.intercept_)
-        if len(weight) == 1:
-            # Of two classes scikit-learn keeps the difference.
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        weight, bias = rows_of(probe)
         logits = torch.tensor(held_out) @ weight.t() + bias
         top1 = 100 * float((logits.argmax(1) == labels).double().mean())
         score = top1

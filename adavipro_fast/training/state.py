@@ -45,6 +45,8 @@ class Progress:
     """what an epoch must exceed, whatever came before"""
     untrained_right: str = ""
     """0 or 1 for each validation image: whether the untrained model was right"""
+    untrained_loss: list[float] = field(default_factory=list)
+    """cross-entropy of each validation image under the untrained model, calibrated"""
     best_epoch: int = UNTRAINED
     scaler: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -83,9 +85,15 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], State]:
         raise ValueError(f"{path} is not a valid run state: {error}; start a new run") from error
 
 
-def write_state(path: Path, state: State, model: AdaViPro, parts: Sequence[Part]) -> None:
-    """Write all that `restore` needs."""
-    tensors = trained_tensors(model)
+def write_state(
+    path: Path,
+    state: State,
+    model: AdaViPro,
+    parts: Sequence[Part],
+    more: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write all that `restore` needs, and more tensors."""
+    tensors = trained_tensors(model) | dict(more or {})
     for part in parts:
         for name, parameter in part.parameters.items():
             kept = part.optimiser.state[parameter]

@@ -27,16 +27,20 @@ from adavipro_fast.method.config import PROMPTED
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import frame_regions
 from adavipro_fast.training import state
-from adavipro_fast.training.batches import gathered, shuffled
+from adavipro_fast.training.batches import Batch, gathered, shuffled
+from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import OptimiserConfig, lr_factor
+from adavipro_fast.training.folds import FoldHeads
 from adavipro_fast.training.group import Group
 from adavipro_fast.training.log import Log, logged, say
 from adavipro_fast.training.parts import parts_of
-from adavipro_fast.training.probe import refitted_head
+from adavipro_fast.training.probe import prompted_features, refitted_head, unscaled
 from adavipro_fast.training.state import UNTRAINED, Progress, State
 
 SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
+# Below that, a probability is as good as none.
+LEAST_PROBABILITY = 1e-12
 
 
 def balanced(labels: Tensor, classes: int) -> Tensor:
@@ -62,6 +66,7 @@ class Trainer:
         identity: hashes of what the run depends on; `restore` refuses a state with others.
         templates: texts that the class names were embedded in, kept in the checkpoint.
         group: the processes that train together.
+        folds: heads that the prompt learns from in place of the model's own.
     """
 
     def __init__(
@@ -75,12 +80,13 @@ class Trainer:
         identity: dict[str, str] | None = None,
         templates: tuple[str, ...] = (),
         group: Group | None = None,
+        folds: FoldHeads | None = None,
     ) -> None:
-        self.model, self.dataset, self.config = model, dataset, config
+        self.model, self.dataset, self.config, self.folds = model, dataset, config, folds
         self.output, self.settings, self.templates = output, settings, templates
         self.identity, self.group = identity or {}, group or Group()
         self.device = model.prompt.mean.device
-        self.parts = parts_of(model, config)
+        self.parts = parts_of(model, config, head=folds is None)
         self.epochs = config.epochs if self.parts else 0
         self.steps = math.ceil(len(dataset.train) / config.batch_size)
         self.progress = Progress()
@@ -138,23 +144,25 @@ class Trainer:
         progress, size = self.progress, self.config.batch_size
         tau = self.config.temperature(progress.epoch)
         train = self.dataset.train
+        if self.folds is not None and progress.step == 0 and self.folds.due(progress.epoch):
+            self._fit_folds(self.folds)
         order = shuffled(len(train), seed=self.config.seed, epoch=progress.epoch)
         left = order[progress.step * size :]
         batches = gathered(train, left, size, device=self.device, group=self.group)
         done, waited = 0, 0.0
         began = started = counted = time.perf_counter()
         with log.bar(progress, self.steps) as bar:
-            for images, labels, count in batches:
+            for batch in batches:
                 waited += time.perf_counter() - started
-                loss, correct, density = self._step(images, labels, count, tau)
-                done += count
-                progress.loss_sum += loss * count
+                loss, correct, density = self._step(batch, tau)
+                done += batch.count
+                progress.loss_sum += loss * batch.count
                 progress.correct += correct
                 progress.step += 1
                 rate = done / (time.perf_counter() - began)
                 bar.update()
                 bar.set_postfix_str(
-                    f"loss {loss:.3f} top-1 {100 * correct / count:.1f} τ {tau:.2f} "
+                    f"loss {loss:.3f} top-1 {100 * correct / batch.count:.1f} τ {tau:.2f} "
                     f"open {density:.2f} {rate:.0f} images/s"
                 )
                 if self.stopping or time.perf_counter() - counted > SAVE_EVERY_S:
@@ -180,10 +188,14 @@ class Trainer:
         self.progress.seconds += now - since
         return now
 
-    def _step(
-        self, images: Tensor, labels: Tensor, count: int, tau: float
-    ) -> tuple[float, int, float]:
+    def _fit_folds(self, folds: FoldHeads) -> None:
+        """Fit the fold heads to the training images as the prompt makes them now."""
+        folds.fit(prompted_features(self.model, self.dataset.train, self.device))
+        self.model.head.load(unscaled(folds.mean, self.model.encoder).tensors)
+
+    def _step(self, batch: Batch, tau: float) -> tuple[float, int, float]:
         """Train on a batch; return its loss, how many were right, and the share of open regions."""
+        images, labels, positions, count = batch
         step = self.progress.epoch * self.steps + self.progress.step
         self._set_rates(step)
         parameters = list(chain.from_iterable(part.parameters.values() for part in self.parts))
@@ -193,14 +205,13 @@ class Trainer:
         figures[3] = self.asked_to_stop or time.monotonic() > self.deadline
         if len(labels):
             first, noise_key = self.group.share(count).start, self.config.seed << 32 | step
-            prediction = self.model(images, tau=tau, seed=noise_key, first=first)
-            losses = F.cross_entropy(
-                prediction.logits, labels, weight=self.class_weights, reduction="sum"
-            )
+            prompted = self.model.prompted(images, tau=tau, seed=noise_key, first=first)
+            logits = self._logits(prompted.images, positions)
+            losses = F.cross_entropy(logits, labels, weight=self.class_weights, reduction="sum")
             loss = losses / count
             figures[0] = loss.detach()
-            figures[1] = (prediction.logits.argmax(1) == labels).sum()
-            figures[2] = (prediction.mask.detach() * self.weights).sum() / count
+            figures[1] = (logits.argmax(1) == labels).sum()
+            figures[2] = (prompted.mask.detach() * self.weights).sum() / count
             self.scaler.scale(loss).backward()
         else:
             for parameter in parameters:
@@ -222,6 +233,14 @@ class Trainer:
             self.scaler.step(part.optimiser)
         self.scaler.update()
         return value, int(correct), density
+
+    def _logits(self, prompted: Tensor, positions: Tensor) -> Tensor:
+        """Score prompted training images (B, 3, S, S) at their positions (B,) in the split."""
+        embedding, features = self.model.encoder.embed(prompted)
+        if self.folds is not None:
+            return self.folds.logits(embedding, features, positions)
+        logits: Tensor = self.model.head(embedding, features)
+        return logits
 
     def _set_rates(self, step: int) -> None:
         total = self.epochs * self.steps
@@ -277,8 +296,10 @@ class Trainer:
         """Take the untrained model as a candidate: a prompt that starts from zero does no harm.
 
         A trained one takes its place only if it is better by a standard error, for less is luck
-        (Breiman et al., 1984): that of the difference, since both see the same images. Fine-tuning
-        is a yardstick: its best epoch is kept whatever it is.
+        (Breiman et al., 1984): that of the difference, since both see the same images. Where the
+        head is fitted again, the likelihood must be better by that, which tells more of the same
+        images, and the score no worse. Fine-tuning is a yardstick: its best epoch is kept whatever
+        it is.
         """
         if self.model.config.method == "full_finetune":
             self.progress.best_val = self.progress.best_score = 0.0
@@ -286,6 +307,8 @@ class Trainer:
             return
         val = self.evaluate(self.model, self.dataset.val)
         self.progress.untrained_right = "".join("01"[right] for right in val.right.tolist())
+        if self.refits:
+            self.progress.untrained_loss = self._losses(val).tolist()
         self._keep(val, epoch=UNTRAINED)
 
     def _score(self, val: Evaluation) -> float:
@@ -298,7 +321,17 @@ class Trainer:
             return val.top1 > self.progress.least_val
         right = torch.tensor([letter == "1" for letter in before])
         changed = (val.right.float() - right.float()) * self.judged
-        return bool(changed.sum() > changed.square().sum().sqrt())
+        if not self.progress.untrained_loss:
+            return bool(changed.sum() > changed.square().sum().sqrt())
+        gained = (torch.tensor(self.progress.untrained_loss) - self._losses(val)) * self.judged
+        error = gained.std() / math.sqrt(len(gained))
+        return bool(changed.sum() >= 0 and gained.mean() > error)
+
+    def _losses(self, val: Evaluation) -> Tensor:
+        """Return each image's cross-entropy (N,) under calibrated probabilities."""
+        calibration = calibrate(val.logits, val.labels, self.model.head.link)
+        own = calibration.probabilities(val.logits).gather(1, val.labels[:, None])
+        return -own.clamp_min(LEAST_PROBABILITY).log()[:, 0]
 
     def _keep(self, val: Evaluation, epoch: int) -> None:
         """Write the best model so far."""
@@ -343,7 +376,8 @@ class Trainer:
             return
         self.progress.scaler = self.scaler.state_dict()
         now = State(self.settings, self.identity, self.progress)
-        state.write_state(self.output / "last.safetensors", now, self.model, self.parts)
+        more = None if self.folds is None else self.folds.stored()
+        state.write_state(self.output / "last.safetensors", now, self.model, self.parts, more)
 
     def restore(self, accepted: Sequence[str] = ()) -> None:
         """Take up the state of `last.safetensors`.
@@ -358,6 +392,8 @@ class Trainer:
         tensors, before = state.read_state(path)
         state.check_identity(before.identity, self.identity, accepted)
         state.restore(path, tensors, self.model, self.parts)
+        if self.folds is not None:
+            self.folds.load(tensors)
         self.progress = before.progress
         self.progress.result = {}
         if self.progress.scaler:

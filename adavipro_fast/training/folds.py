@@ -1,0 +1,174 @@
+"""Heads that score each training image without having seen it.
+
+A head that was fitted to all training images is right on nearly all of them and leaves a prompt
+little to learn. Here the images are split into folds, and the prompt learns from the heads that
+were fitted to the other folds (cross-fitting: Chernozhukov et al., 2018, doi:10.1111/ectj.12097).
+The heads are fitted again as the prompt changes what the encoder makes of the images.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from adavipro_fast.method.config import HeadInput
+from adavipro_fast.method.head import HeadRows
+from adavipro_fast.training.probe import HEAD_STEPS, STRENGTHS, Features, rows_of
+
+FOLDS = 5
+# Fits of a run at most: each takes a pass over the training images, and some seconds.
+FITS = 8
+# A head knows little of more images by heart, and fitting it takes long.
+LARGEST = 5_000
+# A penalty this much worse than the best one ends the search for it.
+WORSE = 1.2
+ROWS, BIAS, PENALTY = "folds.rows", "folds.bias", "folds.penalty"
+
+
+def folded(images: int, classes: int) -> bool:
+    """Return whether a run has fold heads: few images, but some of each class in each fold."""
+    return FOLDS * classes <= images <= LARGEST
+
+
+def folds_of(labels: Tensor, seed: int) -> Tensor:
+    """Deal the images of each class out to the folds: the fold of each image (N,).
+
+    The only image of a class is in no fold (-1): every head needs all classes.
+
+    Args:
+        labels: (N,).
+        seed: chooses among equal splits.
+    """
+    fold = torch.full((len(labels),), -1)
+    random = np.random.default_rng(seed)
+    dealt = 0
+    for label in labels.unique():
+        images = np.flatnonzero(labels.numpy() == int(label))
+        if len(images) > 1:
+            order = torch.from_numpy(random.permutation(images))
+            fold[order] = (dealt + torch.arange(len(images))) % FOLDS
+            dealt += len(images)
+    return fold
+
+
+class FoldHeads:
+    """One head for each fold, fitted to the images of the others.
+
+    Args:
+        labels: (N,) of the training images.
+        classes: K.
+        reads: what the heads read.
+        epochs: of the run.
+        seed: of the folds.
+        balanced: all classes count the same, however many images they have.
+        device: where images are scored.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        classes: int,
+        reads: HeadInput,
+        *,
+        epochs: int,
+        seed: int,
+        balanced: bool,
+        device: torch.device,
+    ) -> None:
+        self.labels, self.classes, self.reads, self.device = labels, classes, reads, device
+        self.class_weight = "balanced" if balanced else None
+        self.fold = folds_of(labels, seed)
+        self.every = math.ceil(epochs / FITS)
+        self.rows, self.bias = torch.zeros(0), torch.zeros(0)
+        """(F, K, D) and (F, K) on the device, once they are fitted"""
+        self.penalty: float | None = None
+        """inverse strength of the last fit"""
+
+    def due(self, epoch: int) -> bool:
+        """Return whether the heads are fitted at the beginning of an epoch, counted from 0."""
+        return epoch % self.every == 0 or not len(self.rows)
+
+    def fit(self, train: Features) -> None:
+        """Fit the heads to the training images as they are now.
+
+        The penalty is that of the least loss on the images left out: that of the fit before, a
+        step weaker or a step stronger.
+        """
+        known = getattr(train, self.reads)
+        strengths = STRENGTHS[self.reads]
+        if self.penalty is not None:
+            at = strengths.index(self.penalty)
+            strengths = strengths[max(at - 1, 0) : at + 2]
+        best: tuple[float, float, Tensor, Tensor] | None = None
+        for strength in strengths:
+            rows, bias = self._heads(known, strength)
+            logits = self._scored(torch.tensor(known), rows, bias, self.fold)
+            loss = F.cross_entropy(logits, self.labels).item()
+            if best is None or loss < best[0]:
+                best = loss, strength, rows, bias
+            elif loss > WORSE * best[0]:
+                break
+        assert best is not None
+        _, self.penalty, rows, bias = best
+        self.rows, self.bias = (t.float().to(self.device) for t in (rows, bias))
+
+    def _heads(self, known: np.ndarray, strength: float) -> tuple[Tensor, Tensor]:
+        """Fit all heads with one penalty: (F, K, D) and (F, K)."""
+        heads = []
+        for fold in range(FOLDS):
+            seen = (self.fold != fold).numpy()
+            head = LogisticRegression(
+                C=strength, max_iter=HEAD_STEPS, class_weight=self.class_weight
+            )
+            heads.append(rows_of(head.fit(known[seen], self.labels.numpy()[seen])))
+        rows, bias = (torch.stack(parts) for parts in zip(*heads, strict=True))
+        return rows, bias
+
+    def logits(self, embedding: Tensor, features: Tensor, images: Tensor) -> Tensor:
+        """Score images by the heads that have not seen them: (B, K).
+
+        Args:
+            embedding: (B, E), unit rows.
+            features: (B, F).
+            images: (B,) numbers of the training images.
+        """
+        read = features if self.reads == "features" else embedding
+        fold = self.fold[images].to(self.device)
+        return self._scored(read, self.rows, self.bias, fold)
+
+    @staticmethod
+    def _scored(read: Tensor, rows: Tensor, bias: Tensor, fold: Tensor) -> Tensor:
+        logits: Tensor = torch.einsum("bd,fkd->bfk", read, rows) + bias
+        # An image of no fold is scored by the last head.
+        own: Tensor = logits[torch.arange(len(read), device=read.device), fold]
+        return own
+
+    @property
+    def mean(self) -> HeadRows:
+        """The mean of the heads, which scores images that none of them has seen."""
+        return HeadRows(self.rows.mean(0), self.bias.mean(0), self.reads)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what a run's state keeps."""
+        if self.penalty is None:
+            return {}
+        penalty = torch.tensor(STRENGTHS[self.reads].index(self.penalty)).float()
+        return {ROWS: self.rows.cpu(), BIAS: self.bias.cpu(), PENALTY: penalty}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `stored` returned; older states hold nothing, and the heads are fitted anew.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        if ROWS not in tensors:
+            return
+        rows, bias, penalty = (tensors[name] for name in (ROWS, BIAS, PENALTY))
+        if rows.shape[:2] != (FOLDS, self.classes) or bias.shape != rows.shape[:2]:
+            raise ValueError(f"the state's fold heads have shape {tuple(rows.shape)}")
+        self.rows, self.bias = rows.to(self.device), bias.to(self.device)
+        self.penalty = STRENGTHS[self.reads][int(penalty)]
