@@ -140,7 +140,7 @@ def test_a_run_interrupted_within_an_epoch_ends_in_the_same_bytes(small, tmp_pat
     step, steps = Trainer._step, []
 
     def stopping(self, batch, tau):
-        steps.append(batch.count)
+        steps.append(batch.total)
         if len(steps) == self.steps + 2:
             self.stop()
         return step(self, batch, tau)

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """(B,)"""
     positions: Tensor
     """(B,) in the split, on the CPU"""
-    count: int
+    total: int
     """images of the batch in all processes"""
 
 

@@ -155,14 +155,14 @@ class Trainer:
             for batch in batches:
                 waited += time.perf_counter() - started
                 loss, correct, density = self._step(batch, tau)
-                done += batch.count
-                progress.loss_sum += loss * batch.count
+                done += batch.total
+                progress.loss_sum += loss * batch.total
                 progress.correct += correct
                 progress.step += 1
                 rate = done / (time.perf_counter() - began)
                 bar.update()
                 bar.set_postfix_str(
-                    f"loss {loss:.3f} top-1 {100 * correct / batch.count:.1f} τ {tau:.2f} "
+                    f"loss {loss:.3f} top-1 {100 * correct / batch.total:.1f} τ {tau:.2f} "
                     f"open {density:.2f} {rate:.0f} images/s"
                 )
                 if self.stopping or time.perf_counter() - counted > SAVE_EVERY_S:
