@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 from adavipro_fast import AdaViPro, evaluate, open_artifact
-from adavipro_fast.data.metrics import expected_calibration_error
+from adavipro_fast.data.metrics import Evaluation, expected_calibration_error
 from adavipro_fast.data.sets import load_dataset, load_test
 from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.export import onnx_export
@@ -106,6 +106,34 @@ def test_the_head_is_fitted_again_on_prompted_images(small, tmp_path, monkeypatc
     else:
         assert trainer.progress.best_epoch == UNTRAINED
         assert not kept.tensors["prompt"].any()
+
+
+def test_a_refitted_head_needs_a_likelihood_that_is_clearly_better(small, tmp_path):
+    prompt = PromptConfig(head="linear", embed_dim=4, prompt_init="zero")
+    config = replace(small(tmp_path), prompt=prompt)
+    loaded = load(config)
+    labels = torch.arange(300) % 3
+    images = loaded.dataset.val.images[:1].expand(300, -1, -1, -1)
+    val = replace(loaded.dataset.val, images=images, labels=labels, rows=torch.arange(300))
+    trainer = build(config, replace(loaded, dataset=replace(loaded.dataset, val=val))).trainer
+    signal, noise = torch.nn.functional.one_hot(labels, 3), torch.randn(300, 3)
+
+    def evaluation(strength, of=noise):
+        return Evaluation(strength * signal + of, labels, torch.zeros(300, 7, 7))
+
+    before = evaluation(1.0)
+    trainer.progress.untrained_right = "".join("01"[right] for right in before.right.tolist())
+    trainer.progress.untrained_loss = trainer._losses(before).tolist()
+    # Surer alone is no better: a temperature undoes it.
+    assert not trainer._beats_untrained(evaluation(5.0, of=5 * noise))
+    assert not trainer._beats_untrained(evaluation(1.0, of=torch.randn(300, 3)))
+    assert trainer._beats_untrained(evaluation(1.5))
+    assert not trainer._beats_untrained(evaluation(0.5))
+    # Likelier on the mean, but right less often.
+    fewer = evaluation(1.5)
+    wrong = torch.where(before.right)[0][:60]
+    fewer.logits[wrong] = 0.1 * torch.nn.functional.one_hot((labels[wrong] + 1) % 3, 3).float()
+    assert not trainer._beats_untrained(fewer)
 
 
 @pytest.mark.parametrize("reads", ["features", "embedding"])

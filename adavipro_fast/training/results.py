@@ -71,9 +71,8 @@ def result_of(
     if prompted and progress.best_epoch == UNTRAINED:
         shrunk = " of the shrunk images" if config.prompt.margin else ""
         say(
-            f"warning: no epoch was better than the untrained prompt{shrunk} "
-            f"({progress.best_val:.1f} % on validation) by more than a standard error; "
-            "the untrained prompt is kept"
+            f"warning: no epoch was clearly better on validation than the untrained prompt{shrunk} "
+            f"({progress.best_val:.1f} %); the untrained prompt is kept"
         )
     if model.prompt.generator is not None and figures.adaptivity < SAME_MASK:
         say(

@@ -39,8 +39,10 @@ from adavipro_fast.training.state import UNTRAINED, Progress, State
 
 SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
-# Below that, a probability is as good as none.
+# Smaller probabilities count as this one.
 LEAST_PROBABILITY = 1e-12
+# Standard errors by which the likelihood of a refitted model must be better than the probe's.
+ERRORS = 2
 
 
 def balanced(labels: Tensor, classes: int) -> Tensor:
@@ -297,9 +299,9 @@ class Trainer:
 
         A trained one takes its place only if it is better by a standard error, for less is luck
         (Breiman et al., 1984): that of the difference, since both see the same images. Where the
-        head is fitted again, the likelihood must be better by that, which tells more of the same
-        images, and the score no worse. Fine-tuning is a yardstick: its best epoch is kept whatever
-        it is.
+        head is fitted again, the likelihood must be better by two standard errors and the score
+        no worse: a likelihood says more about few images than the number of right ones does.
+        Fine-tuning is a baseline: its best epoch is kept in any case.
         """
         if self.model.config.method == "full_finetune":
             self.progress.best_val = self.progress.best_score = 0.0
@@ -325,7 +327,7 @@ class Trainer:
             return bool(changed.sum() > changed.square().sum().sqrt())
         gained = (torch.tensor(self.progress.untrained_loss) - self._losses(val)) * self.judged
         error = gained.std() / math.sqrt(len(gained))
-        return bool(changed.sum() >= 0 and gained.mean() > error)
+        return bool(changed.sum() >= 0 and gained.mean() > ERRORS * error)
 
     def _losses(self, val: Evaluation) -> Tensor:
         """Return each image's cross-entropy (N,) under calibrated probabilities."""
