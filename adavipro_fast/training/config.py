@@ -37,7 +37,8 @@ class OptimiserConfig:
     generator_start: float = 0.0
     """share of the steps during which the mask generator stays frozen"""
     lr_head: float = 3e-3
-    """peak learning rate of a linear head (AdamW), relative to its mean initial magnitude"""
+    """peak learning rate of a linear head (AdamW), relative to its mean initial magnitude, where
+    the head learns by gradient steps"""
     decay_head: float = 0.0
     """weight decay of a linear head"""
     class_weights: Literal["none", "balanced"] = "none"
