@@ -7,7 +7,7 @@ was stopped goes on when it is started again.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,16 @@ BATCH = 64
 @dataclass(frozen=True)
 class PredictConfig:
     """Classify images: print the class names, probabilities and mask of each."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "output",
+        "picture",
+        "embeddings",
+        "reject",
+        "task",
+        "device",
+        "threads",
+    )
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine"""

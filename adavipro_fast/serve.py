@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -28,6 +28,18 @@ from adavipro_fast.serving.server import Server, check_installed, server
 @dataclass(frozen=True)
 class ServeConfig:
     """Serve checkpoints or exported files over HTTP, with dynamic batching."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "host",
+        "port",
+        "token_file",
+        "tasks_folder",
+        "batch",
+        "delay_ms",
+        "queue",
+        "device",
+        "threads",
+    )
 
     artifact: Annotated[tuple[str, ...], tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine; NAME=PATH sets the model's name in URLs"""
