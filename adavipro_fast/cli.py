@@ -37,6 +37,22 @@ INTERRUPTED = 128 + signal.SIGINT
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
 # Title of the flags that a command's configuration holds itself and does not show first.
 FURTHER = "further"
+# How tyro's usage errors become one sentence.
+REWRITTEN = (
+    ("[\u2500-\u257f•]|---+", " "),
+    (r"\s+", " "),
+    ("(For full|Argument) helptext.*|Expected 1 values.*", ""),
+    # Configuration classes are not names that the user has typed.
+    (r"^ Error parsing ([^-]\S*: )?", ""),
+    ("^ Missing from .*?: ", "missing: "),
+    ("^ Missing", "missing"),
+    ("^ Unrecognized", "unrecognized"),
+    (" Perhaps you meant: ", "; perhaps you meant "),
+    (r" \(required\)", ";"),
+    (r" \(default: (None|'')\)|{None}\|", ""),
+    ("^ |[ .;]+$", ""),
+)
+
 # Options of several commands.
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1, ...")]
 Model = Annotated[
@@ -153,8 +169,7 @@ def _parse(kind: Any, **options: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = re.sub("[^\x00-\x7fΑ-ω…·]|---+", " ", complaint.getvalue())
-        fail(text.split("For full helptext")[0] + f"; see {program()} --help")
+        fail(f"{_usage_error(complaint.getvalue())}; see {program()} --help")
 
 
 def program() -> str:
@@ -164,6 +179,14 @@ def program() -> str:
         return f"python -m {module.name}"
     path = Path(sys.argv[0])
     return f"python {path}" if path.suffix == ".py" else path.name
+
+
+def _usage_error(box: str) -> str:
+    """Reduce tyro's box to one sentence, without its title, which says the same."""
+    text = box.partition("\n")[2] or box
+    for pattern, replacement in REWRITTEN:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def _print_help(kind: type[Any], default: Any) -> NoReturn:

@@ -90,6 +90,42 @@ def test_help_prints_a_default_once(script, run):
 
 
 @pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (
+            "train",
+            ["--promt-size", "3"],
+            "unrecognized options: --promt-size, 3; perhaps you meant --prompt-size INT width of "
+            "the prompt's frame, pixels (default: 30)",
+        ),
+        ("train", ["--prompt-size"], "missing value for argument '--prompt-size'"),
+        (
+            "train",
+            ["--edge", "grün"],
+            "invalid choice 'grün' for argument '--edge'. Expected one of ('laplacian', "
+            "'laplacian-magnitude', 'sobel', 'none')",
+        ),
+        (
+            "train",
+            ["--prompt-size", "x"],
+            "--prompt-size: invalid literal for int() with base 10: 'x'",
+        ),
+        ("train", ["--tau-decay", "1.5"], "tau_decay is 1.5; use a number up to 1"),
+        ("serve", ["--port", "70000", "x"], "port is 70000; use 0 to 65535"),
+        (
+            "to-onnx",
+            [],
+            "missing: CHECKPOINT checkpoint.safetensors; --output PATH output file, F.onnx",
+        ),
+    ],
+)
+def test_a_usage_error_is_one_sentence_with_the_commands_own_name(script, arguments, message, run):
+    code, out, err = run(f"adavipro-{script}", *arguments)
+    assert (code, out) == (2, "")
+    assert err == f"error: {message}; see adavipro-{script} --help\n"
+
+
+@pytest.mark.parametrize(
     ("arguments", "shown"),
     [
         (["/opt/env/bin/adavipro-train"], "adavipro-train"),
