@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -160,6 +161,9 @@ def parse_some(kind: type[Config], flags: Sequence[str] | None = None) -> Config
 def _parse(kind: Any, **options: Any) -> Any:
     escape_output()
     given = set(sys.argv[1:] if options.get("args") is None else options["args"])
+    if "--version" in given:
+        print(f"adavipro_fast {version('adavipro_fast')}")
+        raise SystemExit
     if options.get("add_help", True) and given & {"-h", "--help"}:
         _print_help(kind, options.get("default", tyro.MISSING_NONPROP))
     complaint = io.StringIO()
@@ -196,7 +200,9 @@ def _print_help(kind: type[Any], default: Any) -> NoReturn:
     flags = {flag.name: flag for group in groups.values() for flag in group}
     first = getattr(kind, "help_first", [flag.name for flag in groups[FURTHER]])
     groups[FURTHER] = groups.pop(FURTHER)
-    shown: dict[Any, list[StructFieldSpec]] = {kind: [flags[name] for name in first]}
+    own = _hinted(tyro.conf.FlagCreatePairsOff[bool])
+    asked = StructFieldSpec("version", own, False, "print the version and exit")
+    shown: dict[Any, list[StructFieldSpec]] = {kind: [asked, *(flags[name] for name in first)]}
     for title, group in groups.items():
         # tyro prints the fields of a class under a title of their own.
         marker = type(title, (), {"__doc__": ""})

@@ -5,13 +5,14 @@ import re
 import sys
 import tomllib
 from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from adavipro_fast import cli
+import adavipro_fast
 from adavipro_fast.compare import CompareConfig
 from adavipro_fast.evaluate import EvaluateConfig
 from adavipro_fast.export.onnx_export import OnnxConfig
@@ -72,8 +73,9 @@ def test_help_shows_the_flags_that_matter_first_and_all_others_in_groups(name, r
     }
     first = getattr(config, "help_first", ())
     flags = [flag.replace("-", "_") for flag in shown["options"]]
-    assert tuple(flags[1 : 1 + len(first)]) == first
-    assert len(flags) <= 1 + 10
+    assert flags[:2] == ["h", "version"]
+    assert tuple(flags[2 : 2 + len(first)]) == first
+    assert len(flags) <= 2 + 10
     listed = {flag.replace("-", "_") for group in shown.values() for flag in group}
     missing = names_of(config) - listed
     assert missing <= {"checkpoint", "more", "artifact", "images", "source"}
@@ -84,6 +86,7 @@ def test_help_prints_a_default_once(script, run):
     code, text, _ = run(script, "--help")
     assert code == 0
     flat = " ".join(re.sub("[─-╿]", " ", text).split())
+    assert "--version print the version and exit" in flat
     assert "(default: None)" not in flat
     assert "None}" not in flat
     assert not re.search(r"\(default: [^)]*\) \((default|repeatable)", flat)
@@ -138,4 +141,10 @@ def test_a_program_is_named_as_it_was_started(arguments, shown, monkeypatch):
     main.__spec__ = find_spec("adavipro_fast.train")
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", arguments)
-    assert cli.program() == shown
+    assert adavipro_fast.cli.program() == shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_version_is_the_installed_packages(script, run):
+    assert adavipro_fast.__version__ == version("adavipro_fast")
+    assert run(script, "--version") == (0, f"adavipro_fast {adavipro_fast.__version__}\n", "")
