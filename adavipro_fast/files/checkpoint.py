@@ -169,6 +169,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: no such file.
         ValueError: cut short, not ours, a tensor missing or of the wrong shape, or not finite.
     """
+    if path.suffix in (".onnx", ".engine") and path.is_file():
+        raise ValueError(
+            f"{path} is an exported file; expected a checkpoint, such as checkpoint.safetensors"
+        )
     return checked_checkpoint(path, *read_safetensors(path))
 
 

@@ -38,6 +38,8 @@ def describe(path: Path) -> Description:
     """Read what an .onnx file or an engine says about itself; errors are theirs."""
     if path.suffix == ".engine":
         return Description.of(read_sidecar(path), path)
+    if path.suffix != ".onnx" and path.is_file():
+        raise ValueError(f"{path} is not an .onnx or .engine file; export it with adavipro-to-onnx")
     return describe_onnx(path)
 
 
