@@ -22,6 +22,7 @@ from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import answered, classify_all
 from adavipro_fast.bulk.values import decoded
 from adavipro_fast.data.ahead import decoded_ahead
+from adavipro_fast.data.cache import some
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.errors import printable
 from adavipro_fast.files.whole import file_sha256
@@ -93,7 +94,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         if path.is_dir() or str(path) == "-" or path.suffix in (".tar", ".parquet"):
             raise ValueError(f"{path} contains many images; add --output F.csv, .jsonl or .parquet")
     predictions: list[dict[str, Any]] = []
-    drawn = []
+    printed, drawn = 0, []
     decode = partial(decoded, preprocess=artifact.about.preprocess)
     for paths, each in decoded_ahead(config.images, decode, BATCH):
         read = [pixels for pixels in each if not isinstance(pixels, str)]
@@ -107,11 +108,16 @@ def command(config: PredictConfig) -> dict[str, Any]:
         answered = iter(described)
         for path, one in zip(paths, each, strict=True):
             answer = {"error": one} if isinstance(one, str) else next(answered)
-            predictions.append(print_prediction({"path": str(path)} | answer))
-    if not any("answer" in prediction for prediction in predictions):
+            predictions.append({"path": str(path)} | answer)
+        # Errors wait for the first answer: without one they are the command's own error.
+        if printed or described:
+            for prediction in predictions[printed:]:
+                print_prediction(prediction)
+            printed = len(predictions)
+    if not printed:
         count = len(predictions)
         more = f" (none of the {count} images can be read)" if count > 1 else ""
-        raise ValueError(predictions[0]["error"] + more)
+        raise ValueError(some([prediction["error"] for prediction in predictions]) + more)
     if config.picture is not None:
         titles = [
             f"{p['classes'][0]['name']} {100 * p['classes'][0]['probability']:.0f} %"
@@ -164,17 +170,16 @@ def write_rows(
     return classify_all(classify, config.images, rows)
 
 
-def print_prediction(described: dict[str, Any]) -> dict[str, Any]:
-    """Print one answer or error, and return it."""
+def print_prediction(described: dict[str, Any]) -> None:
+    """Print one answer or error."""
     if "error" in described:
         print(f"{described['path']!r}: error: {printable(described['error'])}")
-        return described
+        return
     nearest = described["classes"][0]
     answered = (
         f"unknown, nearest {nearest['name']!r}" if described["rejected"] else repr(nearest["name"])
     )
     print(f"{described['path']!r}: {answered} ({nearest['probability']:.1%})")
-    return described
 
 
 if __name__ == "__main__":

@@ -469,8 +469,23 @@ def test_predict_answers_the_others_where_one_image_is_broken(trained, folder, t
     assert second == third
     assert set(second) == {"path", "answer", "rejected", "classes", "mask"}
     assert picture.exists()
-    with pytest.raises(ValueError, match="bad.jpg.*none of the 2 images can be read"):
-        predict.command(replace(config, images=(bad, bad)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_predict_prints_an_error_once_where_no_image_can_be_read(
+    trained, tmp_path, count, monkeypatch, capsys
+):
+    images = [str(tmp_path / f"missing{number}.jpg") for number in range(count)]
+    arguments = [str(trained[0] / "checkpoint.safetensors"), *images, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["predict", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        predict.main()
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    errors = "; ".join(f"no such image file: {image}" for image in images)
+    more = " (none of the 2 images can be read)" if count == 2 else ""
+    assert err == f"error: {errors}{more}\n"
 
 
 def test_training_without_a_test_split_says_so(small, folder, tmp_path, capsys):
