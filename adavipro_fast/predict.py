@@ -78,7 +78,7 @@ def main() -> None:
 def command(config: PredictConfig) -> dict[str, Any]:
     """Predict and return what was found, image by image."""
     if not config.images:
-        raise ValueError("no image given; use predict ARTIFACT IMAGE [IMAGE ...]")
+        raise ValueError("no image given; use adavipro-predict ARTIFACT IMAGE [IMAGE ...]")
     if config.ray is not None and config.output is None:
         raise ValueError("--ray needs --output F.csv, .jsonl or .parquet")
     options = {

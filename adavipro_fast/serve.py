@@ -152,7 +152,7 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
         ValueError: none, two of one name, or no file takes tasks.
     """
     if not config.artifact:
-        raise ValueError("no file given; use serve ARTIFACT [ARTIFACT ...]")
+        raise ValueError("no file given; use adavipro-serve ARTIFACT [ARTIFACT ...]")
     options: dict[str, Any] = {
         "model": config.model,
         "pretrained": config.pretrained,

@@ -1,3 +1,4 @@
+import ast
 import csv
 import json
 import re
@@ -25,6 +26,7 @@ from adavipro_fast.predict import PredictConfig
 from adavipro_fast.training.config import OptimiserConfig, lr_factor, recipe
 from adavipro_fast.training.run import resume_run, start_run
 
+PRODUCT = Path(__file__).parents[1]
 KEYS = {
     "method", "zero_shot_top1", "val_top1", "test_top1", "last_test_top1", "trainable_params",
     "mask_density", "mask_adaptivity", "mask_placement", "epochs", "images_per_s", "seconds",
@@ -364,12 +366,33 @@ def test_an_error_of_ours_keeps_its_traceback():
 def test_the_commands_are_listed(capsys):
     run_module("adavipro_fast", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2].split(".")[1] for line in lines[:10]] == [
-        "train", "compare", "evaluate", "predict", "tasks", "serve", "app", "push", "cache", "demo"
+    names = [
+        "train", "compare", "evaluate", "predict", "tasks", "serve", "app", "push", "cache",
+        "to-onnx", "to-tensorrt", "to-triton", "to-task", "relabel", "verify"
     ]  # fmt: skip
-    exporters = ["to-onnx", "to-tensorrt", "to-triton", "to-task", "relabel", "verify"]
-    assert [line.split()[0] for line in lines[10:]] == [f"adavipro-{name}" for name in exporters]
+    assert [line.split()[0] for line in lines[:-1]] == [f"adavipro-{name}" for name in names]
+    assert lines[-1].startswith("python -m adavipro_fast.demo ")
     assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_hints_name_commands_as_they_are_installed():
+    """Docstrings may show `python -m`; what is printed names the installed commands."""
+    shown = []
+    for path in (*PRODUCT.glob("adavipro_fast/**/*.py"), *PRODUCT.glob("export/*.py")):
+        tree = ast.parse(path.read_text())
+        documents = {
+            ast.get_docstring(node, clean=False)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+        }
+        shown += [
+            f"{path.name}: {node.value}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if node.value not in documents
+            if re.search("python -m adavipro_fast\\.|python export/", node.value)
+        ]
+    assert shown == ["__main__.py: python -m adavipro_fast.demo  "]
 
 
 def test_no_standard_output_is_no_error(tmp_path):
