@@ -266,7 +266,7 @@ def summary(result: dict[str, Any]) -> str:
             *table,
             f"winner: {result['winner']}, {result['rule']}",
             f"kept:   {path}; {result['folder']}/compare.html, compare.md and compare.png",
-            f"export: adavipro-to-onnx {path} --output model.onnx",
+            f"export: adavipro-to-onnx {path} --output model.onnx --input uint8",
         ]
     )
 

@@ -56,7 +56,8 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['trainable_params']} trained parameters, {result['seconds']:.0f} s\n"
         f"kept:    {path}; pictures masks.png and curves.png beside it\n"
         f"measure: adavipro-evaluate {path}\n"
-        f"export:  adavipro-to-onnx {path} --output {Path(path).with_suffix('.onnx')}"
+        f"export:  adavipro-to-onnx {path} --output {Path(path).with_suffix('.onnx')} "
+        "--input uint8"
     )
 
 

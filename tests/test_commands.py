@@ -61,6 +61,13 @@ def test_training_gives_the_contracts_keys_and_files(trained):
     assert result["trainable_params"] == 69_840 + 4 * 28 + 2 * 4 * 32 * 32 + 2
 
 
+def test_training_suggests_the_export_that_the_readme_shows(trained):
+    shown = re.search(r"to_onnx.py \S+ --output \S+( .*)\n", (PRODUCT / "README.md").read_text())[1]
+    path, result = trained[0] / "checkpoint", trained[1]
+    export = f"adavipro-to-onnx {path}.safetensors --output {path}.onnx{shown}"
+    assert train.summary(result).splitlines()[-1] == f"export:  {export}"
+
+
 def test_the_same_seed_gives_the_same_bytes(trained, small, tmp_path):
     start_run(small(tmp_path / "again"))
     again = (tmp_path / "again" / "checkpoint.safetensors").read_bytes()
