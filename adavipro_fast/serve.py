@@ -17,7 +17,7 @@ import tyro
 
 from adavipro_fast import cli
 from adavipro_fast.cores import threads
-from adavipro_fast.errors import printable
+from adavipro_fast.errors import counted, printable
 from adavipro_fast.files.hub import on_disk, run_name
 from adavipro_fast.method.config import Precision
 from adavipro_fast.serving.address import is_loopback, listen
@@ -112,7 +112,8 @@ def command(config: ServeConfig) -> dict[str, Any]:
     """
     ready = prepared(config)
     names, address = [each.name for each in ready.served], ready.address
-    say(f"serving {', '.join(names)} at {address}; {address}/docs; {threads()} threads")
+    count = counted(threads(), "thread")
+    say(f"serving {', '.join(names)} at {address}; {address}/docs; {count}")
     ready.run_until_signal()
     return {"address": address, "requests": ready.metrics.answered, "models": names}
 

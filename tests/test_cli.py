@@ -8,13 +8,15 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import adavipro_fast
+from adavipro_fast import serve
 from adavipro_fast.compare import CompareConfig
 from adavipro_fast.evaluate import EvaluateConfig
+from adavipro_fast.export import verify
 from adavipro_fast.export.onnx_export import OnnxConfig
 from adavipro_fast.export.to_tensorrt import TensorRtConfig
 from adavipro_fast.export.to_triton import TritonConfig
@@ -148,3 +150,26 @@ def test_a_program_is_named_as_it_was_started(arguments, shown, monkeypatch):
 def test_the_version_is_the_installed_packages(script, run):
     assert adavipro_fast.__version__ == version("adavipro_fast")
     assert run(script, "--version") == (0, f"adavipro_fast {adavipro_fast.__version__}\n", "")
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1, "1 thread"), (2, "2 threads")])
+def test_the_server_counts_its_threads(count, shown, monkeypatch, capsys):
+    server = SimpleNamespace(
+        served=[SimpleNamespace(name="m")],
+        address="http://127.0.0.1:1",
+        run_until_signal=lambda: None,
+        metrics=SimpleNamespace(answered=0),
+    )
+    monkeypatch.setattr(serve, "prepared", lambda _: server)
+    monkeypatch.setattr(serve, "threads", lambda: count)
+    serve.command(ServeConfig(("m.onnx",)))
+    assert capsys.readouterr().err.endswith(f"/docs; {shown}\n")
+
+
+@pytest.mark.parametrize(
+    ("ties", "shown"),
+    [(0, "masks equal"), (1, "masks equal except 1 tie"), (2, "masks equal except 2 ties")],
+)
+def test_verify_counts_ties_where_there_are_any(ties, shown):
+    figures = {"max_abs_error": 1e-6, "min_cosine": 1.0, "top1_agreement": 100.0}
+    assert verify.summary(figures | {"mask_ties": ties}).endswith(f", {shown}")
