@@ -267,7 +267,7 @@ def run(
 
     Args:
         command: returns the JSON object.
-        summary: says the same for a person, on stderr.
+        summary: says the same for a person, on stderr; empty where all is printed already.
         quiet: print neither.
     """
     escape_output()
@@ -275,8 +275,8 @@ def run(
     try:
         result = command()
         if not quiet:
-            if summary is not None:
-                print("\n" + summary(result), file=sys.stderr)
+            if summary is not None and (text := summary(result)):
+                print("\n" + text, file=sys.stderr)
             print(json.dumps(result))
         # What a full device or a closed pipe does not take shows only here.
         if sys.stdout is not None:

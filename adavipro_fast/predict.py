@@ -24,7 +24,7 @@ from adavipro_fast.bulk.values import decoded
 from adavipro_fast.data.ahead import decoded_ahead
 from adavipro_fast.data.cache import some
 from adavipro_fast.device import slow_precision, torch_device
-from adavipro_fast.errors import printable
+from adavipro_fast.errors import counted, printable
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.config import Precision
 
@@ -72,7 +72,7 @@ class PredictConfig:
 
 def main() -> None:
     """Parse, predict, print."""
-    cli.main(PredictConfig, command)
+    cli.main(PredictConfig, command, summary)
 
 
 def command(config: PredictConfig) -> dict[str, Any]:
@@ -168,6 +168,17 @@ def write_rows(
             **asked,
         )
     return classify_all(classify, config.images, rows)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say what was written; without --output, each image has had its line."""
+    if "output" not in result:
+        return ""
+    resumed = f", {result['resumed']} of them from before" if result["resumed"] else ""
+    return (
+        f"{result['output']}: {counted(result['images'], 'image')}{resumed}, "
+        f"{counted(result['errors'], 'error')}, {result['images_per_s']:.0f} images/s"
+    )
 
 
 def print_prediction(described: dict[str, Any]) -> None:
