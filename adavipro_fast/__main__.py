@@ -6,19 +6,20 @@ from importlib.resources.abc import Traversable
 
 COMMANDS = (
     *("train", "compare", "evaluate", "predict", "tasks", "serve", "app"),
-    *("push", "cache", "demo"),
+    *("push", "cache"),
 )
 EXPORTERS = ("to-onnx", "to-tensorrt", "to-triton", "to-task", "relabel", "verify")
 
 
 def main() -> None:
     """Print each command with the first line of its module."""
-    for name in COMMANDS:
-        print(f"python -m adavipro_fast.{name:<10} {purpose(files('adavipro_fast'), name)}")
     # In a clone, export/ is beside the package's folder.
-    export = files("adavipro_fast.export")
+    package, export = files("adavipro_fast"), files("adavipro_fast.export")
+    for name in COMMANDS:
+        print(f"adavipro-{name:<20} {purpose(package, name)}")
     for name in EXPORTERS:
-        print(f"adavipro-{name:<25} {purpose(export, name.replace('-', '_'))}")
+        print(f"adavipro-{name:<20} {purpose(export, name.replace('-', '_'))}")
+    print(f"python -m adavipro_fast.demo  {purpose(package, 'demo')}")
 
 
 def purpose(folder: Traversable, name: str) -> str:

@@ -76,9 +76,7 @@ def prepared(config: AppConfig) -> Server:
     """Listen and open the files; raises the errors of `command`."""
     if not is_loopback(config.host):
         raise ValueError(
-            f"{config.host} is reachable from other machines; use `python -m "
-            "adavipro_fast.serve` to "
-            "serve others"
+            f"{config.host} is reachable from other machines; use adavipro-serve to serve others"
         )
     check_installed()
     from adavipro_fast.serving.application import Limits

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adavipro_fast import cli
-from adavipro_fast.data.cache import DEFAULT_DIR, files, shrink, size_of
+from adavipro_fast.data.cache import DEFAULT_DIR, files, remove_locks, shrink, size_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class CacheConfig:
 def command(config: CacheConfig) -> dict[str, Any]:
     """List or clear the cache, and return its remaining files."""
     removed = shrink(config.cache_dir, 0) if config.clear else 0
+    if config.clear:
+        remove_locks(config.cache_dir)
     sizes = {path.name: size_of(path) for path in files(config.cache_dir)}
     return {
         "cache_dir": str(config.cache_dir),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from adavipro_fast import cli, pictures
 from adavipro_fast.cores import use_threads
@@ -100,6 +100,18 @@ PROPOSALS = (
 @dataclass(frozen=True)
 class CompareConfig:
     """Compare methods on your data within a time budget; flags that you set are held fixed."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "minutes",
+        "data",
+        "model",
+        "pretrained",
+        "method",
+        "head",
+        "output",
+        "resume",
+        "device",
+    )
 
     minutes: float | None = None
     """time budget in minutes (default: 30; 2 for the demo)"""
@@ -254,7 +266,7 @@ def summary(result: dict[str, Any]) -> str:
             *table,
             f"winner: {result['winner']}, {result['rule']}",
             f"kept:   {path}; {result['folder']}/compare.html, compare.md and compare.png",
-            f"export: adavipro-to-onnx {path} --output model.onnx",
+            f"export: adavipro-to-onnx {path} --output model.onnx --input uint8",
         ]
     )
 

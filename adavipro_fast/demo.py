@@ -146,7 +146,7 @@ def summary(result: dict[str, Any]) -> str:
         "model": ("the small CLIP", f"--model local-dir:{output}"),
         "images": ("the task's images", f"--data {output}"),
     }[result["what"]]
-    return f"{output}: {what}\ntrain: python -m adavipro_fast.train {flag}"
+    return f"{output}: {what}\ntrain: adavipro-train {flag}"
 
 
 def main() -> None:

@@ -16,3 +16,8 @@ class EncoderWarning(UserWarning):
 
 class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the last good state is saved."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
@@ -39,6 +39,18 @@ DRAWN = 24
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Evaluate a checkpoint or exported file on the test split of a data set."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "data",
+        "task",
+        "reject",
+        "errors",
+        "confusion",
+        "worst",
+        "batch_size",
+        "device",
+        "threads",
+    )
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine"""

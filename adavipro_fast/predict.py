@@ -7,7 +7,7 @@ command continues when it is started again.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import answered, classify_all
 from adavipro_fast.bulk.values import decoded
 from adavipro_fast.data.ahead import decoded_ahead
+from adavipro_fast.data.cache import some
 from adavipro_fast.device import slow_precision, torch_device
-from adavipro_fast.errors import printable
+from adavipro_fast.errors import counted, printable
 from adavipro_fast.files.whole import file_sha256
 from adavipro_fast.method.config import Precision
 
@@ -33,6 +34,16 @@ BATCH = 64
 @dataclass(frozen=True)
 class PredictConfig:
     """Classify images: print the class names, probabilities and mask of each."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "output",
+        "picture",
+        "embeddings",
+        "reject",
+        "task",
+        "device",
+        "threads",
+    )
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine"""
@@ -61,13 +72,13 @@ class PredictConfig:
 
 def main() -> None:
     """Parse, predict, print."""
-    cli.main(PredictConfig, command)
+    cli.main(PredictConfig, command, summary)
 
 
 def command(config: PredictConfig) -> dict[str, Any]:
     """Classify and return a prediction per image."""
     if not config.images:
-        raise ValueError("no image given; use predict ARTIFACT IMAGE [IMAGE ...]")
+        raise ValueError("no image given; use adavipro-predict ARTIFACT IMAGE [IMAGE ...]")
     if config.ray is not None and config.output is None:
         raise ValueError("--ray needs --output F.csv, .jsonl or .parquet")
     options = {
@@ -83,7 +94,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         if path.is_dir() or str(path) == "-" or path.suffix in (".tar", ".parquet"):
             raise ValueError(f"{path} contains many images; add --output F.csv, .jsonl or .parquet")
     predictions: list[dict[str, Any]] = []
-    drawn = []
+    printed, drawn = 0, []
     decode = partial(decoded, preprocess=artifact.about.preprocess)
     for paths, each in decoded_ahead(config.images, decode, BATCH):
         read = [pixels for pixels in each if not isinstance(pixels, str)]
@@ -97,11 +108,16 @@ def command(config: PredictConfig) -> dict[str, Any]:
         answered = iter(described)
         for path, one in zip(paths, each, strict=True):
             answer = {"error": one} if isinstance(one, str) else next(answered)
-            predictions.append(print_prediction({"path": str(path)} | answer))
-    if not any("answer" in prediction for prediction in predictions):
+            predictions.append({"path": str(path)} | answer)
+        # Errors wait for the first answer: without one they are the command's own error.
+        if printed or described:
+            for prediction in predictions[printed:]:
+                print_prediction(prediction)
+            printed = len(predictions)
+    if not printed:
         count = len(predictions)
         more = f" (none of the {count} images can be read)" if count > 1 else ""
-        raise ValueError(predictions[0]["error"] + more)
+        raise ValueError(some([prediction["error"] for prediction in predictions]) + more)
     if config.picture is not None:
         titles = [
             f"{p['classes'][0]['name']} {100 * p['classes'][0]['probability']:.0f} %"
@@ -154,17 +170,27 @@ def write_rows(
     return classify_all(classify, config.images, rows)
 
 
-def print_prediction(described: dict[str, Any]) -> dict[str, Any]:
-    """Print one answer or error, and return it."""
+def summary(result: dict[str, Any]) -> str:
+    """Say what was written; without --output, each image has had its line."""
+    if "output" not in result:
+        return ""
+    resumed = f", {result['resumed']} of them from before" if result["resumed"] else ""
+    return (
+        f"{result['output']}: {counted(result['images'], 'image')}{resumed}, "
+        f"{counted(result['errors'], 'error')}, {result['images_per_s']:.0f} images/s"
+    )
+
+
+def print_prediction(described: dict[str, Any]) -> None:
+    """Print one answer or error."""
     if "error" in described:
         print(f"{described['path']!r}: error: {printable(described['error'])}")
-        return described
+        return
     nearest = described["classes"][0]
     answered = (
         f"unknown, nearest {nearest['name']!r}" if described["rejected"] else repr(nearest["name"])
     )
     print(f"{described['path']!r}: {answered} ({nearest['probability']:.1%})")
-    return described
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def summary(result: dict[str, Any]) -> str:
     """Format the repository's address, and how others use it."""
     return (
         f"pushed: {', '.join(result['files'])} to {result['url']}\n"
-        f"use:    python -m adavipro_fast.predict {result['address']} IMAGE"
+        f"use:    adavipro-predict {result['address']} IMAGE"
     )
 
 

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from adavipro_fast import cli
 from adavipro_fast.cores import threads
-from adavipro_fast.errors import printable
+from adavipro_fast.errors import counted, printable
 from adavipro_fast.files.hub import on_disk, run_name
 from adavipro_fast.method.config import Precision
 from adavipro_fast.serving.address import is_loopback, listen
@@ -28,6 +28,18 @@ from adavipro_fast.serving.server import Server, check_installed, server
 @dataclass(frozen=True)
 class ServeConfig:
     """Serve checkpoints or exported files over HTTP, with dynamic batching."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "host",
+        "port",
+        "token_file",
+        "tasks_folder",
+        "batch",
+        "delay_ms",
+        "queue",
+        "device",
+        "threads",
+    )
 
     artifact: Annotated[tuple[str, ...], tyro.conf.Positional]
     """checkpoint.safetensors, .onnx or .engine; NAME=PATH sets the model's name in URLs"""
@@ -100,7 +112,8 @@ def command(config: ServeConfig) -> dict[str, Any]:
     """
     ready = prepared(config)
     names, address = [each.name for each in ready.served], ready.address
-    say(f"serving {', '.join(names)} at {address}; {address}/docs; {threads()} threads")
+    count = counted(threads(), "thread")
+    say(f"serving {', '.join(names)} at {address}; {address}/docs; {count}")
     ready.run_until_signal()
     return {"address": address, "requests": ready.metrics.answered, "models": names}
 
@@ -141,7 +154,7 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
             file accepts tasks.
     """
     if not config.artifact:
-        raise ValueError("no file given; use serve ARTIFACT [ARTIFACT ...]")
+        raise ValueError("no file given; use adavipro-serve ARTIFACT [ARTIFACT ...]")
     options: dict[str, Any] = {
         "model": config.model,
         "pretrained": config.pretrained,

@@ -55,8 +55,9 @@ def summary(result: dict[str, Any]) -> str:
         f"{reached}), "
         f"{result['trainable_params']} trained parameters, {result['seconds']:.0f} s\n"
         f"kept:    {path}; pictures masks.png and curves.png beside it\n"
-        f"measure: python -m adavipro_fast.evaluate {path}\n"
-        f"export:  adavipro-to-onnx {path} --output {Path(path).with_suffix('.onnx')}"
+        f"measure: adavipro-evaluate {path}\n"
+        f"export:  adavipro-to-onnx {path} --output {Path(path).with_suffix('.onnx')} "
+        "--input uint8"
     )
 
 

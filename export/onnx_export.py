@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import tyro
@@ -45,6 +45,16 @@ OPSETS = {"fp32": 20, "fp16": 23, "bf16": 23, "int8": 20, "fp8": 20}
 @dataclass(frozen=True)
 class OnnxConfig:
     """Export checkpoints with their frozen encoder as one verified ONNX file."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "output",
+        "input",
+        "precision",
+        "images",
+        "tasks",
+        "task",
+        "baseline",
+    )
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors"""

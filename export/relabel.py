@@ -91,7 +91,7 @@ def command(config: RelabelConfig) -> dict[str, Any]:
         trained = "encoder" if new.config.method == "full_finetune" else "prompt"
         cli.warn(
             f"the {trained} was trained for other classes than these {len(new.class_names)}; "
-            f"measure it: python -m adavipro_fast.evaluate {output} --data DATA"
+            f"measure it: adavipro-evaluate {output} --data DATA"
         )
     return {
         "path": str(output),

@@ -44,8 +44,8 @@ def summary(result: dict[str, Any]) -> str:
     return (
         f"{path}: {result['graph']}, {result['precision']}, {result['input']} input, "
         f"{result['bytes'] / 1e6:.1f} MB\n{quantised}{checked}\n"
-        f"measure:  python -m adavipro_fast.evaluate {path}{task}\n"
-        f"classify: python -m adavipro_fast.predict {path} IMAGE{task}"
+        f"measure:  adavipro-evaluate {path}{task}\n"
+        f"classify: adavipro-predict {path} IMAGE{task}"
     )
 
 

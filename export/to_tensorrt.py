@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -38,6 +38,16 @@ Runtime = Literal["auto", "tensorrt", "tensorrt-rtx"]
 @dataclass(frozen=True)
 class TensorRtConfig:
     """Build a TensorRT or TensorRT-RTX engine from a checkpoint or ONNX file."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "output",
+        "runtime",
+        "compute_capability",
+        "precision",
+        "input",
+        "batch",
+        "images",
+    )
 
     source: Annotated[Path, tyro.conf.Positional]
     """checkpoint.safetensors or .onnx"""

@@ -12,7 +12,7 @@ import tyro
 from adavipro_fast import cli
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.torch import TorchArtifact
-from adavipro_fast.errors import VerificationError
+from adavipro_fast.errors import VerificationError, counted
 from adavipro_fast.export.comparison import compare, sample_batches
 
 
@@ -59,10 +59,12 @@ def command(config: VerifyConfig) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """Format the differences."""
+    ties = result["mask_ties"]
+    except_ties = f" except {counted(ties, 'tie')}" if ties else ""
     return (
         f"the same: embeddings within {result['max_abs_error']:.1e}, worst cosine "
         f"{result['min_cosine']:.6f}, top-1 of {result['top1_agreement']:.1f} % of the images, "
-        f"masks equal except {result['mask_ties']} ties"
+        f"masks equal{except_ties}"
     )
 
 

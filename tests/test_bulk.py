@@ -103,6 +103,24 @@ def test_a_folder_has_a_row_for_each_picture_and_a_bad_one_an_error(
     assert left == ({name} if name == "rows" else {name, f"{name}.json"})
 
 
+def test_rows_end_with_a_line_for_people(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "f.csv"
+    arguments = [str(checkpoint), str(pictures), "--output", str(output), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["predict", *arguments])
+    for resumed in ("", ", 13 of them from before"):
+        predict.main()
+        out, err = capsys.readouterr()
+        speed = json.loads(out.splitlines()[-1])["images_per_s"]
+        shown = f"{output}: 13 images{resumed}, 1 error, {speed:.0f} images/s"
+        assert err.splitlines()[-1] == shown
+    # Without --output each image has its own line.
+    monkeypatch.setattr(
+        sys, "argv", ["predict", str(checkpoint), str(next(pictures.rglob("*.*g")))]
+    )
+    predict.main()
+    assert capsys.readouterr().err == ""
+
+
 def test_shards_and_tables_are_read(checkpoint, pictures, tmp_path):
     files = sorted(pictures.rglob("*.*g"))
     shard, table = tmp_path / "a.tar", tmp_path / "b.parquet"

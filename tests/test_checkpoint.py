@@ -118,6 +118,14 @@ def test_a_checkpoint_cut_short_is_refused(path, keep):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("ending", ["onnx", "engine"])
+def test_an_exported_file_is_not_a_checkpoint(tmp_path, ending):
+    exported = tmp_path / f"mine.{ending}"
+    exported.write_bytes(b"graph")
+    with pytest.raises(ValueError, match=f"mine.{ending} is an exported file; expected a check"):
+        load_checkpoint(exported)
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*nothing"):
         load_checkpoint(tmp_path / "nothing")

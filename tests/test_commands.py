@@ -1,3 +1,4 @@
+import ast
 import csv
 import json
 import re
@@ -25,6 +26,7 @@ from adavipro_fast.predict import PredictConfig
 from adavipro_fast.training.config import OptimiserConfig, lr_factor, recipe
 from adavipro_fast.training.run import resume_run, start_run
 
+PRODUCT = Path(__file__).parents[1]
 KEYS = {
     "method", "zero_shot_top1", "val_top1", "test_top1", "last_test_top1", "trainable_params",
     "mask_density", "mask_adaptivity", "mask_placement", "epochs", "images_per_s", "seconds",
@@ -57,6 +59,13 @@ def test_training_gives_the_contracts_keys_and_files(trained):
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert result["trainable_params"] == 69_840 + 4 * 28 + 2 * 4 * 32 * 32 + 2
+
+
+def test_training_suggests_the_export_that_the_readme_shows(trained):
+    shown = re.search(r"to_onnx.py \S+ --output \S+( .*)\n", (PRODUCT / "README.md").read_text())[1]
+    path, result = trained[0] / "checkpoint", trained[1]
+    export = f"adavipro-to-onnx {path}.safetensors --output {path}.onnx{shown}"
+    assert train.summary(result).splitlines()[-1] == f"export:  {export}"
 
 
 def test_the_same_seed_gives_the_same_bytes(trained, small, tmp_path):
@@ -364,12 +373,33 @@ def test_an_error_of_ours_keeps_its_traceback():
 def test_the_commands_are_listed(capsys):
     run_module("adavipro_fast", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2].split(".")[1] for line in lines[:10]] == [
-        "train", "compare", "evaluate", "predict", "tasks", "serve", "app", "push", "cache", "demo"
+    names = [
+        "train", "compare", "evaluate", "predict", "tasks", "serve", "app", "push", "cache",
+        "to-onnx", "to-tensorrt", "to-triton", "to-task", "relabel", "verify"
     ]  # fmt: skip
-    exporters = ["to-onnx", "to-tensorrt", "to-triton", "to-task", "relabel", "verify"]
-    assert [line.split()[0] for line in lines[10:]] == [f"adavipro-{name}" for name in exporters]
+    assert [line.split()[0] for line in lines[:-1]] == [f"adavipro-{name}" for name in names]
+    assert lines[-1].startswith("python -m adavipro_fast.demo ")
     assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_hints_name_commands_as_they_are_installed():
+    """Docstrings may show `python -m`; what is printed names the installed commands."""
+    shown = []
+    for path in (*PRODUCT.glob("adavipro_fast/**/*.py"), *PRODUCT.glob("export/*.py")):
+        tree = ast.parse(path.read_text())
+        documents = {
+            ast.get_docstring(node, clean=False)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+        }
+        shown += [
+            f"{path.name}: {node.value}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if node.value not in documents
+            if re.search("python -m adavipro_fast\\.|python export/", node.value)
+        ]
+    assert shown == ["__main__.py: python -m adavipro_fast.demo  "]
 
 
 def test_no_standard_output_is_no_error(tmp_path):
@@ -469,8 +499,23 @@ def test_predict_answers_the_others_where_one_image_is_broken(trained, folder, t
     assert second == third
     assert set(second) == {"path", "answer", "rejected", "classes", "mask"}
     assert picture.exists()
-    with pytest.raises(ValueError, match="bad.jpg.*none of the 2 images can be read"):
-        predict.command(replace(config, images=(bad, bad)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_predict_prints_an_error_once_where_no_image_can_be_read(
+    trained, tmp_path, count, monkeypatch, capsys
+):
+    images = [str(tmp_path / f"missing{number}.jpg") for number in range(count)]
+    arguments = [str(trained[0] / "checkpoint.safetensors"), *images, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["predict", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        predict.main()
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    errors = "; ".join(f"no such image file: {image}" for image in images)
+    more = " (none of the 2 images can be read)" if count == 2 else ""
+    assert err == f"error: {errors}{more}\n"
 
 
 def test_training_without_a_test_split_says_so(small, folder, tmp_path, capsys):

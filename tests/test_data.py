@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from adavipro_fast import cache
@@ -536,6 +537,18 @@ def test_the_cache_is_listed_and_cleared(folder, tmp_path):
         "bytes": 0,
         "removed_bytes": listed["bytes"],
     }
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clearing_the_cache_leaves_a_file_that_a_process_is_writing(folder, tmp_path):
+    load(folder, tmp_path)
+    busy = cache.files(tmp_path)[0]
+    # A lock of another object counts as another process's.
+    with FileLock(busy.with_suffix(".lock")):
+        cache.command(cache.CacheConfig(tmp_path, clear=True))
+        left = {path.suffix for path in tmp_path.iterdir() if path.stem == busy.stem}
+        assert left == {".npy", ".rows", ".lock"}
+        assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_full_disk_is_told_before_images_are_decoded(folder, tmp_path):

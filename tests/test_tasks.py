@@ -245,6 +245,11 @@ def opened(checkpoints, tmp_path_factory):
     return folder
 
 
+def test_a_checkpoint_is_not_an_exported_file(checkpoints):
+    with pytest.raises(ValueError, match="checkpoint.safetensors is not an .onnx or .engine file"):
+        tasks.command(TasksConfig(checkpoints["flowers"]))
+
+
 def test_tasks_come_and_go_and_are_answered_like_their_checkpoints(opened, checkpoints, pixels):
     artifact = open_artifact(opened / "open.onnx", device="cpu")
     with pytest.raises(ValueError, match="the file holds no task yet"):

@@ -324,3 +324,10 @@ def shrink(folder: Path, limit: int, keep: Path | None = None) -> int:
                     path.unlink(missing_ok=True)
                     path.with_suffix(ROWS).unlink(missing_ok=True)
     return before - held
+
+
+def remove_locks(folder: Path) -> None:
+    """Remove the lock files that no process holds; a process that waits for one creates it anew."""
+    for path in folder.glob("*.lock"):
+        with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0):
+            path.unlink()

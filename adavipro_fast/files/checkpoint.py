@@ -171,6 +171,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ValueError: the file is truncated or not ours, or a tensor is missing, has the wrong shape
             or is not finite.
     """
+    if path.suffix in (".onnx", ".engine") and path.is_file():
+        raise ValueError(
+            f"{path} is an exported file; expected a checkpoint, such as checkpoint.safetensors"
+        )
     return checked_checkpoint(path, *read_safetensors(path))
 
 

@@ -41,6 +41,8 @@ def describe(path: Path) -> Description:
     """
     if path.suffix == ".engine":
         return Description.of(read_sidecar(path), path)
+    if path.suffix != ".onnx" and path.is_file():
+        raise ValueError(f"{path} is not an .onnx or .engine file; export it with adavipro-to-onnx")
     return describe_onnx(path)
 
 

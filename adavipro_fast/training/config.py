@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -112,6 +112,19 @@ def lr_factor(step: int, total: int) -> float:
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a visual prompt for a frozen CLIP encoder; without arguments, train the demo."""
+
+    help_first: ClassVar[tuple[str, ...]] = (
+        "data",
+        "model",
+        "pretrained",
+        "method",
+        "head",
+        "prompt_size",
+        "epochs",
+        "output",
+        "resume",
+        "device",
+    )
 
     recipe: Literal["paper", "best"] = "best"
     """defaults of the other flags; explicit flags override it"""

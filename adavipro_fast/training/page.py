@@ -58,10 +58,10 @@ def page(result: Mapping[str, Any], winner: Finalist) -> str:
         ece=expected_calibration_error(probabilities, evaluation.labels),
         ece_uncalibrated=expected_calibration_error(uncalibrated, evaluation.labels),
         commands=(
-            f"python -m adavipro_fast.evaluate {path} --data {winner.data}",
+            f"adavipro-evaluate {path} --data {winner.data}",
             f"adavipro-to-onnx {path} --output model.onnx --input uint8",
-            "python -m adavipro_fast.predict model.onnx IMAGE",
-            "python -m adavipro_fast.serve model.onnx",
+            "adavipro-predict model.onnx IMAGE",
+            "adavipro-serve model.onnx",
         ),
     )
 
