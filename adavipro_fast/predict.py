@@ -111,13 +111,13 @@ def command(config: PredictConfig) -> dict[str, Any]:
             predictions.append({"path": str(path)} | answer)
         # Errors wait for the first answer: without one they are the command's own error.
         if printed or described:
-            for prediction in predictions[printed:]:
-                print_prediction(prediction)
+            for row in predictions[printed:]:
+                print_prediction(row)
             printed = len(predictions)
     if not printed:
         count = len(predictions)
         more = f" (none of the {count} images can be read)" if count > 1 else ""
-        raise ValueError(some([prediction["error"] for prediction in predictions]) + more)
+        raise ValueError(some([each["error"] for each in predictions]) + more)
     if config.picture is not None:
         titles = [
             f"{p['classes'][0]['name']} {100 * p['classes'][0]['probability']:.0f} %"
