@@ -29,7 +29,6 @@ from lib.table import Json, Rows
 LINES: Lines = [
     ("adavipro", {}),
     ("vp", {"method": "vp"}),
-    ("small steps", {"batch-size": 16, "lr-prompt": 12}),
     ("head alone", {"lr-prompt": 0, "lr-generator": 0}),
     ("full_finetune", {"method": "full_finetune"}),
     ("size 8", {"prompt-size": 8}),

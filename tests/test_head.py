@@ -211,7 +211,7 @@ def test_bad_heads_are_told_in_one_line(run, small, tmp_path):
     prompt = replace(config.prompt, head="linear", head_input="embedding")
     with pytest.raises(ValueError, match="contains no linear head for embedding"):
         start_run(replace(config, prompt=prompt, head_from=probe))
-    assert recipe("best", 30, "linear").optimiser.lr_prompt == 4
+    assert recipe("best", 30, "linear").optimiser.lr_prompt == 12
 
 
 def test_the_rows_that_a_head_starts_from_stay_what_they_were(encoder):

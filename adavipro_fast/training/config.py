@@ -165,8 +165,8 @@ def recipe(
 ) -> TrainConfig:
     """Return a recipe's defaults.
 
-    `best`'s template rate falls as the frame covers the object, and where the head learns too: it
-    starts from a probe that a rough template would only spoil.
+    `best`'s learning rate of the template is lower for wider frames, which cover the object, and
+    for linear heads, which start from a probe that large steps would spoil.
     """
     if name == "paper":
         return TrainConfig(recipe="paper", optimiser=OptimiserConfig(batch_size=256))
@@ -180,7 +180,7 @@ def recipe(
         ),
         optimiser=OptimiserConfig(
             batch_size=32,
-            lr_prompt=round((4 if head == "linear" else 40) * min(1.0, 30 / prompt_size) ** 1.5, 1),
+            lr_prompt=round((12 if head == "linear" else 40) * min(1.0, 30 / prompt_size) ** 1.5, 1),
             clip_prompt=0.05,
             lr_generator=1e-5,
             generator_optimiser="adam",
