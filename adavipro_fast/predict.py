@@ -22,7 +22,7 @@ from adavipro_fast.bulk.rows import Output
 from adavipro_fast.bulk.run import answered, classify_all
 from adavipro_fast.bulk.values import decoded
 from adavipro_fast.data.ahead import decoded_ahead
-from adavipro_fast.data.cache import some
+from adavipro_fast.data.cache import joined_reasons
 from adavipro_fast.device import slow_precision, torch_device
 from adavipro_fast.errors import counted, printable
 from adavipro_fast.files.whole import file_sha256
@@ -117,7 +117,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
     if not printed:
         count = len(predictions)
         more = f" (none of the {count} images can be read)" if count > 1 else ""
-        raise ValueError(some([each["error"] for each in predictions]) + more)
+        raise ValueError(joined_reasons([each["error"] for each in predictions]) + more)
     if config.picture is not None:
         titles = [
             f"{p['classes'][0]['name']} {100 * p['classes'][0]['probability']:.0f} %"

@@ -171,7 +171,9 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
         if name in served:
             raise ValueError(f"two files have the name {name!r}; rename one with NAME=PATH")
         served[name] = Served(name, path, devices, tasks=config.tasks_folder, **options)
-    if config.tasks_folder is not None and not any(each.open for each in served.values()):
+    if config.tasks_folder is not None and not any(
+        each.tasks_are_inputs for each in served.values()
+    ):
         raise ValueError("--tasks-folder needs a file that was exported with --tasks open")
     return list(served.values())
 

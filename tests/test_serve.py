@@ -32,7 +32,7 @@ from adavipro_fast.method.calibration import Calibration
 from adavipro_fast.predict import PredictConfig
 from adavipro_fast.serve import ServeConfig, named, prepared
 from adavipro_fast.serving import connections
-from adavipro_fast.serving.batcher import Batcher, FullError, Job, StoppingError
+from adavipro_fast.serving.batcher import Batcher, FullError, Job, RetryError
 
 NAMES = {"shapes": ("disc", "ring", "star"), "signs": ("yes", "no")}
 TOKEN = "a-token-of-a-test-0123"
@@ -459,7 +459,7 @@ def test_every_request_gets_its_own_answer_whatever_batch_it_rides_in(files, pix
         wrong.answer.result(30)
     batcher.close()
     assert max(sizes) > 3
-    with pytest.raises(StoppingError, match="is stopping"):
+    with pytest.raises(RetryError, match="is stopping"):
         batcher.submit(gone)
     with pytest.raises(FullError), batcher.place(10_001):
         pass

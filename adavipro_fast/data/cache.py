@@ -110,7 +110,7 @@ def decoded(
     return Decoded(images, key, tuple(kept), unreadable, tuple(digests[i] for i in kept), peaks)
 
 
-def some(reasons: Sequence[str]) -> str:
+def joined_reasons(reasons: Sequence[str]) -> str:
     """Join the reasons why files cannot be read, shortened to the first `MOST_NAMED`."""
     more = f"; and {len(reasons) - MOST_NAMED} more" if len(reasons) > MOST_NAMED else ""
     return "; ".join(reasons[:MOST_NAMED]) + more

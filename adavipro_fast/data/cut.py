@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adavipro_fast.data.cache import Decoded, some
+from adavipro_fast.data.cache import Decoded, joined_reasons
 from adavipro_fast.data.source import Source
 from adavipro_fast.data.split import Split
 from adavipro_fast.method.preprocess import WHITE, Preprocess
@@ -40,7 +40,7 @@ def check_readable(cuts: Iterable[Cut], *, skip: bool) -> None:
     reasons = [reason for cut in cuts for reason in cut.decoded.unreadable.values()]
     if not reasons or skip:
         return
-    named = some(
+    named = joined_reasons(
         [
             r.removeprefix("cannot read image ").removesuffix("; replace or remove it")
             for r in reasons

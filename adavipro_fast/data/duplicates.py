@@ -49,6 +49,6 @@ def note(copies: Sequence[Places], what: str) -> list[str]:
     """Report how many pictures are in several splits or classes, with the first one's files."""
     if not copies:
         return []
-    count = "1 picture is" if len(copies) == 1 else f"{len(copies)} images are"
+    count = "1 image is" if len(copies) == 1 else f"{len(copies)} images are"
     names = list(copies[0].values())[:NAMED]
     return [f"{count} in {what}: {' = '.join(names)}"]

@@ -104,7 +104,7 @@ class FrozenEncoder(nn.Module):
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Stay in evaluation mode, whatever the mode of the surrounding model."""
-        return super().train(False) if mode else super().train(mode)
+        return super().train(False)
 
     @property
     def projection(self) -> Tensor | None:

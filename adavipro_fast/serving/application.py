@@ -19,7 +19,7 @@ from adavipro_fast.cores import threads
 from adavipro_fast.data.images import decode
 from adavipro_fast.files.about import Description
 from adavipro_fast.method.model import Prediction
-from adavipro_fast.serving.batcher import Batcher, Job, StoppingError
+from adavipro_fast.serving.batcher import Batcher, Job, RetryError
 from adavipro_fast.serving.served import CLASSIFY, Generation, Served
 
 VERSION = installed("adavipro_fast")
@@ -164,13 +164,13 @@ class Application:
             answer = self.batcher.submit(Job(generation.artifacts, pixels, tasks))
             prediction = await asyncio.wrap_future(answer)
             if before != tasks_of(generation.about, tasks):
-                raise StoppingError("a task was replaced during the request; try again")
+                raise RetryError("a task was replaced during the request; try again")
             return prediction
         except NotRunnableError as error:
             raise HTTPException(500, str(error)) from None
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        except StoppingError as error:
+        except RetryError as error:
             raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
 
     def check_images(self, count: int) -> None:

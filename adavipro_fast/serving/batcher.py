@@ -31,7 +31,7 @@ class FullError(Exception):
         """estimated time until there is room"""
 
 
-class StoppingError(Exception):
+class RetryError(Exception):
     """The server is stopping or a task was replaced; the request may be sent again."""
 
 
@@ -102,11 +102,11 @@ class Batcher:
         """Queue a job, whose room is already reserved; return the future of its answer.
 
         Raises:
-            StoppingError: the batcher was closed.
+            RetryError: the batcher was closed.
         """
         with self._changed:
             if self._closed:
-                raise StoppingError("the server is stopping")
+                raise RetryError("the server is stopping")
             self._jobs.append(job)
             self._changed.notify()
         return job.answer

@@ -73,7 +73,7 @@ class Served:
         self._take_tasks()
 
     @property
-    def open(self) -> bool:
+    def tasks_are_inputs(self) -> bool:
         """Whether the file was exported with --tasks open."""
         return isinstance(self.now.artifacts[0], OpenArtifact)
 

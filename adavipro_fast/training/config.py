@@ -180,7 +180,9 @@ def recipe(
         ),
         optimiser=OptimiserConfig(
             batch_size=32,
-            lr_prompt=round((12 if head == "linear" else 40) * min(1.0, 30 / prompt_size) ** 1.5, 1),
+            lr_prompt=round(
+                (12 if head == "linear" else 40) * min(1.0, 30 / prompt_size) ** 1.5, 1
+            ),
             clip_prompt=0.05,
             lr_generator=1e-5,
             generator_optimiser="adam",
