@@ -11,8 +11,8 @@ NONE = (
     "all of them in one command."
 )
 LIMIT = (
-    "- No figure was measured on a GPU yet: the kernel ran in Triton's interpreter and compiled "
-    "for a CPU, engines were only built. `python bench/gpu_check.py` measures all."
+    "- No figure comes from a GPU yet: the kernel ran in Triton's interpreter and as CPU code; "
+    "engines were built, not run. `python bench/gpu_check.py` measures both."
 )
 RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
 KERNELS = {
