@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adavipro_fast.data.sets import Dataset, load_dataset
 from adavipro_fast.device import fast_precision, slow_precision
+from adavipro_fast.errors import counted
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.method.clip import (
     TextTower,
@@ -91,7 +92,8 @@ def load(config: TrainConfig) -> Loaded:
         embeddings = class_embeddings(config, text, dataset.class_names)
         check_embeddings(config, text, dataset.class_names, embeddings)
     side = frozen.preprocess.size
-    say(f"encoder {config.model} on {device}, {side} px, frozen; {torch.get_num_threads()} threads")
+    threads = counted(torch.get_num_threads(), "thread")
+    say(f"encoder {config.model} on {device}, {side} px, frozen; {threads}")
     say("data: {train} train, {val} val, {test} test images".format(**dataset.counts))
     for note in dataset.facts.notes:
         say(f"warning: {note}")
