@@ -1,6 +1,5 @@
 """README, CONTRIBUTING and docs/pages say what works: code runs, flags exist, files are there."""
 
-import glob
 import importlib
 import re
 import shlex
@@ -125,7 +124,9 @@ def test_code_runs_and_commands_print_the_keys_that_the_page_shows(
         line = shlex.join(arguments).replace("'", "")
         if (module, line) not in results:
             # As a shell does.
-            expanded = [name for word in arguments for name in sorted(glob.glob(word)) or [word]]
+            expanded = [
+                name for word in arguments for name in sorted(map(str, Path().glob(word))) or [word]
+            ]
             call(module, expanded, monkeypatch)
             results[module, line] = capsys.readouterr().out.splitlines()[-1]
         if not re.search(rf"^\$ .*{re.escape(line)}$", page.read_text(), re.MULTILINE):
