@@ -35,8 +35,8 @@ from adavipro_fast.files import sealed
 from adavipro_fast.files.about import Description, OpenFor
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.files.task import TaskFile
-from adavipro_fast.method.config import PromptConfig
-from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
+from adavipro_fast.method.config import EncoderIdentity, PromptConfig
+from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.training.batches import Batch

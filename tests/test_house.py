@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 WINGS = {"adavipro_fast": ROOT / "adavipro_fast"}
 WINGS |= {
@@ -21,6 +23,15 @@ COMMANDS = {
     for path in WINGS[wing].glob("*.py")
     if "def main(" in path.read_text() and path.stem not in ("cli", "__main__")
 }
+
+
+@pytest.mark.parametrize("module", ["artifact", "predict", "serve"])
+def test_classifying_with_an_exported_file_needs_no_open_clip(module):
+    program = f"import sys, adavipro_fast.{module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert not set(done.stdout.split()) & {"open_clip", "torchvision", "timm", "transformers"}
 
 
 def test_opening_a_file_loads_neither_trainer_nor_scikit_learn_nor_tensorboard():

@@ -18,7 +18,7 @@ from adavipro_fast.files import hub as addresses
 from adavipro_fast.files.card import Run, model_card, source_of
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
 from adavipro_fast.files.whole import read_safetensors
-from adavipro_fast.method.encoder import EncoderIdentity
+from adavipro_fast.method.config import EncoderIdentity
 from adavipro_fast.serve import named
 from adavipro_fast.training.run import start_run
 

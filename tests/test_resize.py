@@ -118,7 +118,7 @@ def test_an_engine_has_a_profile_of_image_sizes(exported, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-@pytest.mark.parametrize("size", [(301, 200), (90, 35)])
+@pytest.mark.parametrize("size", [(301, 200), (90, 35), (64, 61), (59, 64)])
 def test_images_are_prepared_as_open_clip_prepares_them(mode, size):
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
     image = Image.fromarray(noise)

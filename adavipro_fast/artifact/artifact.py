@@ -46,6 +46,17 @@ class Artifact:
         """
         raise NotImplementedError
 
+    def prompted(self, pixels: Tensor) -> Tensor | None:
+        """Return what the encoder sees of (B, 3, S, S) uint8 RGB pixels, as such pixels.
+
+        None for exported files, which have the prompt folded in.
+        """
+        return None
+
+    def unprompted(self) -> "Artifact | None":
+        """Return the same encoder and head without the prompt; None for exported files."""
+        return None
+
     def classify(
         self,
         images: Picture | Sequence[Picture],

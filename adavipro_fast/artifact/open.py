@@ -1,7 +1,9 @@
 """Open any file that can classify images."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,7 +12,6 @@ from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact, preferred
 from adavipro_fast.artifact.tensorrt import EngineArtifact
-from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.about import Tasks
 from adavipro_fast.files.hub import on_disk
@@ -18,6 +19,10 @@ from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import Precision
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Decode
+
+if TYPE_CHECKING:
+    # open_clip takes seconds to import, and exported files do without it.
+    from adavipro_fast.artifact.torch import TorchArtifact
 
 
 class OneTask(Artifact):
@@ -83,9 +88,7 @@ def open_artifact(
     elif path.suffix == ".engine":
         opened = EngineArtifact.open(path, device)
     else:
-        opened = TorchArtifact.open(
-            path, model=model, pretrained=pretrained, precision=precision, device=device
-        )
+        opened = open_checkpoint(path, model, pretrained, precision, device)
     if decode is not None:
         preprocess = replace(opened.about.preprocess, decode=decode)
         opened = replace(opened, about=replace(opened.about, preprocess=preprocess))
@@ -104,3 +107,14 @@ def open_onnx(path: Path, device: str, runtime: Runtime) -> OnnxArtifact | OpenV
     if runtime == "openvino" or (runtime == "auto" and preferred(about, torch_device(device))):
         return OpenVinoArtifact.of(path, about, device)
     return OnnxArtifact.of(path, about, device)
+
+
+def open_checkpoint(
+    path: Path, model: str | None, pretrained: str | None, precision: Precision, device: str
+) -> "TorchArtifact":
+    """Open a checkpoint with PyTorch; arguments and errors are `open_artifact`'s."""
+    runner = import_module("adavipro_fast.artifact.torch")
+    opened: TorchArtifact = runner.TorchArtifact.open(
+        path, model=model, pretrained=pretrained, precision=precision, device=device
+    )
+    return opened

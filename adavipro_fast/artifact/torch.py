@@ -12,8 +12,8 @@ from adavipro_fast.device import full_fp32, torch_device
 from adavipro_fast.files.about import Description, Tasks
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.method.clip import NoText, TextTower, load_clip
-from adavipro_fast.method.config import Precision
-from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
+from adavipro_fast.method.config import EncoderIdentity, Precision
+from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.model import AdaViPro, Prediction
 
 

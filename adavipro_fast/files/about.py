@@ -15,8 +15,13 @@ from torch import Tensor
 from adavipro_fast.files.checked import read
 from adavipro_fast.files.checkpoint import FORMAT, Checkpoint, read_settings
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
-from adavipro_fast.method.config import PROMPTED, ExportPrecision, Input, PromptConfig
-from adavipro_fast.method.encoder import EncoderIdentity
+from adavipro_fast.method.config import (
+    PROMPTED,
+    EncoderIdentity,
+    ExportPrecision,
+    Input,
+    PromptConfig,
+)
 from adavipro_fast.method.functional import Edge, EdgePadding, normalise
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Preprocess

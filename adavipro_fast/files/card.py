@@ -16,8 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from adavipro_fast.errors import printable
 from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.files.hub import LIBRARY, SCHEME
-from adavipro_fast.method.config import PROMPTED, HeadKind, Method
-from adavipro_fast.method.encoder import EncoderIdentity
+from adavipro_fast.method.config import PROMPTED, EncoderIdentity, HeadKind, Method
 from adavipro_fast.method.timm_encoder import PREFIX
 
 TEMPLATE = Path(__file__).with_name("card.md")

@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,13 +19,15 @@ from adavipro_fast.files.whole import (
     write_whole,
 )
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
-from adavipro_fast.method.config import PROMPTED, Kernel, PromptConfig
-from adavipro_fast.method.encoder import EncoderIdentity, FrozenEncoder
+from adavipro_fast.method.config import PROMPTED, EncoderIdentity, Kernel, PromptConfig
 from adavipro_fast.method.functional import check_region
 from adavipro_fast.method.head import BIAS, ROWS, SCALE, Head, HeadRows
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.preprocess import Preprocess, completed
 from adavipro_fast.method.prompt import frame
+
+if TYPE_CHECKING:
+    from adavipro_fast.method.encoder import FrozenEncoder
 
 FORMAT, BASELINE_FORMAT = "adavipro-fast/1", "adavipro-fast-baseline/1"
 FILES = {"linear_probe": "head.safetensors", "full_finetune": "encoder.safetensors"}
@@ -81,7 +83,7 @@ class Checkpoint:
             tensors = {name: tensors[ours] for name, ours in PROBE.items()}
         write_whole(path, safetensors_bytes(tensors, metadata))
 
-    def model(self, encoder: FrozenEncoder, kernel: Kernel = "auto") -> AdaViPro:
+    def model(self, encoder: "FrozenEncoder", kernel: Kernel = "auto") -> AdaViPro:
         """Put the prompt in front of its encoder, in evaluation mode.
 
         Raises:
@@ -111,7 +113,7 @@ class Checkpoint:
         model.encoder.requires_grad_(False)
         return model.eval()
 
-    def check_encoder(self, encoder: FrozenEncoder) -> None:
+    def check_encoder(self, encoder: "FrozenEncoder") -> None:
         """Raise ValueError unless the prompt was trained with this encoder's weights."""
         if encoder.sha256 != self.encoder.sha256:
             raise ValueError(

@@ -17,8 +17,7 @@ from adavipro_fast.files.whole import (
     write_whole,
 )
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
-from adavipro_fast.method.config import PromptConfig
-from adavipro_fast.method.encoder import EncoderIdentity
+from adavipro_fast.method.config import EncoderIdentity, PromptConfig
 from adavipro_fast.method.preprocess import Preprocess
 
 FORMAT = "adavipro-fast-task/1"

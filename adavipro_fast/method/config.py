@@ -92,3 +92,22 @@ class PromptConfig:
         if self.head == "text":
             del values["head_input"]
         return values
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """Which frozen encoder a checkpoint belongs to."""
+
+    name: str
+    pretrained: str
+    sha256: str
+    quick_gelu: bool | None = None
+    """activation of an open_clip architecture; None if its name or folder defines it, and in
+    older files"""
+
+    def stored(self) -> dict[str, Any]:
+        """Return the values that files store."""
+        values = asdict(self)
+        if self.quick_gelu is None:
+            del values["quick_gelu"]
+        return values

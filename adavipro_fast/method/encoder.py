@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,25 +12,6 @@ from torch import Tensor, nn
 from adavipro_fast.device import full_fp32
 from adavipro_fast.method.config import DTYPES, Precision
 from adavipro_fast.method.preprocess import Preprocess
-
-
-@dataclass(frozen=True)
-class EncoderIdentity:
-    """Which frozen encoder a checkpoint belongs to."""
-
-    name: str
-    pretrained: str
-    sha256: str
-    quick_gelu: bool | None = None
-    """activation of an open_clip architecture; None if its name or folder defines it, and in
-    older files"""
-
-    def stored(self) -> dict[str, Any]:
-        """Return the values that files store."""
-        values = asdict(self)
-        if self.quick_gelu is None:
-            del values["quick_gelu"]
-        return values
 
 
 class LeanAttention(nn.Module):

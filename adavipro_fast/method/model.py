@@ -1,15 +1,18 @@
 """A frozen encoder with an adaptive prompt in front and a head behind it."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from adavipro_fast.method.config import DTYPES, Kernel, PromptConfig
-from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.head import Head
 from adavipro_fast.method.preprocess import Preprocess
 from adavipro_fast.method.prompt import AdaptivePrompt, Prompted
+
+if TYPE_CHECKING:
+    # open_clip takes seconds to import, and exported files do without it.
+    from adavipro_fast.method.encoder import FrozenEncoder
 
 
 class Prediction(NamedTuple):
@@ -37,7 +40,7 @@ class AdaViPro(nn.Module):
 
     def __init__(
         self,
-        encoder: FrozenEncoder,
+        encoder: "FrozenEncoder",
         class_embeddings: Tensor,
         config: PromptConfig | None = None,
         *,

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-import open_clip
-import open_clip.transform
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -150,26 +148,24 @@ class Preprocess:
         # less work and rounds in between, so its pixels differ from Pillow 12's and our graphs'.
         return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
+    def fitted(self, resized: Image.Image) -> Image.Image:
+        """Crop a resized image around its centre, or pad it with black."""
+        left, top = (
+            -((self.inner - side) // 2) if side < self.inner else self.cropped(side)[0]
+            for side in resized.size
+        )
+        # Pillow fills what lies outside the image with black.
+        return resized.crop((left, top, left + self.inner, top + self.inner))
+
 
 @cache
 def _transform(preprocess: Preprocess) -> Callable[[Image.Image | Tensor], Pixels]:
-    inner = replace(preprocess, size=preprocess.inner, margin=0, crop=1.0)
-    names = ("size", "mean", "std", "interpolation", "resize_mode")
-    config = open_clip.transform.PreprocessCfg(**{n: getattr(inner, n) for n in names})
-    transform = open_clip.transform.image_transform_v2(config, is_train=False)
-    # The first step resizes, which `scaled` does instead. The last two are ToTensor and Normalize,
-    # which run later, on the device.
-    fit, last = transform.transforms[1:-2], [type(t).__name__ for t in transform.transforms[-2:]]
-    assert last[0].endswith("ToTensor"), last
-    assert last[1] == "Normalize", last
     colour = tuple(preprocess.colour.tolist())
 
     def apply(image: Image.Image | Tensor) -> Pixels:
         size = (image.shape[2], image.shape[1]) if isinstance(image, Tensor) else image.size
         resized = preprocess.scaled(image, *preprocess.resized(*size))
-        for step in fit:
-            resized = step(resized)
-        resized = ImageOps.expand(resized, preprocess.margin, colour)
+        resized = ImageOps.expand(preprocess.fitted(resized), preprocess.margin, colour)
         return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)
 
     return apply

@@ -10,7 +10,6 @@ from typing import Any
 from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
-from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.files.about import Description
 
 Stamp = tuple[int, int] | None
@@ -34,11 +33,10 @@ class Generation:
         return self.artifacts[0].about
 
     @cached_property
-    def unprompted(self) -> TorchArtifact | None:
+    def unprompted(self) -> Artifact | None:
         """The model without its prompt; None for exported files and files without a prompt."""
         first = self.artifacts[0]
-        prompted = isinstance(first, TorchArtifact) and not first.about.baseline
-        return first.unprompted() if prompted and isinstance(first, TorchArtifact) else None
+        return None if first.about.baseline else first.unprompted()
 
 
 class Served:

@@ -17,7 +17,6 @@ from torch import Tensor
 from adavipro_fast import pictures
 from adavipro_fast.artifact.answers import SHOWN_CLASSES, answers, answers_of_tasks
 from adavipro_fast.artifact.artifact import Artifact
-from adavipro_fast.artifact.torch import TorchArtifact
 from adavipro_fast.method.config import PromptConfig
 from adavipro_fast.serving.application import Application
 from adavipro_fast.serving.served import Generation
@@ -134,12 +133,13 @@ def draw(
         mask: (G, G).
         config: the prompt's; None for an encoder without a prompt.
     """
-    artifact, prompted, content = now.artifacts[0], None, BytesIO()
+    prompted, content = None, BytesIO()
     figure = pictures.masked(pixels[0], mask, config)
     figure.savefig(content, format="png", dpi=DOTS_PER_INCH)
-    if now.unprompted is not None and isinstance(artifact, TorchArtifact):
-        seen, written = artifact.prompted(pixels)[0], BytesIO()
-        Image.fromarray(seen.permute(1, 2, 0).numpy()).save(written, "png")
+    seen = None if now.unprompted is None else now.artifacts[0].prompted(pixels)
+    if seen is not None:
+        written = BytesIO()
+        Image.fromarray(seen[0].permute(1, 2, 0).numpy()).save(written, "png")
         prompted = inline(written)
     return {"picture": inline(content), "prompted": prompted}
 
