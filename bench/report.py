@@ -394,6 +394,7 @@ def worth() -> str:
     forms = {
         "set": "{data}",
         "run": "{line}",
+        "epochs": "{epochs}",
         "training images": "{limit_train}",
         "seeds": "{seeds}",
         "probe": "{probe_test:.1f}",

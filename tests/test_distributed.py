@@ -38,20 +38,21 @@ def losses(output):
     return [json.loads(row)["loss"] for row in rows]
 
 
-def curves(folder, tmp_path, sizes, epochs):
+def curves(folder, tmp_path, sizes, epochs, *flags):
     """Train with one step an epoch by groups of several sizes."""
     found = {}
     for size in sizes:
         output = tmp_path / f"by-{size}"
         more = ["--data", folder, "--epochs", epochs, "--batch-size", 30, "--output", output]
-        result = finished(torchrun(size, tmp_path, *more))
+        result = finished(torchrun(size, tmp_path, *more, *flags))
         found[size] = (losses(output), result)
     return found
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(folder, tmp_path):
-    found = curves(folder, tmp_path, (1, 2), epochs=3)
+@pytest.mark.parametrize("flags", [(), ("--head", "linear", "--head-input", "features")])
+def test_two_processes_train_what_one_trains(folder, tmp_path, flags):
+    found = curves(folder, tmp_path, (1, 2), 3, *flags)
     assert found[2][0] == pytest.approx(found[1][0], abs=1e-5)
     assert abs(found[2][1]["test_top1"] - found[1][1]["test_top1"]) <= 100 / 12 + 1e-9
 
