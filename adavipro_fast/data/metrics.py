@@ -84,10 +84,15 @@ def macro_of(per_class: Mapping[str, float | None]) -> float:
     return sum(known) / len(known)
 
 
+def negative_log_likelihoods(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return each image's -log p of the right class (N,), given (N, K) and (N,)."""
+    right = probabilities.double().gather(1, labels[:, None])[:, 0]
+    return -right.clamp_min(1e-45).log()
+
+
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
-    """Return the mean of -log p(label), from (N, K) probabilities and (N,) labels."""
-    right = probabilities.double().gather(1, labels[:, None])
-    return -right.clamp_min(1e-45).log().mean().item()
+    """Return the mean of -log p of the right class, given (N, K) and (N,)."""
+    return negative_log_likelihoods(probabilities, labels).mean().item()
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:

@@ -24,8 +24,6 @@ FOLDS = 5
 FITS = 8
 # A head knows little of more images by heart, and fitting it takes long.
 LARGEST = 5_000
-# A penalty this much worse than the best one ends the search for it.
-WORSE = 1.2
 ROWS, BIAS, PENALTY = "folds.rows", "folds.bias", "folds.penalty"
 
 
@@ -95,26 +93,29 @@ class FoldHeads:
     def fit(self, train: Features) -> None:
         """Fit the heads to the training images as they are now.
 
-        The penalty is that of the least loss on the images left out: that of the fit before, a
-        step weaker or a step stronger.
+        The penalty is that of the least loss on the images left out. The first fit climbs from the
+        middle of the range; later ones move by one step at most.
         """
-        known = getattr(train, self.reads)
-        strengths = STRENGTHS[self.reads]
-        if self.penalty is not None:
-            at = strengths.index(self.penalty)
-            strengths = strengths[max(at - 1, 0) : at + 2]
-        best: tuple[float, float, Tensor, Tensor] | None = None
-        for strength in strengths:
-            rows, bias = self._heads(known, strength)
-            logits = self._scored(torch.tensor(known), rows, bias, self.fold)
-            loss = F.cross_entropy(logits, self.labels).item()
-            if best is None or loss < best[0]:
-                best = loss, strength, rows, bias
-            elif loss > WORSE * best[0]:
-                break
-        assert best is not None
-        _, self.penalty, rows, bias = best
-        self.rows, self.bias = (t.float().to(self.device) for t in (rows, bias))
+        known, strengths = getattr(train, self.reads), STRENGTHS[self.reads]
+        first = self.penalty is None
+        at = len(strengths) // 2 if self.penalty is None else strengths.index(self.penalty)
+        tried = {at: self._tried(known, strengths[at])}
+        for step in (1, -1):
+            while 0 <= at + step < len(strengths) and at + step not in tried:
+                tried[at + step] = self._tried(known, strengths[at + step])
+                if tried[at + step][0] >= tried[at][0]:
+                    break
+                at += step
+                if not first:
+                    break
+        self.penalty = strengths[at]
+        self.rows, self.bias = (part.float().to(self.device) for part in tried[at][1:])
+
+    def _tried(self, known: np.ndarray, strength: float) -> tuple[float, Tensor, Tensor]:
+        """Fit all heads with one penalty: loss on images left out, (F, K, D) and (F, K)."""
+        rows, bias = self._heads(known, strength)
+        logits = self._scored(torch.tensor(known), rows, bias, self.fold)
+        return F.cross_entropy(logits, self.labels).item(), rows, bias
 
     def _heads(self, known: np.ndarray, strength: float) -> tuple[Tensor, Tensor]:
         """Fit all heads with one penalty: (F, K, D) and (F, K)."""

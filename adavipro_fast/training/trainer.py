@@ -17,6 +17,7 @@ from adavipro_fast.data.metrics import (
     evaluate,
     macro_of,
     mask_figures,
+    negative_log_likelihoods,
 )
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
@@ -39,8 +40,6 @@ from adavipro_fast.training.state import UNTRAINED, Progress, State
 
 SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
-# Smaller probabilities count as this one.
-LEAST_PROBABILITY = 1e-12
 # Standard errors by which the likelihood of a refitted model must be better than the probe's.
 ERRORS = 2
 
@@ -325,15 +324,16 @@ class Trainer:
         changed = (val.right.float() - right.float()) * self.judged
         if not self.progress.untrained_loss:
             return bool(changed.sum() > changed.square().sum().sqrt())
-        gained = (torch.tensor(self.progress.untrained_loss) - self._losses(val)) * self.judged
+        gained = (
+            torch.tensor(self.progress.untrained_loss, dtype=torch.double) - self._losses(val)
+        ) * self.judged
         error = gained.std() / math.sqrt(len(gained))
         return bool(changed.sum() >= 0 and gained.mean() > ERRORS * error)
 
     def _losses(self, val: Evaluation) -> Tensor:
         """Return each image's cross-entropy (N,) under calibrated probabilities."""
         calibration = calibrate(val.logits, val.labels, self.model.head.link)
-        own = calibration.probabilities(val.logits).gather(1, val.labels[:, None])
-        return -own.clamp_min(LEAST_PROBABILITY).log()[:, 0]
+        return negative_log_likelihoods(calibration.probabilities(val.logits), val.labels)
 
     def _keep(self, val: Evaluation, epoch: int) -> None:
         """Write the best model so far."""
