@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adavipro_fast.data.metrics import Evaluation, macro_of
+from adavipro_fast.data.metrics import Evaluation, balanced, macro_of
 from adavipro_fast.training.assemble import build, load
 from adavipro_fast.training.batches import Batch
 from adavipro_fast.training.probe import fit_head
-from adavipro_fast.training.trainer import balanced
 
 
 def test_weights_make_all_classes_count_the_same():

@@ -84,6 +84,17 @@ def macro_of(per_class: Mapping[str, float | None]) -> float:
     return sum(known) / len(known)
 
 
+def balanced(labels: Tensor, classes: int) -> Tensor:
+    """Weigh classes so that all count the same and an image counts 1 on the mean: (K,).
+
+    Args:
+        labels: (N,) of the training images.
+        classes: K.
+    """
+    counts = labels.bincount(minlength=classes).clamp(min=1)
+    return len(labels) / (classes * counts.float())
+
+
 def negative_log_likelihoods(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Return each image's -log p of the right class (N,), given (N, K) and (N,)."""
     right = probabilities.double().gather(1, labels[:, None])[:, 0]

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from adavipro_fast.data.metrics import (
     Evaluation,
+    balanced,
     evaluate,
     macro_of,
     mask_figures,
@@ -42,17 +43,6 @@ SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
 # Standard errors by which the likelihood of a refitted model must be better than the probe's.
 ERRORS = 2
-
-
-def balanced(labels: Tensor, classes: int) -> Tensor:
-    """Weigh classes so that all count the same and an image counts 1 on the mean: (K,).
-
-    Args:
-        labels: (N,) of the training images.
-        classes: K.
-    """
-    counts = labels.bincount(minlength=classes).clamp(min=1)
-    return len(labels) / (classes * counts.float())
 
 
 class Trainer:
