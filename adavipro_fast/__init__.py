@@ -41,7 +41,6 @@ LATER = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        # The package can also run without having been installed.
         return version("adavipro_fast")
     if name in LATER:
         return getattr(import_module(LATER[name]), name)

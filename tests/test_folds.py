@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 from adavipro_fast.method.config import PromptConfig
@@ -13,6 +14,7 @@ from adavipro_fast.training.assemble import build, load
 from adavipro_fast.training.folds import FITS, FOLDS, FoldHeads, folded, folds_of
 from adavipro_fast.training.probe import STRENGTHS, Features
 from adavipro_fast.training.run import start_run
+from adavipro_fast.training.state import UNTRAINED
 
 CPU = torch.device("cpu")
 LINEAR = PromptConfig(
@@ -92,8 +94,12 @@ def test_the_penalty_is_that_of_the_least_loss_on_images_left_out_and_moves_in_s
 def test_heads_are_fitted_so_many_times_at_most(epochs, fits):
     heads = heads_of(torch.arange(30) % 3, 3, epochs=epochs)
     heads.rows = torch.zeros(FOLDS, 3, 2)
-    assert [epoch for epoch in range(epochs) if heads.due(epoch)] == fits
+    assert [epoch for epoch in range(epochs) if heads.due(epoch, 0)] == fits
     assert len(fits) <= FITS
+    assert not heads.due(0, 1)
+    # A run that was started without them.
+    heads.rows = torch.zeros(0)
+    assert heads.due(epochs - 1, 1)
 
 
 def test_only_few_images_of_enough_a_class_have_fold_heads():
@@ -102,17 +108,62 @@ def test_only_few_images_of_enough_a_class_have_fold_heads():
     assert not folded(100_000, 10)
 
 
-def test_the_prompt_learns_from_fold_heads_and_the_head_is_their_mean(small, tmp_path):
-    config = replace(small(tmp_path / "run", epochs=2, precision="fp32"), prompt=LINEAR)
-    trainer = build(config, load(config)).trainer
+@pytest.mark.parametrize("reads", ["features", "embedding"])
+def test_the_prompt_learns_from_fold_heads_and_the_head_is_their_mean(
+    small, tmp_path, reads, monkeypatch
+):
+    # The names would be as good a start as a probe on the embedding.
+    monkeypatch.setattr("adavipro_fast.training.assemble.needs_text", lambda _: False)
+    prompt = replace(LINEAR, head_input=reads)
+    config = replace(small(tmp_path / "run", epochs=2, precision="fp32"), prompt=prompt)
+    loaded = replace(load(config), embeddings=None)
+    trainer = build(config, loaded).trainer
     assert [part.flag for part in trainer.parts] == ["--lr-prompt", "--lr-generator"]
     trainer.run()
-    mean = trainer.folds.mean
-    scale = trainer.model.encoder.logit_scale if mean.reads == "embedding" else 1.0
-    assert torch.allclose(trainer.model.head.rows, mean.rows / scale)
     assert trainer.model.prompt.template().any()
+    read = torch.randn(5, trainer.folds.rows.shape[2])
+    heads = torch.einsum("bd,fkd->fbk", read, trainer.folds.rows)
+    mean = (heads + trainer.folds.bias[:, None]).mean(0)
+    assert torch.allclose(trainer.model.head(read, read), mean, atol=1e-4)
     state = load_file(tmp_path / "run" / "last.safetensors")
     assert torch.equal(state["folds.rows"], trainer.folds.rows)
+
+
+def test_a_prompt_that_does_nothing_never_replaces_the_probe(small, tmp_path):
+    config = small(tmp_path / "run", epochs=1, precision="fp32", lr_prompt=0, lr_generator=0)
+    config = replace(config, prompt=LINEAR)
+    loaded = load(config)
+    torch.manual_seed(5)
+    # Labels of chance: a head with another penalty is often likelier than the probe.
+    for split in (loaded.dataset.train, loaded.dataset.val):
+        split.labels.copy_(split.labels[torch.randperm(len(split.labels))])
+    trainer = build(config, loaded).trainer
+    trainer.run()
+    assert trainer.progress.best_epoch == UNTRAINED
+    with trainer._refitted():
+        again = trainer._losses(trainer.evaluate(trainer.model, trainer.dataset.val))
+    assert again.tolist() == pytest.approx(trainer.progress.untrained_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["folds.rows", "folds.penalty", "all"])
+def test_a_state_without_fold_heads_is_gone_on_with(small, tmp_path, missing):
+    config = replace(small(tmp_path / "run", epochs=2, precision="fp32"), prompt=LINEAR)
+    loaded = load(config)
+    first = build(config, loaded).trainer
+    first.run(until=1)
+    path = tmp_path / "run" / "last.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {n: t for n, t in load_file(path).items() if n != missing}
+    if missing == "all":
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("folds.")}
+    save_file(tensors, path, metadata)
+    again = build(config, loaded).trainer
+    again.restore()
+    again.progress.step = 1
+    again.run()
+    assert again.progress.epoch == 2
+    assert again.folds.penalty is not None
 
 
 @pytest.mark.parametrize("start", ["text", "probe"])

@@ -30,6 +30,7 @@ from adavipro_fast.training.probe import (
     STRENGTHS,
     fit_head,
     frozen_features,
+    prompted_features,
     refitted_head,
     softened,
 )
@@ -92,7 +93,9 @@ def test_the_head_is_fitted_again_on_prompted_images(small, tmp_path, monkeypatc
     monkeypatch.setattr(Trainer, "_score", lambda *_: 50.0)
     trainer.run()
     kept = load_checkpoint(tmp_path / "checkpoint.safetensors")
-    fitted = refitted_head(trainer.model, trainer.dataset, trainer.device)
+    splits = (trainer.dataset.train, trainer.dataset.val)
+    known = (prompted_features(trainer.model, split, trainer.device) for split in splits)
+    fitted = refitted_head(*known, trainer.model)
     trained = trainer.model.head.rows
     assert not torch.allclose(trained, fitted.rows, rtol=0.1)
     state = load_file(tmp_path / "last.safetensors")

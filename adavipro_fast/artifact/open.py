@@ -42,8 +42,15 @@ class OneTask(Artifact):
         self.backend, self.provider = holder.backend, holder.provider
 
     def __call__(self, pixels: Tensor, task: Tasks | None = None) -> Prediction:
-        """Classify (B, 3, S, S) uint8 RGB pixels as this task's."""
-        logits, mask, embedding = self.holder(pixels, task or self.name)
+        """Classify (B, 3, S, S) uint8 RGB pixels as this task's.
+
+        Raises:
+            ValueError: another task is named.
+        """
+        named = {task} if isinstance(task, str) else set(task or ())
+        if named - {self.name}:
+            raise ValueError(f"only task {self.name!r} was opened; open the file without a task")
+        logits, mask, embedding = self.holder(pixels, self.name)
         return Prediction(logits[:, : len(self.about.class_names)], mask, embedding)
 
 
@@ -70,7 +77,7 @@ def open_artifact(
         runtime: of an .onnx file; auto takes OpenVINO on a CPU where it is installed and the file
             is not quantised and has its tasks in it, else ONNX Runtime.
         task: one of a file that holds several; a `.task` file where tasks are data.
-        decode: full or scaled, see `Preprocess.decode` (default: as in training).
+        decode: full, fast or scaled, see `Preprocess.decode` (default: as in training).
 
     Raises:
         FileNotFoundError: no such file.

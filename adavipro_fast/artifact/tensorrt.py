@@ -180,7 +180,7 @@ class EngineArtifact(GraphArtifact):
                 size = min(most, count - start)
                 of_images = {
                     name: filled(fed[name][start : start + size], least)
-                    for name in ("image", "task")
+                    for name in fed.keys() & {"image", "task"}
                 }
                 outputs = self._bind(self.contexts[0], fed | of_images)
                 self._enqueue(self.contexts[0], torch.cuda.current_stream(self.device))

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -327,7 +328,8 @@ def shrink(folder: Path, limit: int, keep: Path | None = None) -> int:
 
 
 def remove_locks(folder: Path) -> None:
-    """Remove the lock files that no process holds; a process that waits for one creates it anew."""
+    """Remove the cache's lock files that no process holds; whoever waits creates it anew."""
     for path in folder.glob("*.lock"):
-        with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0):
-            path.unlink()
+        if re.fullmatch("[0-9a-f]{32}", path.stem):
+            with contextlib.suppress(Timeout, OSError), FileLock(path, timeout=0):
+                path.unlink()

@@ -142,6 +142,8 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
     if complaint := slow_precision(precision, device):
         say(f"warning: {complaint}")
     say(f"{model.trainable_params} trainable parameters, {precision}; output {config.output}")
+    if trainer.folds is not None:
+        say("the prompt learns from heads fitted to four of five parts of the training images")
     if config.prompt.method in PROMPTED:
         say(f"prompt kernel: {model.prompt.path(device)} (--kernel {config.kernel})")
     return Run(trainer, frozen, embeddings, config)

@@ -137,7 +137,7 @@ class TrainConfig:
     class_embeddings: Path | None = None
     """safetensors file with a tensor class_embeddings (K, E) to use instead of the text encoder"""
     head_from: Path | None = None
-    """head.safetensors of a linear probe to start a linear head from (default: a new probe)"""
+    """head.safetensors of a linear probe to start from and compare with (default: a new probe)"""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
     white_level: int = WHITE

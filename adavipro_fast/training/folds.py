@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adavipro_fast.method.config import HeadInput
 from adavipro_fast.method.head import HeadRows
+from adavipro_fast.training.group import Group
 from adavipro_fast.training.probe import HEAD_STEPS, STRENGTHS, Features, rows_of
 
 FOLDS = 5
@@ -24,11 +25,11 @@ FOLDS = 5
 FITS = 8
 # A head knows little of more images by heart, and fitting it takes long.
 LARGEST = 5_000
-ROWS, BIAS, PENALTY = "folds.rows", "folds.bias", "folds.penalty"
+STORED = ("folds.rows", "folds.bias", "folds.penalty", "folds.fold")
 
 
 def folded(images: int, classes: int) -> bool:
-    """Return whether a run has fold heads: few images, but some of each class in each fold."""
+    """Return whether a run has fold heads: few images, but on the mean one of a class in a fold."""
     return FOLDS * classes <= images <= LARGEST
 
 
@@ -80,15 +81,16 @@ class FoldHeads:
         self.labels, self.classes, self.reads, self.device = labels, classes, reads, device
         self.class_weight = "balanced" if balanced else None
         self.fold = folds_of(labels, seed)
+        self._fold = self.fold.to(device)
         self.every = math.ceil(epochs / FITS)
         self.rows, self.bias = torch.zeros(0), torch.zeros(0)
         """(F, K, D) and (F, K) on the device, once they are fitted"""
         self.penalty: float | None = None
         """inverse strength of the last fit"""
 
-    def due(self, epoch: int) -> bool:
-        """Return whether the heads are fitted at the beginning of an epoch, counted from 0."""
-        return epoch % self.every == 0 or not len(self.rows)
+    def due(self, epoch: int, step: int) -> bool:
+        """Return whether the heads are fitted before a step of an epoch, both counted from 0."""
+        return (step == 0 and epoch % self.every == 0) or not len(self.rows)
 
     def fit(self, train: Features) -> None:
         """Fit the heads to the training images as they are now.
@@ -115,7 +117,8 @@ class FoldHeads:
         """Fit all heads with one penalty: loss on images left out, (F, K, D) and (F, K)."""
         rows, bias = self._heads(known, strength)
         logits = self._scored(torch.tensor(known), rows, bias, self.fold)
-        return F.cross_entropy(logits, self.labels).item(), rows, bias
+        left_out = self.fold >= 0
+        return F.cross_entropy(logits[left_out], self.labels[left_out]).item(), rows, bias
 
     def _heads(self, known: np.ndarray, strength: float) -> tuple[Tensor, Tensor]:
         """Fit all heads with one penalty: (F, K, D) and (F, K)."""
@@ -138,7 +141,7 @@ class FoldHeads:
             images: (B,) numbers of the training images.
         """
         read = features if self.reads == "features" else embedding
-        fold = self.fold[images].to(self.device)
+        fold = self._fold[images.to(self.device, non_blocking=True)]
         return self._scored(read, self.rows, self.bias, fold)
 
     @staticmethod
@@ -153,23 +156,39 @@ class FoldHeads:
         """The mean of the heads, which scores images that none of them has seen."""
         return HeadRows(self.rows.mean(0), self.bias.mean(0), self.reads)
 
+    def share(self, group: Group, width: int) -> None:
+        """Give all processes the leading one's heads, of so many inputs."""
+        shape = (FOLDS, self.classes, width)
+        if not group.leads:
+            self.rows = torch.zeros(shape, device=self.device)
+            self.bias = torch.zeros(shape[:2], device=self.device)
+        number = 0 if self.penalty is None else STRENGTHS[self.reads].index(self.penalty)
+        penalty = group.sum(torch.tensor(float(number if group.leads else 0), device=self.device))
+        self.penalty = STRENGTHS[self.reads][int(penalty.item())]
+        self.rows, self.bias = group.sum(self.rows), group.sum(self.bias)
+
     def stored(self) -> dict[str, Tensor]:
         """Return what a run's state keeps."""
         if self.penalty is None:
             return {}
         penalty = torch.tensor(STRENGTHS[self.reads].index(self.penalty)).float()
-        return {ROWS: self.rows.cpu(), BIAS: self.bias.cpu(), PENALTY: penalty}
+        values = (self.rows.cpu(), self.bias.cpu(), penalty, self.fold.float())
+        return dict(zip(STORED, values, strict=True))
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `stored` returned; older states hold nothing, and the heads are fitted anew.
+    def load(self, tensors: Mapping[str, Tensor], width: int) -> None:
+        """Take what `stored` returned, unless it belongs to other folds or is missing.
 
-        Raises:
-            ValueError: it does not fit.
+        Then the heads are fitted anew.
+
+        Args:
+            tensors: of the run's state.
+            width: how many inputs the heads have.
         """
-        if ROWS not in tensors:
+        shapes = ((FOLDS, self.classes, width), (FOLDS, self.classes), (), self.fold.shape)
+        values = [tensors.get(name) for name in STORED]
+        if any(v is None or v.shape != s for v, s in zip(values, shapes, strict=True)):
             return
-        rows, bias, penalty = (tensors[name] for name in (ROWS, BIAS, PENALTY))
-        if rows.shape[:2] != (FOLDS, self.classes) or bias.shape != rows.shape[:2]:
-            raise ValueError(f"the state's fold heads have shape {tuple(rows.shape)}")
-        self.rows, self.bias = rows.to(self.device), bias.to(self.device)
-        self.penalty = STRENGTHS[self.reads][int(penalty)]
+        rows, bias, penalty, fold = (value for value in values if value is not None)
+        if torch.equal(fold, self.fold.float()) and 0 <= penalty < len(STRENGTHS[self.reads]):
+            self.rows, self.bias = rows.to(self.device), bias.to(self.device)
+            self.penalty = STRENGTHS[self.reads][int(penalty)]

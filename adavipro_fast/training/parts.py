@@ -29,7 +29,7 @@ class Part:
     """share of the run's steps for which it waits"""
 
 
-def parts_of(model: AdaViPro, config: OptimiserConfig, *, head: bool = True) -> list[Part]:
+def parts_of(model: AdaViPro, config: OptimiserConfig, *, head_steps: bool = True) -> list[Part]:
     """List what of a model learns: template, mask generator, linear head, the tower's weights.
 
     Zero-shot has nothing to learn, and a linear probe is fitted before.
@@ -37,12 +37,12 @@ def parts_of(model: AdaViPro, config: OptimiserConfig, *, head: bool = True) -> 
     Args:
         model: all of it.
         config: rates and optimisers.
-        head: a linear head learns by gradient steps, too.
+        head_steps: a linear head learns by gradient steps, too.
     """
-    return [] if model.config.method in FITTED else list(_parts(model, config, head))
+    return [] if model.config.method in FITTED else list(_parts(model, config, head_steps))
 
 
-def _parts(model: AdaViPro, config: OptimiserConfig, head: bool) -> Iterator[Part]:
+def _parts(model: AdaViPro, config: OptimiserConfig, head_steps: bool) -> Iterator[Part]:
     if model.prompt.template is not None:
         named = _named(model.prompt.template, "template")
         yield Part("--lr-prompt", config.lr_prompt, named, _sgd(named), clip=config.clip_prompt)
@@ -53,7 +53,7 @@ def _parts(model: AdaViPro, config: OptimiserConfig, head: bool) -> Iterator[Par
         yield Part(
             "--lr-generator", config.lr_generator, named, optimiser, start=config.generator_start
         )
-    if head and model.head.learns:
+    if head_steps and model.head.learns:
         size = model.head.rows.detach().square().mean().sqrt().item()
         named = model.head.trained()
         adam_w = torch.optim.AdamW(named.values(), lr=0.0, weight_decay=config.decay_head)

@@ -122,14 +122,13 @@ def fit_head(
 
 
 def refitted_head(
-    model: AdaViPro, dataset: Dataset, device: torch.device, *, balanced: bool = False
+    train: Features, val: Features, model: AdaViPro, *, balanced: bool = False
 ) -> HeadRows:
-    """Fit the head once more, as a probe on what the encoder makes of prompted images.
+    """Fit the head once more, as a probe on the encoder's features of prompted images.
 
     A prompt that was trained with a head of gradient steps helps a probe of its own more. The
     penalty is that of the least validation loss: it is less noisy than top-1.
     """
-    train, val = (prompted_features(model, s, device) for s in (dataset.train, dataset.val))
     head = _probe(train, val, model.head.reads, balanced=balanced, by="loss")[1]
     return unscaled(head, model.encoder)
 

@@ -189,7 +189,9 @@ class Search:
     ) -> None:
         """Decide how many candidates train and for how many epochs, and save the plan."""
         dataset = self.load(self.candidates[0]).dataset
-        epoch_s = speed[0] * len(dataset.train) + speed[1] * len(dataset.val)
+        # Linear heads are fitted to all training images again.
+        passed = len(dataset.val) + len(dataset.train)
+        epoch_s = speed[0] * len(dataset.train) + speed[1] * passed
         count, epochs = schedule(len(trained), epoch_s, self.clock.left - reserve, self.given)
         self.plan |= {"candidates": count, "epochs": epochs}
         self.keep_plan()

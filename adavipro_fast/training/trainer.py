@@ -2,11 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,13 +38,13 @@ from adavipro_fast.training.folds import FoldHeads
 from adavipro_fast.training.group import Group
 from adavipro_fast.training.log import Log, logged, say
 from adavipro_fast.training.parts import parts_of
-from adavipro_fast.training.probe import prompted_features, refitted_head, unscaled
+from adavipro_fast.training.probe import Features, prompted_features, refitted_head, unscaled
 from adavipro_fast.training.state import UNTRAINED, Progress, State
 
 SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
-# Standard errors by which the likelihood of a refitted model must be better than the probe's.
-ERRORS = 2
+# By which the likelihood of a refitted model must be better than the probe's.
+STANDARD_ERRORS = 2
 
 
 class Trainer:
@@ -77,7 +79,7 @@ class Trainer:
         self.output, self.settings, self.templates = output, settings, templates
         self.identity, self.group = identity or {}, group or Group()
         self.device = model.prompt.mean.device
-        self.parts = parts_of(model, config, head=folds is None)
+        self.parts = parts_of(model, config, head_steps=folds is None)
         self.epochs = config.epochs if self.parts else 0
         self.steps = math.ceil(len(dataset.train) / config.batch_size)
         self.progress = Progress()
@@ -135,13 +137,15 @@ class Trainer:
         progress, size = self.progress, self.config.batch_size
         tau = self.config.temperature(progress.epoch)
         train = self.dataset.train
-        if self.folds is not None and progress.step == 0 and self.folds.due(progress.epoch):
+        counted = time.perf_counter()
+        if self.folds is not None and self.folds.due(progress.epoch, progress.step):
             self._fit_folds(self.folds)
+            counted = self._count_seconds(counted)
         order = shuffled(len(train), seed=self.config.seed, epoch=progress.epoch)
         left = order[progress.step * size :]
         batches = gathered(train, left, size, device=self.device, group=self.group)
         done, waited = 0, 0.0
-        began = started = counted = time.perf_counter()
+        began = started = time.perf_counter()
         with log.bar(progress, self.steps) as bar:
             for batch in batches:
                 waited += time.perf_counter() - started
@@ -181,8 +185,24 @@ class Trainer:
 
     def _fit_folds(self, folds: FoldHeads) -> None:
         """Fit the fold heads to the training images as the prompt makes them now."""
-        folds.fit(prompted_features(self.model, self.dataset.train, self.device))
+        if self.group.leads:
+            folds.fit(self._finite(prompted_features(self.model, self.dataset.train, self.device)))
+        folds.share(self.group, self.model.head.rows.shape[1])
         self.model.head.load(unscaled(folds.mean, self.model.encoder).tensors)
+
+    def _finite(self, features: Features) -> Features:
+        """Return features.
+
+        Raises:
+            NonFiniteLossError: the prompt has made some of them infinite or NaN.
+        """
+        if not np.isfinite(features.features).all():
+            raise NonFiniteLossError(
+                f"the features are not finite in epoch {self.progress.epoch + 1}; the last good "
+                f"state is in {self.output}; use a lower {self.parts[0].flag} than "
+                f"{self.parts[0].rate:g}"
+            )
+        return features
 
     def _step(self, batch: Batch, tau: float) -> tuple[float, int, float]:
         """Train on a batch; return its loss, how many were right, and the share of open regions."""
@@ -273,14 +293,26 @@ class Trainer:
 
         The trained head comes back afterwards: it is what further epochs train.
         """
+        began = time.perf_counter()
+        with self._refitted():
+            val = self.evaluate(self.model, self.dataset.val)
+            say(f"head fitted again, on prompted images: val top-1 {val.top1:.1f} %")
+            self._consider(val, self.progress.epoch - 1)
+        self._count_seconds(began)
+
+    @contextmanager
+    def _refitted(self) -> Iterator[None]:
+        """Give the model a head fitted to the training images as its prompt makes them now."""
         head = self.model.head
         trained = {name: tensor.detach().clone() for name, tensor in head.trained().items()}
+        train, val = (
+            self._finite(prompted_features(self.model, split, self.device))
+            for split in (self.dataset.train, self.dataset.val)
+        )
         balance = self.config.class_weights == "balanced"
-        fitted = refitted_head(self.model, self.dataset, self.device, balanced=balance)
+        fitted = refitted_head(train, val, self.model, balanced=balance)
         head.load(fitted.tensors)
-        val = self.evaluate(self.model, self.dataset.val)
-        say(f"head fitted again, on prompted images: val top-1 {val.top1:.1f} %")
-        self._consider(val, self.progress.epoch - 1)
+        yield
         head.load(trained)
 
     def _keep_untrained(self) -> None:
@@ -288,8 +320,9 @@ class Trainer:
 
         A trained one takes its place only if it is better by a standard error, for less is luck
         (Breiman et al., 1984): that of the difference, since both see the same images. Where the
-        head is fitted again, the likelihood must be better by two standard errors and the score
-        no worse: a likelihood says more about few images than the number of right ones does.
+        head is fitted again, the likelihood must be better by two standard errors than that of a
+        head fitted in the same way without the prompt, and the score no worse than the probe's: a
+        likelihood says more about few images than the number of right ones does.
         Fine-tuning is a baseline: its best epoch is kept in any case.
         """
         if self.model.config.method == "full_finetune":
@@ -299,7 +332,9 @@ class Trainer:
         val = self.evaluate(self.model, self.dataset.val)
         self.progress.untrained_right = "".join("01"[right] for right in val.right.tolist())
         if self.refits:
-            self.progress.untrained_loss = self._losses(val).tolist()
+            with self._refitted():
+                untrained = self.evaluate(self.model, self.dataset.val)
+            self.progress.untrained_loss = self._losses(untrained).tolist()
         self._keep(val, epoch=UNTRAINED)
 
     def _score(self, val: Evaluation) -> float:
@@ -318,7 +353,7 @@ class Trainer:
             torch.tensor(self.progress.untrained_loss, dtype=torch.double) - self._losses(val)
         ) * self.judged
         error = gained.std() / math.sqrt(len(gained))
-        return bool(changed.sum() >= 0 and gained.mean() > ERRORS * error)
+        return bool(changed.sum() >= 0 and gained.mean() > STANDARD_ERRORS * error)
 
     def _losses(self, val: Evaluation) -> Tensor:
         """Return each image's cross-entropy (N,) under calibrated probabilities."""
@@ -385,7 +420,7 @@ class Trainer:
         state.check_identity(before.identity, self.identity, accepted)
         state.restore(path, tensors, self.model, self.parts)
         if self.folds is not None:
-            self.folds.load(tensors)
+            self.folds.load(tensors, self.model.head.rows.shape[1])
         self.progress = before.progress
         self.progress.result = {}
         if self.progress.scaler:
