@@ -26,10 +26,10 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from adavipro_fast.artifact import artifact
 from adavipro_fast.cores import use_threads
 from adavipro_fast.errors import EncoderWarning, VerificationError, printable
 from adavipro_fast.files import hub
+from adavipro_fast.method import config as settings
 from adavipro_fast.method import preprocess
 
 Config = TypeVar("Config")
@@ -65,7 +65,7 @@ Pretrained = Annotated[
     tyro.conf.arg(help="tag or path of the encoder's weights (default: as in training)"),
 ]
 Runtime = Annotated[
-    artifact.Runtime,
+    settings.Runtime,
     tyro.conf.arg(
         help="runtime for an .onnx file; auto: OpenVINO on a CPU if it is installed, except for "
         "int8, fp8 and tasks as data; otherwise ONNX Runtime"

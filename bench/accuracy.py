@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.artifact import Artifact, Runtime
+from adavipro_fast.artifact.artifact import Artifact
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open import open_artifact
 from adavipro_fast.data.images import decode_image, unresized
@@ -30,7 +30,7 @@ from adavipro_fast.errors import VerificationError
 from adavipro_fast.evaluate import evaluate_artifact
 from adavipro_fast.export import onnx_export
 from adavipro_fast.export.graph import GraphKind
-from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input, Precision
+from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input, Precision, Runtime
 from lib.machine import no_openvino
 from lib.table import Json, Plot, publish, scatter
 from lib.timing import compared, percentiles, until_steady

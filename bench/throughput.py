@@ -21,8 +21,8 @@ import torch
 import tyro
 
 from adavipro_fast import cli
-from adavipro_fast.artifact.artifact import NotRunnableError, Runtime
-from adavipro_fast.method.config import Precision
+from adavipro_fast.artifact.artifact import NotRunnableError
+from adavipro_fast.method.config import Precision, Runtime
 from lib.loader import loader_rows
 from lib.subject import Row, Subject, export, obstacle
 from lib.table import Json, Plot, Rows, draw

@@ -7,6 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from adavipro_fast.export import onnx_export
+from adavipro_fast.export.onnx_export import OnnxConfig
+from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.method.config import PromptConfig
+from adavipro_fast.method.model import AdaViPro
 
 ROOT = Path(__file__).parents[1]
 WINGS = {"adavipro_fast": ROOT / "adavipro_fast"}
@@ -25,13 +32,32 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("module", ["artifact", "predict", "serve"])
-def test_classifying_with_an_exported_file_needs_no_open_clip(module):
-    program = f"import sys, adavipro_fast.{module}; print(*sys.modules)"
+@pytest.fixture(scope="module")
+def exported(demo_clip, tmp_path_factory):
+    encoder, text = demo_clip
+    names, folder = ("ring", "star"), tmp_path_factory.mktemp("exported")
+    model = AdaViPro(encoder, text.class_embeddings(names, ["{}"]), PromptConfig(embed_dim=4))
+    checkpoint_of(model, names).save(folder / "checkpoint.safetensors")
+    config = OnnxConfig(folder / "checkpoint.safetensors", folder / "f.onnx", input="uint8")
+    onnx_export.export(config)
+    return config.output
+
+
+@pytest.mark.parametrize("module", ["predict", "serve"])
+def test_classifying_with_an_exported_file_needs_no_open_clip(module, exported, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.jpg")
+    program = (
+        f"import sys, adavipro_fast.{module}\n"
+        f"artifact = adavipro_fast.open_artifact({str(exported)!r}, device='cpu')\n"
+        f"artifact.classify({str(tmp_path / 'photo.jpg')!r})\n"
+        "print(*sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
     )
-    assert not set(done.stdout.split()) & {"open_clip", "torchvision", "timm", "transformers"}
+    loaded = set(done.stdout.split())
+    assert loaded & {"onnxruntime", "openvino"}
+    assert not loaded & {"open_clip", "torchvision", "timm", "transformers"}
 
 
 def test_opening_a_file_loads_neither_trainer_nor_scikit_learn_nor_tensorboard():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from adavipro_fast.data.images import PICTURES, Picture, pixels_of
 from adavipro_fast.files.about import Description, Tasks
 from adavipro_fast.method.model import Prediction
 
-# What runs an .onnx file.
-Runtime = Literal["auto", "onnxruntime", "openvino"]
 BATCH = 64
 
 

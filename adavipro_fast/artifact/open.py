@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from adavipro_fast.artifact.artifact import Artifact, GraphArtifact, Runtime
+from adavipro_fast.artifact.artifact import Artifact, GraphArtifact
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact, preferred
@@ -16,7 +16,7 @@ from adavipro_fast.device import torch_device
 from adavipro_fast.files.about import Tasks
 from adavipro_fast.files.hub import on_disk
 from adavipro_fast.files.sealed import describe_onnx
-from adavipro_fast.method.config import Precision
+from adavipro_fast.method.config import Precision, Runtime
 from adavipro_fast.method.model import Prediction
 from adavipro_fast.method.preprocess import Decode
 

@@ -27,6 +27,8 @@ LARGEST_SIDE = 4096
 Method = Literal["adavipro", "vp", "zero_shot", "linear_probe", "full_finetune"]
 PROMPTED = ("adavipro", "vp")
 Kernel = Literal["auto", "fused", "plain"]
+# What runs an .onnx file.
+Runtime = Literal["auto", "onnxruntime", "openvino"]
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def draw(
     prompted, content = None, BytesIO()
     figure = pictures.masked(pixels[0], mask, config)
     figure.savefig(content, format="png", dpi=DOTS_PER_INCH)
-    seen = None if now.unprompted is None else now.artifacts[0].prompted(pixels)
+    seen = None if now.about.baseline else now.artifacts[0].prompted(pixels)
     if seen is not None:
         written = BytesIO()
         Image.fromarray(seen[0].permute(1, 2, 0).numpy()).save(written, "png")

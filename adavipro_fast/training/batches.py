@@ -1,7 +1,7 @@
 """The batches of an epoch, gathered ahead; their order depends only on seed and epoch."""
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -36,16 +36,16 @@ def gathered(
 ) -> Iterator[Batch]:
     """Yield an order's batches, gathered one step ahead."""
     chunks = order.split(size)
+
+    def batch(chunk: Tensor) -> Batch:
+        mine = chunk[group.share(len(chunk))]
+        return Batch(*split.batch(mine, device), mine, len(chunk))
+
     if not len(order):
         return
     with ThreadPoolExecutor(1) as pool:
-
-        def gather(chunk: Tensor) -> Future[tuple[Tensor, Tensor]]:
-            return pool.submit(split.batch, chunk[group.share(len(chunk))], device)
-
-        ahead = gather(chunks[0])
-        for number, chunk in enumerate(chunks):
-            images, labels = ahead.result()
-            if number + 1 < len(chunks):
-                ahead = gather(chunks[number + 1])
-            yield Batch(images, labels, chunk[group.share(len(chunk))], len(chunk))
+        ahead = pool.submit(batch, chunks[0])
+        for following in chunks[1:]:
+            current, ahead = ahead.result(), pool.submit(batch, following)
+            yield current
+        yield ahead.result()

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from adavipro_fast import AdaViPro
-from adavipro_fast.artifact.artifact import Runtime
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.tensorrt import EngineArtifact, compute_capability, runtime_module
 from adavipro_fast.data.images import decode, decode_image, unresized
 from adavipro_fast.errors import VerificationError
 from adavipro_fast.export import to_tensorrt
+from adavipro_fast.method.config import Runtime
 from adavipro_fast.method.prompt import fused_obstacle
 from lib.paper_form import in_paper_form
 from lib.peers import hugging_face_rows

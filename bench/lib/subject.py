@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adavipro_fast import AdaViPro, PromptConfig, load_encoder
-from adavipro_fast.artifact.artifact import NotRunnableError, Runtime
+from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.artifact.onnx import OnnxArtifact
 from adavipro_fast.artifact.openvino import OpenVinoArtifact
 from adavipro_fast.device import torch_device
@@ -22,7 +22,7 @@ from adavipro_fast.export.graph import Form
 from adavipro_fast.export.onnx_export import Source, Trial, write_graph
 from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.files.checkpoint import checkpoint_of
-from adavipro_fast.method.config import Input, Precision
+from adavipro_fast.method.config import Input, Precision, Runtime
 from adavipro_fast.method.model import Prediction
 from lib.machine import no_openvino
 
