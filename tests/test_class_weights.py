@@ -66,6 +66,6 @@ def test_the_judge_chooses_the_epoch(small, tmp_path, judge, kept):
         return Evaluation(F.one_hot(predicted, 3).float(), labels, torch.zeros(len(labels), 7, 7))
 
     now = evaluation(after)
-    assert trainer._beats_untrained(now) == kept
+    assert trainer.judge.beats_untrained(now, trainer.progress) == kept
     expected = macro_of(now.per_class(("a", "b", "c"))) if judge == "macro" else now.top1
-    assert trainer._score(now) == pytest.approx(expected)
+    assert trainer.judge.score(now) == pytest.approx(expected)

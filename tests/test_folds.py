@@ -141,7 +141,7 @@ def test_a_prompt_that_does_nothing_never_replaces_the_probe(small, tmp_path):
     trainer.run()
     assert trainer.progress.best_epoch == UNTRAINED
     with trainer._refitted():
-        again = trainer._losses(trainer.evaluate(trainer.model, trainer.dataset.val))
+        again = trainer.judge.losses(trainer.evaluate(trainer.model, trainer.dataset.val))
     assert again.tolist() == pytest.approx(trainer.progress.untrained_loss, abs=1e-6)
 
 

@@ -26,6 +26,7 @@ from adavipro_fast.method.head import HeadRows
 from adavipro_fast.training.assemble import build, load
 from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import recipe
+from adavipro_fast.training.judge import Judge
 from adavipro_fast.training.probe import (
     STRENGTHS,
     fit_head,
@@ -36,7 +37,6 @@ from adavipro_fast.training.probe import (
 )
 from adavipro_fast.training.run import resume_run, start_run
 from adavipro_fast.training.state import UNTRAINED
-from adavipro_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -88,9 +88,9 @@ def test_the_head_is_fitted_again_on_prompted_images(small, tmp_path, monkeypatc
     prompt = PromptConfig(head="linear", embed_dim=4, prompt_init="zero")
     config = replace(small(tmp_path, epochs=2), prompt=prompt)
     trainer = build(config, load(config)).trainer
-    monkeypatch.setattr(Trainer, "_beats_untrained", lambda *_: beats)
+    monkeypatch.setattr(Judge, "beats_untrained", lambda *_: beats)
     # The probe may be right everywhere.
-    monkeypatch.setattr(Trainer, "_score", lambda *_: 50.0)
+    monkeypatch.setattr(Judge, "score", lambda *_: 50.0)
     trainer.run()
     kept = load_checkpoint(tmp_path / "checkpoint.safetensors")
     splits = (trainer.dataset.train, trainer.dataset.val)
@@ -126,17 +126,19 @@ def test_a_refitted_head_needs_a_likelihood_that_is_clearly_better(small, tmp_pa
 
     before = evaluation(1.0)
     trainer.progress.untrained_right = "".join("01"[right] for right in before.right.tolist())
-    trainer.progress.untrained_loss = trainer._losses(before).tolist()
+    trainer.progress.untrained_loss = trainer.judge.losses(before).tolist()
     # Surer alone is no better: a temperature undoes it.
-    assert not trainer._beats_untrained(evaluation(5.0, of=5 * noise))
-    assert not trainer._beats_untrained(evaluation(1.0, of=torch.randn(300, 3)))
-    assert trainer._beats_untrained(evaluation(1.5))
-    assert not trainer._beats_untrained(evaluation(0.5))
+    assert not trainer.judge.beats_untrained(evaluation(5.0, of=5 * noise), trainer.progress)
+    assert not trainer.judge.beats_untrained(
+        evaluation(1.0, of=torch.randn(300, 3)), trainer.progress
+    )
+    assert trainer.judge.beats_untrained(evaluation(1.5), trainer.progress)
+    assert not trainer.judge.beats_untrained(evaluation(0.5), trainer.progress)
     # Likelier on the mean, but right less often.
     fewer = evaluation(1.5)
     wrong = torch.where(before.right)[0][:60]
     fewer.logits[wrong] = 0.1 * torch.nn.functional.one_hot((labels[wrong] + 1) % 3, 3).float()
-    assert not trainer._beats_untrained(fewer)
+    assert not trainer.judge.beats_untrained(fewer, trainer.progress)
 
 
 @pytest.mark.parametrize("reads", ["features", "embedding"])

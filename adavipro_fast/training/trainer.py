@@ -20,7 +20,6 @@ from adavipro_fast.data.metrics import (
     evaluate,
     macro_of,
     mask_figures,
-    negative_log_likelihoods,
 )
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
@@ -32,10 +31,10 @@ from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import frame_regions
 from adavipro_fast.training import state
 from adavipro_fast.training.batches import Batch, gathered, shuffled
-from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.config import OptimiserConfig, lr_factor
 from adavipro_fast.training.folds import FoldHeads
 from adavipro_fast.training.group import Group
+from adavipro_fast.training.judge import Judge
 from adavipro_fast.training.log import Log, logged, say
 from adavipro_fast.training.parts import parts_of
 from adavipro_fast.training.probe import Features, prompted_features, refitted_head, unscaled
@@ -43,8 +42,6 @@ from adavipro_fast.training.state import UNTRAINED, Progress, State
 
 SAVE_EVERY_S = 300.0
 EVAL_BATCH = 64
-# By which the likelihood of a refitted model must be better than the probe's.
-STANDARD_ERRORS = 2
 
 
 class Trainer:
@@ -92,10 +89,7 @@ class Trainer:
             labels = dataset.train.labels[dataset.train.rows]
             self.class_weights = balanced(labels, len(dataset.class_names)).to(self.device)
         judged = dataset.val.labels[dataset.val.rows]
-        ones = torch.ones(len(judged))
-        classes = len(dataset.class_names)
-        self.judged = balanced(judged, classes)[judged] if config.judge == "macro" else ones
-        """weight of each validation image in the score that chooses the epoch"""
+        self.judge = Judge(judged, len(dataset.class_names), config.judge, model.head.link)
         self.refits = model.config.head == "linear" and model.config.method in PROMPTED
         """whether the head is fitted once more behind the last epoch, and that model is kept"""
         self.asked_to_stop = self.stopping = False
@@ -285,7 +279,8 @@ class Trainer:
 
     def _consider(self, val: Evaluation, epoch: int) -> None:
         """Keep the model where it is the best so far; of equals, the one trained for longer."""
-        if self._score(val) >= self.progress.score and self._beats_untrained(val):
+        better = self.judge.score(val) >= self.progress.score
+        if better and self.judge.beats_untrained(val, self.progress):
             self._keep(val, epoch)
 
     def _refit(self) -> None:
@@ -318,11 +313,6 @@ class Trainer:
     def _keep_untrained(self) -> None:
         """Take the untrained model as a candidate: a prompt that starts from zero does no harm.
 
-        A trained one takes its place only if it is better by a standard error, for less is luck
-        (Breiman et al., 1984): that of the difference, since both see the same images. Where the
-        head is fitted again, the likelihood must be better by two standard errors than that of a
-        head fitted in the same way without the prompt, and the score no worse than the probe's: a
-        likelihood says more about few images than the number of right ones does.
         Fine-tuning is a baseline: its best epoch is kept in any case.
         """
         if self.model.config.method == "full_finetune":
@@ -334,36 +324,13 @@ class Trainer:
         if self.refits:
             with self._refitted():
                 untrained = self.evaluate(self.model, self.dataset.val)
-            self.progress.untrained_loss = self._losses(untrained).tolist()
+            self.progress.untrained_loss = self.judge.losses(untrained).tolist()
         self._keep(val, epoch=UNTRAINED)
-
-    def _score(self, val: Evaluation) -> float:
-        """Return what epochs are chosen by, percent."""
-        return 100 * float((val.right * self.judged).sum() / self.judged.sum())
-
-    def _beats_untrained(self, val: Evaluation) -> bool:
-        before = self.progress.untrained_right
-        if not before:
-            return val.top1 > self.progress.least_val
-        right = torch.tensor([letter == "1" for letter in before])
-        changed = (val.right.float() - right.float()) * self.judged
-        if not self.progress.untrained_loss:
-            return bool(changed.sum() > changed.square().sum().sqrt())
-        gained = (
-            torch.tensor(self.progress.untrained_loss, dtype=torch.double) - self._losses(val)
-        ) * self.judged
-        error = gained.std() / math.sqrt(len(gained))
-        return bool(changed.sum() >= 0 and gained.mean() > STANDARD_ERRORS * error)
-
-    def _losses(self, val: Evaluation) -> Tensor:
-        """Return each image's cross-entropy (N,) under calibrated probabilities."""
-        calibration = calibrate(val.logits, val.labels, self.model.head.link)
-        return negative_log_likelihoods(calibration.probabilities(val.logits), val.labels)
 
     def _keep(self, val: Evaluation, epoch: int) -> None:
         """Write the best model so far."""
         progress = self.progress
-        progress.best_val, progress.best_score = val.top1, self._score(val)
+        progress.best_val, progress.best_score = val.top1, self.judge.score(val)
         progress.best_epoch = epoch
         if self.group.leads:
             names = self.dataset.class_names
