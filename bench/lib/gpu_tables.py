@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from lib.published import RATIO, Row, columns
+
 NONE = (
     "No figure of this project was measured on a GPU yet; `python bench/gpu_check.py` measures "
     "all of them in one command."
@@ -14,7 +14,6 @@ LIMIT = (
     "- No figure comes from a GPU yet: the kernel ran in Triton's interpreter and as CPU code; "
     "engines were built, not run. `python bench/gpu_check.py` measures both."
 )
-RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
 KERNELS = {
     "kernel": "`{name}`",
     "batch": "{batch}",
@@ -72,10 +71,8 @@ def rows_of(folder: Path, name: str) -> list[Row]:
 
 def table(rows: Iterable[Row], forms: Mapping[str, str]) -> Iterator[str]:
     """Yield a Markdown table with one line per row; nothing if there are no rows."""
-    body = [[form.format_map(row) for form in forms.values()] for row in rows]
-    if body:
-        lines = [list(forms), ["---"] * len(forms), *body]
-        yield "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if found := list(rows):
+        yield columns(found, forms)
 
 
 def about(folder: Path) -> str:
