@@ -26,7 +26,7 @@ def test_a_recipe_follows_head_and_size(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("adavipro_fast.training.run.start_run", asked.append)
     fit(folder, head="linear", prompt_size=60, lr_generator=0.5)
     (config,) = asked
-    assert (config.optimiser.lr_prompt, config.optimiser.lr_generator) == (1.4, 0.5)
+    assert (config.optimiser.lr_prompt, config.optimiser.lr_generator) == (4.2, 0.5)
     assert (config.prompt.head, config.data.data) == ("linear", str(folder))
 
 
