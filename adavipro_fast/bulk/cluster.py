@@ -20,7 +20,10 @@ from adavipro_fast.cores import use_threads
 INSTALL = "--ray needs Ray: pip install 'adavipro_fast[ray]'"
 # Cores of a worker on machines without GPUs.
 CORES = 4
-# Batches that a worker has at once: one runs, one is decoded, one waits.
+# Images of a call. Within it the next batch is decoded while the model runs; two calls at once
+# would compete for the cores.
+CALL = 4 * BATCH
+# Calls that a worker has at once: one runs, the others wait.
 AT_ONCE = 3
 # Batches given out before the earliest one is back: this many times what all workers have.
 WINDOW = 4
@@ -94,7 +97,7 @@ def answered_by_ray(
     gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     each = min(threads or CORES, cores)
     need = {"num_gpus": 1} if gpus else {"num_cpus": each}
-    kind = ray.remote(**need, max_concurrency=2)(Worker)
+    kind = ray.remote(**need)(Worker)
 
     def start() -> tuple[Any, Any]:
         worker = kind.remote(path, options, None if gpus else each, columns, reject)
@@ -140,9 +143,7 @@ def _scheduled(ray: Any, start: Any, count: int, pictures: Iterator[Item]) -> It
             if again:
                 number, batch = again.popleft()
             # Rows that wait for an earlier batch are few, however slow that is.
-            elif given - due < WINDOW * AT_ONCE * count and (
-                batch := list(islice(pictures, BATCH))
-            ):
+            elif given - due < WINDOW * AT_ONCE * count and (batch := list(islice(pictures, CALL))):
                 number, given = given, given + 1
             else:
                 break
