@@ -50,10 +50,14 @@ def curves(folder, tmp_path, sizes, epochs, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--head", "linear", "--head-input", "features")])
-def test_two_processes_train_what_one_trains(folder, tmp_path, flags):
+@pytest.mark.parametrize(
+    ("flags", "within"),
+    # Rounding in the sums moves fitted heads by up to their solver's tolerance, 1e-4.
+    [((), 1e-5), (("--head", "linear", "--head-input", "features"), 1e-3)],
+)
+def test_two_processes_train_what_one_trains(folder, tmp_path, flags, within):
     found = curves(folder, tmp_path, (1, 2), 3, *flags)
-    assert found[2][0] == pytest.approx(found[1][0], abs=1e-5)
+    assert found[2][0] == pytest.approx(found[1][0], abs=within)
     assert abs(found[2][1]["test_top1"] - found[1][1]["test_top1"]) <= 100 / 12 + 1e-9
 
 
