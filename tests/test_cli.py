@@ -133,7 +133,7 @@ def test_a_usage_error_is_one_sentence_with_the_commands_own_name(script, argume
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["/opt/env/bin/adavipro-train"], "adavipro-train"),
+        (["env/bin/adavipro-train"], "adavipro-train"),
         ([find_spec("adavipro_fast.train").origin], "python -m adavipro_fast.train"),
         (["export/to_onnx.py"], "python export/to_onnx.py"),
     ],
@@ -143,7 +143,7 @@ def test_a_program_is_named_as_it_was_started(arguments, shown, monkeypatch):
     main.__spec__ = find_spec("adavipro_fast.train")
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", arguments)
-    assert adavipro_fast.cli.program() == shown
+    assert adavipro_fast.usage.program() == shown
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
