@@ -109,13 +109,10 @@ def test_only_few_images_of_enough_a_class_have_fold_heads():
 
 
 @pytest.mark.parametrize("reads", ["features", "embedding"])
-def test_the_prompt_learns_from_fold_heads_and_the_head_is_their_mean(
-    small, tmp_path, reads, monkeypatch
-):
-    # The names would be as good a start as a probe on the embedding.
-    monkeypatch.setattr("adavipro_fast.training.assemble.needs_text", lambda _: False)
+def test_the_prompt_learns_from_fold_heads_and_the_head_is_their_mean(small, tmp_path, reads):
     prompt = replace(LINEAR, head_input=reads)
     config = replace(small(tmp_path / "run", epochs=2, precision="fp32"), prompt=prompt)
+    # Without the names, which would be as good a start as a probe on the embedding.
     loaded = replace(load(config), embeddings=None)
     trainer = build(config, loaded).trainer
     assert [part.flag for part in trainer.parts] == ["--lr-prompt", "--lr-generator"]

@@ -25,7 +25,7 @@ CORES = 4
 CALL = 4 * BATCH
 # Calls that a worker has at once: one runs, the others wait.
 AT_ONCE = 3
-# Batches given out before the earliest one is back: this many times what all workers have.
+# Calls given out before the earliest one is back, as a multiple of what all workers have at once.
 WINDOW = 4
 # Workers that may be lost one after the other without a batch in between.
 MOST_LOST = 20

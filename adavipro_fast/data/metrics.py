@@ -85,10 +85,10 @@ def macro_of(per_class: Mapping[str, float | None]) -> float:
 
 
 def balanced(labels: Tensor, classes: int) -> Tensor:
-    """Weigh classes so that all count the same and an image counts 1 on the mean: (K,).
+    """Return class weights (K,) that make all classes count the same; the mean per image is 1.
 
     Args:
-        labels: (N,) of the training images.
+        labels: (N,) labels of the images.
         classes: K.
     """
     counts = labels.bincount(minlength=classes).clamp(min=1)

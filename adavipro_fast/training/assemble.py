@@ -63,7 +63,7 @@ class Loaded:
 
     @cached_property
     def val_features(self) -> Features:
-        """What the frozen encoder makes of the validation images."""
+        """The frozen encoder's features of the validation images."""
         return frozen_features(self.frozen, self.dataset.val, self.device)
 
 
@@ -143,7 +143,7 @@ def build(config: TrainConfig, loaded: Loaded) -> Run:
         say(f"warning: {complaint}")
     say(f"{model.trainable_params} trainable parameters, {precision}; output {config.output}")
     if trainer.folds is not None:
-        say("the prompt learns from heads fitted to four of five parts of the training images")
+        say("5 folds: each training image is scored by a head that was fitted without it")
     if config.prompt.method in PROMPTED:
         say(f"prompt kernel: {model.prompt.path(device)} (--kernel {config.kernel})")
     return Run(trainer, frozen, embeddings, config)
@@ -164,7 +164,7 @@ def _folds(config: TrainConfig, loaded: Loaded, model: AdaViPro) -> FoldHeads | 
         head.reads,
         epochs=config.optimiser.epochs,
         seed=config.optimiser.seed,
-        balanced=config.optimiser.class_weights == "balanced",
+        balanced=config.optimiser.balanced,
         device=loaded.device,
     )
 
@@ -196,7 +196,7 @@ def _head(config: TrainConfig, loaded: Loaded) -> HeadRows:
     """Find where a linear head starts; the leading process fits it once, for all and for good."""
     frozen, dataset, device = loaded.frozen, loaded.dataset, loaded.device
     asked, output = config.prompt.head_input, config.output
-    balanced = config.optimiser.class_weights == "balanced"
+    balanced = config.optimiser.balanced
     if config.prompt.method == "linear_probe":
         return fit_head(
             frozen,

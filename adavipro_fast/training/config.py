@@ -86,6 +86,11 @@ class OptimiserConfig:
             raise ValueError(f"seed is {self.seed}; use 0 to {2**31 - 1}")
 
     @property
+    def balanced(self) -> bool:
+        """Whether all classes count the same in training."""
+        return self.class_weights == "balanced"
+
+    @property
     def known_precision(self) -> Precision:
         """The precision of a run that has begun.
 

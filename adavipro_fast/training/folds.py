@@ -3,7 +3,7 @@
 A head that was fitted to all training images is right on nearly all of them and leaves a prompt
 little to learn. Here the images are split into folds, and the prompt learns from the heads that
 were fitted to the other folds (cross-fitting: Chernozhukov et al., 2018, doi:10.1111/ectj.12097).
-The heads are fitted again as the prompt changes what the encoder makes of the images.
+The heads are fitted again during the run, because the prompt changes the features.
 """
 
 import math
@@ -21,26 +21,26 @@ from adavipro_fast.training.group import Group
 from adavipro_fast.training.probe import HEAD_STEPS, STRENGTHS, Features, rows_of
 
 FOLDS = 5
-# Fits of a run at most: each takes a pass over the training images, and some seconds.
+# Most fits in a run: each needs a pass over the training images, and some seconds.
 FITS = 8
-# A head knows little of more images by heart, and fitting it takes long.
+# With more training images a head overfits less, and fitting takes long.
 LARGEST = 5_000
 STORED = ("folds.rows", "folds.bias", "folds.penalty", "folds.fold")
 
 
 def folded(images: int, classes: int) -> bool:
-    """Return whether a run has fold heads: few images, but on the mean one of a class in a fold."""
+    """Return whether to use fold heads: few images, on average one or more per class and fold."""
     return FOLDS * classes <= images <= LARGEST
 
 
 def folds_of(labels: Tensor, seed: int) -> Tensor:
-    """Deal the images of each class out to the folds: the fold of each image (N,).
+    """Spread the images of each class evenly over the folds: the fold of each image (N,).
 
-    The only image of a class is in no fold (-1): every head needs all classes.
+    The only image of a class is in no fold (-1), because every head needs all classes.
 
     Args:
         labels: (N,).
-        seed: chooses among equal splits.
+        seed: seed of the random split.
     """
     fold = torch.full((len(labels),), -1)
     random = np.random.default_rng(seed)
@@ -58,13 +58,13 @@ class FoldHeads:
     """One head for each fold, fitted to the images of the others.
 
     Args:
-        labels: (N,) of the training images.
+        labels: (N,) labels of the training images.
         classes: K.
-        reads: what the heads read.
-        epochs: of the run.
-        seed: of the folds.
-        balanced: all classes count the same, however many images they have.
-        device: where images are scored.
+        reads: input of the heads.
+        epochs: epochs of the run.
+        seed: seed of the split.
+        balanced: weight classes equally, whatever their number of images.
+        device: device on which images are scored.
     """
 
     def __init__(
@@ -80,27 +80,31 @@ class FoldHeads:
     ) -> None:
         self.labels, self.classes, self.reads, self.device = labels, classes, reads, device
         self.class_weight = "balanced" if balanced else None
-        self.fold = folds_of(labels, seed)
-        self._fold = self.fold.to(device)
+        self.fold = folds_of(labels, seed).to(device)
         self.every = math.ceil(epochs / FITS)
         self.rows, self.bias = torch.zeros(0), torch.zeros(0)
         """(F, K, D) and (F, K) on the device, once they are fitted"""
-        self.penalty: float | None = None
-        """inverse strength of the last fit"""
+        self.chosen: int | None = None
+        """index of the last fit's penalty in `STRENGTHS`"""
+
+    @property
+    def penalty(self) -> float | None:
+        """Inverse strength of the last fit's penalty."""
+        return None if self.chosen is None else STRENGTHS[self.reads][self.chosen]
 
     def due(self, epoch: int, step: int) -> bool:
         """Return whether the heads are fitted before a step of an epoch, both counted from 0."""
         return (step == 0 and epoch % self.every == 0) or not len(self.rows)
 
     def fit(self, train: Features) -> None:
-        """Fit the heads to the training images as they are now.
+        """Fit the heads to the features of the training images.
 
-        The penalty is that of the least loss on the images left out. The first fit climbs from the
-        middle of the range; later ones move by one step at most.
+        The penalty with the lowest loss on the images left out is chosen. The first fit searches
+        from the middle of the range; later ones move by at most one step.
         """
         known, strengths = getattr(train, self.reads), STRENGTHS[self.reads]
-        first = self.penalty is None
-        at = len(strengths) // 2 if self.penalty is None else strengths.index(self.penalty)
+        first = self.chosen is None
+        at = len(strengths) // 2 if self.chosen is None else self.chosen
         tried = {at: self._tried(known, strengths[at])}
         for step in (1, -1):
             while 0 <= at + step < len(strengths) and at + step not in tried:
@@ -110,21 +114,22 @@ class FoldHeads:
                 at += step
                 if not first:
                     break
-        self.penalty = strengths[at]
+        self.chosen = at
         self.rows, self.bias = (part.float().to(self.device) for part in tried[at][1:])
 
     def _tried(self, known: np.ndarray, strength: float) -> tuple[float, Tensor, Tensor]:
         """Fit all heads with one penalty: loss on images left out, (F, K, D) and (F, K)."""
         rows, bias = self._heads(known, strength)
-        logits = self._scored(torch.tensor(known), rows, bias, self.fold)
-        left_out = self.fold >= 0
+        fold = self.fold.cpu()
+        logits = self._scored(torch.tensor(known), rows, bias, fold)
+        left_out = fold >= 0
         return F.cross_entropy(logits[left_out], self.labels[left_out]).item(), rows, bias
 
     def _heads(self, known: np.ndarray, strength: float) -> tuple[Tensor, Tensor]:
         """Fit all heads with one penalty: (F, K, D) and (F, K)."""
         heads = []
         for fold in range(FOLDS):
-            seen = (self.fold != fold).numpy()
+            seen = (self.fold != fold).cpu().numpy()
             head = LogisticRegression(
                 C=strength, max_iter=HEAD_STEPS, class_weight=self.class_weight
             )
@@ -133,62 +138,67 @@ class FoldHeads:
         return rows, bias
 
     def logits(self, embedding: Tensor, features: Tensor, images: Tensor) -> Tensor:
-        """Score images by the heads that have not seen them: (B, K).
+        """Score training images with the heads fitted without them: (B, K).
 
         Args:
             embedding: (B, E), unit rows.
             features: (B, F).
-            images: (B,) numbers of the training images.
+            images: (B,) positions in the training split.
         """
         read = features if self.reads == "features" else embedding
-        fold = self._fold[images.to(self.device, non_blocking=True)]
+        fold = self.fold[images.to(self.device, non_blocking=True)]
         return self._scored(read, self.rows, self.bias, fold)
 
     @staticmethod
     def _scored(read: Tensor, rows: Tensor, bias: Tensor, fold: Tensor) -> Tensor:
         logits: Tensor = torch.einsum("bd,fkd->bfk", read, rows) + bias
-        # An image of no fold is scored by the last head.
+        # -1, an image in no fold, selects the last head.
         own: Tensor = logits[torch.arange(len(read), device=read.device), fold]
         return own
 
     @property
     def mean(self) -> HeadRows:
-        """The mean of the heads, which scores images that none of them has seen."""
+        """The mean of the heads, for images outside the training split."""
         return HeadRows(self.rows.mean(0), self.bias.mean(0), self.reads)
 
     def share(self, group: Group, width: int) -> None:
-        """Give all processes the leading one's heads, of so many inputs."""
+        """Copy the leading process's heads to all processes.
+
+        Args:
+            group: the processes of the run.
+            width: number of inputs of a head.
+        """
         shape = (FOLDS, self.classes, width)
         if not group.leads:
             self.rows = torch.zeros(shape, device=self.device)
             self.bias = torch.zeros(shape[:2], device=self.device)
-        number = 0 if self.penalty is None else STRENGTHS[self.reads].index(self.penalty)
-        penalty = group.sum(torch.tensor(float(number if group.leads else 0), device=self.device))
-        self.penalty = STRENGTHS[self.reads][int(penalty.item())]
+        chosen = float(self.chosen or 0) if group.leads else 0.0
+        self.chosen = int(group.sum(torch.tensor(chosen, device=self.device)).item())
         self.rows, self.bias = group.sum(self.rows), group.sum(self.bias)
 
     def stored(self) -> dict[str, Tensor]:
-        """Return what a run's state keeps."""
-        if self.penalty is None:
+        """Return the tensors that a run's state stores."""
+        if self.chosen is None:
             return {}
-        penalty = torch.tensor(STRENGTHS[self.reads].index(self.penalty)).float()
-        values = (self.rows.cpu(), self.bias.cpu(), penalty, self.fold.float())
+        chosen = torch.tensor(float(self.chosen))
+        values = (self.rows.cpu(), self.bias.cpu(), chosen, self.fold.cpu().float())
         return dict(zip(STORED, values, strict=True))
 
     def load(self, tensors: Mapping[str, Tensor], width: int) -> None:
-        """Take what `stored` returned, unless it belongs to other folds or is missing.
+        """Restore the tensors that `stored` returned.
 
-        Then the heads are fitted anew.
+        If they are missing or belong to another split, the heads are fitted again.
 
         Args:
-            tensors: of the run's state.
-            width: how many inputs the heads have.
+            tensors: the run's state.
+            width: number of inputs of a head.
         """
         shapes = ((FOLDS, self.classes, width), (FOLDS, self.classes), (), self.fold.shape)
         values = [tensors.get(name) for name in STORED]
         if any(v is None or v.shape != s for v, s in zip(values, shapes, strict=True)):
             return
-        rows, bias, penalty, fold = (value for value in values if value is not None)
-        if torch.equal(fold, self.fold.float()) and 0 <= penalty < len(STRENGTHS[self.reads]):
+        rows, bias, chosen, fold = (value for value in values if value is not None)
+        same = torch.equal(fold, self.fold.cpu().float())
+        if same and 0 <= chosen < len(STRENGTHS[self.reads]):
             self.rows, self.bias = rows.to(self.device), bias.to(self.device)
-            self.penalty = STRENGTHS[self.reads][int(penalty)]
+            self.chosen = int(chosen)

@@ -11,7 +11,7 @@ from adavipro_fast.method.calibration import Link
 from adavipro_fast.training.calibrate import calibrate
 from adavipro_fast.training.state import Progress
 
-# By which the likelihood of a refitted model must be better than without the prompt.
+# How much better the likelihood of a refitted model must be than without the prompt.
 STANDARD_ERRORS = 2
 
 
@@ -21,8 +21,8 @@ class Judge:
     Args:
         labels: (N,) of the validation images.
         classes: K.
-        by: all images count the same, or all classes.
-        link: from the logits to probabilities.
+        by: weight all images equally (top1) or all classes (macro).
+        link: turns logits into probabilities.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class Judge:
         return negative_log_likelihoods(calibration.probabilities(val.logits), val.labels)
 
     def beats_untrained(self, val: Evaluation, progress: Progress) -> bool:
-        """Return whether a model is better than the untrained one by more than luck.
+        """Return whether a model is clearly better than the untrained one.
 
-        It is if its score is better by a standard error (Breiman et al., 1984): that of the
-        difference, since both see the same images. Where the head is fitted again, the likelihood
-        must be better by two standard errors than that of a head fitted in the same way without
-        the prompt, and the score no worse than the probe's: a likelihood says more about few
-        images than the number of right ones does.
+        Its score must be better by one standard error (Breiman et al., 1984) of the difference,
+        since both models see the same images. If the head is fitted again, the likelihood must
+        instead be better by two standard errors than that of a head fitted in the same way without
+        the prompt, and the score must not be lower than the probe's: a likelihood says more about
+        few images than a count of right answers.
 
         Args:
             val: the model's predictions.
-            progress: of the run; knows the untrained model's.
+            progress: the run's progress, with the figures of the untrained model.
         """
         before = progress.untrained_right
         if not before:

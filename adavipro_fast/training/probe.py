@@ -126,17 +126,16 @@ def refitted_head(
 ) -> HeadRows:
     """Fit the head once more, as a probe on the encoder's features of prompted images.
 
-    A prompt that was trained with a head of gradient steps helps a probe of its own more. The
-    penalty is that of the least validation loss: it is less noisy than top-1.
+    The penalty with the lowest validation loss is chosen, which is less noisy than top-1.
     """
     head = _probe(train, val, model.head.reads, balanced=balanced, by="loss")[1]
     return unscaled(head, model.encoder)
 
 
 def softened(head: HeadRows, encoder: FrozenEncoder, val: Features) -> HeadRows:
-    """Divide an overconfident head by the temperature that validation images ask for.
+    """Divide an overconfident head by the temperature that calibrates it on validation images.
 
-    A probe that is sure of all training images leaves the prompt no gradient to learn from.
+    A probe that is certain of every training image leaves the prompt no gradient.
     """
     scale = encoder.logit_scale if head.reads == "embedding" else 1.0
     logits = scale * torch.tensor(getattr(val, head.reads)).float() @ head.rows.t()

@@ -56,7 +56,7 @@ class Trainer:
         identity: hashes of what the run depends on; `restore` refuses a state with others.
         templates: texts that the class names were embedded in, kept in the checkpoint.
         group: the processes that train together.
-        folds: heads that the prompt learns from in place of the model's own.
+        folds: heads that the prompt learns from instead of the model's own.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Trainer:
         # Not as an index on the device: that would wait for it, to know how many it marks.
         self.weights = (self.inside / self.inside.sum()).to(self.device)
         self.class_weights = None
-        if config.class_weights == "balanced":
+        if config.balanced:
             labels = dataset.train.labels[dataset.train.rows]
             self.class_weights = balanced(labels, len(dataset.class_names)).to(self.device)
         judged = dataset.val.labels[dataset.val.rows]
         self.judge = Judge(judged, len(dataset.class_names), config.judge, model.head.link)
         self.refits = model.config.head == "linear" and model.config.method in PROMPTED
-        """whether the head is fitted once more behind the last epoch, and that model is kept"""
+        """whether the head is fitted again after the last epoch, and only that model may be kept"""
         self.asked_to_stop = self.stopping = False
         self.deadline = math.inf
         """of `time.monotonic`; the run stops after the step that passes it"""
@@ -178,7 +178,7 @@ class Trainer:
         return now
 
     def _fit_folds(self, folds: FoldHeads) -> None:
-        """Fit the fold heads to the training images as the prompt makes them now."""
+        """Fit the fold heads to the features of the training images with the current prompt."""
         if self.group.leads:
             folds.fit(self._finite(prompted_features(self.model, self.dataset.train, self.device)))
         folds.share(self.group, self.model.head.rows.shape[1])
@@ -191,12 +191,15 @@ class Trainer:
             NonFiniteLossError: the prompt has made some of them infinite or NaN.
         """
         if not np.isfinite(features.features).all():
-            raise NonFiniteLossError(
-                f"the features are not finite in epoch {self.progress.epoch + 1}; the last good "
-                f"state is in {self.output}; use a lower {self.parts[0].flag} than "
-                f"{self.parts[0].rate:g}"
-            )
+            raise self._diverged(f"the features are not finite in epoch {self.progress.epoch + 1}")
         return features
+
+    def _diverged(self, reason: str) -> NonFiniteLossError:
+        """Return the error that ends a diverged run."""
+        return NonFiniteLossError(
+            f"{reason}; the last good state is in {self.output}; use a lower {self.parts[0].flag} "
+            f"than {self.parts[0].rate:g}"
+        )
 
     def _step(self, batch: Batch, tau: float) -> tuple[float, int, float]:
         """Train on a batch; return its loss, how many were right, and the share of open regions."""
@@ -226,11 +229,8 @@ class Trainer:
         value, correct, density, stop = figures.tolist()
         self.stopping = stop > 0
         if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss is {value} in epoch {self.progress.epoch + 1}, step "
-                f"{self.progress.step + 1}; the last good state is in {self.output}; "
-                f"use a lower {self.parts[0].flag} than {self.parts[0].rate:g}"
-            )
+            epoch, number = self.progress.epoch + 1, self.progress.step + 1
+            raise self._diverged(f"the loss is {value} in epoch {epoch}, step {number}")
         for part in self.parts:
             if part.clip:
                 self.scaler.unscale_(part.optimiser)
@@ -297,15 +297,14 @@ class Trainer:
 
     @contextmanager
     def _refitted(self) -> Iterator[None]:
-        """Give the model a head fitted to the training images as its prompt makes them now."""
+        """Give the model a head fitted to the training images with the current prompt."""
         head = self.model.head
         trained = {name: tensor.detach().clone() for name, tensor in head.trained().items()}
         train, val = (
             self._finite(prompted_features(self.model, split, self.device))
             for split in (self.dataset.train, self.dataset.val)
         )
-        balance = self.config.class_weights == "balanced"
-        fitted = refitted_head(train, val, self.model, balanced=balance)
+        fitted = refitted_head(train, val, self.model, balanced=self.config.balanced)
         head.load(fitted.tensors)
         yield
         head.load(trained)
