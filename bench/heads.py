@@ -165,9 +165,8 @@ def figures(run: Run, probe: Tested, *, shuffle: bool) -> dict[str, Any]:
     model, kept = trainer.model, last.test
     if progress.best_epoch == UNTRAINED:
         kept = probe.test
-    elif trainer.refits or progress.best_epoch < progress.epoch - 1:
-        path = next(trainer.output.glob("*checkpoint.safetensors"))
-        model = load_checkpoint(path).model(model.encoder, run.config.kernel)
+    elif not trainer.last_is_kept:
+        model = load_checkpoint(trainer.kept_path).model(model.encoder, run.config.kernel)
         kept = trainer.evaluate(model, test)
     masked = run.config.prompt.method == "adavipro" and progress.best_epoch != UNTRAINED
     return {

@@ -19,7 +19,7 @@ from adavipro_fast.files.whole import (
     write_whole,
 )
 from adavipro_fast.method.calibration import UNCALIBRATED, Calibration
-from adavipro_fast.method.config import PROMPTED, EncoderIdentity, Kernel, PromptConfig
+from adavipro_fast.method.config import PROMPTED, EncoderIdentity, Kernel, Method, PromptConfig
 from adavipro_fast.method.functional import check_region
 from adavipro_fast.method.head import BIAS, ROWS, SCALE, Head, HeadRows
 from adavipro_fast.method.model import AdaViPro
@@ -34,6 +34,11 @@ FILES = {"linear_probe": "head.safetensors", "full_finetune": "encoder.safetenso
 TOWER = "visual."
 # Names of a probe's tensors in head.safetensors.
 PROBE = {"head.weight": ROWS, "head.bias": BIAS}
+
+
+def file_of(method: Method) -> str:
+    """Return the name of the file in which training keeps a method's model."""
+    return FILES.get(method, CHECKPOINT)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Checkpoint:
     @property
     def file_name(self) -> str:
         """Name of the file that training writes."""
-        return FILES.get(self.config.method, CHECKPOINT)
+        return file_of(self.config.method)
 
     @property
     def head(self) -> HeadRows:

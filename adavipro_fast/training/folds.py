@@ -12,13 +12,12 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from adavipro_fast.method.config import HeadInput
 from adavipro_fast.method.head import HeadRows
 from adavipro_fast.training.group import Group
-from adavipro_fast.training.probe import HEAD_STEPS, STRENGTHS, Features, rows_of
+from adavipro_fast.training.probe import STRENGTHS, Features, fitted
 
 FOLDS = 5
 # Most fits in a run: each needs a pass over the training images, and some seconds.
@@ -79,7 +78,7 @@ class FoldHeads:
         device: torch.device,
     ) -> None:
         self.labels, self.classes, self.reads, self.device = labels, classes, reads, device
-        self.class_weight = "balanced" if balanced else None
+        self.balanced = balanced
         self.fold = folds_of(labels, seed).to(device)
         self.every = math.ceil(epochs / FITS)
         self.rows, self.bias = torch.zeros(0), torch.zeros(0)
@@ -129,11 +128,8 @@ class FoldHeads:
         """Fit all heads with one penalty: (F, K, D) and (F, K)."""
         heads = []
         for fold in range(FOLDS):
-            seen = (self.fold != fold).cpu().numpy()
-            head = LogisticRegression(
-                C=strength, max_iter=HEAD_STEPS, class_weight=self.class_weight
-            )
-            heads.append(rows_of(head.fit(known[seen], self.labels.numpy()[seen])))
+            seen, labels = (self.fold != fold).cpu().numpy(), self.labels.numpy()
+            heads.append(fitted(known[seen], labels[seen], strength, balanced=self.balanced))
         rows, bias = (torch.stack(parts) for parts in zip(*heads, strict=True))
         return rows, bias
 

@@ -153,8 +153,20 @@ def unscaled(head: HeadRows, encoder: FrozenEncoder) -> HeadRows:
     return replace(head, rows=head.rows / encoder.logit_scale)
 
 
-def rows_of(probe: LogisticRegression) -> tuple[Tensor, Tensor]:
-    """Return a fitted probe's weight (K, D) and bias (K,), in fp64."""
+def fitted(
+    known: Array, labels: Array, strength: float, *, balanced: bool
+) -> tuple[Tensor, Tensor]:
+    """Fit a logistic regression: weight (K, D) and bias (K,), in fp64.
+
+    Args:
+        known: (N, D).
+        labels: (N,), with all K classes.
+        strength: inverse strength of the L2 penalty.
+        balanced: weight classes equally.
+    """
+    weights = "balanced" if balanced else None
+    probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS, class_weight=weights)
+    probe.fit(known, labels)
     weight, bias = torch.tensor(probe.coef_), torch.tensor(probe.intercept_)
     if len(weight) == 1:
         # Of two classes scikit-learn keeps the difference.
@@ -173,12 +185,9 @@ def _probe(
     """Fit one probe: its validation top-1, percent, and the head."""
     rows, held_out = getattr(train, head_input), getattr(val, head_input)
     best: tuple[float, float, HeadRows] | None = None
-    weights = "balanced" if balanced else None
     labels = torch.tensor(val.labels)
     for strength in tqdm(STRENGTHS[head_input], "penalty", leave=False, disable=None):
-        probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS, class_weight=weights)
-        probe.fit(rows, train.labels)
-        weight, bias = rows_of(probe)
+        weight, bias = fitted(rows, train.labels, strength, balanced=balanced)
         logits = torch.tensor(held_out) @ weight.t() + bias
         top1 = 100 * float((logits.argmax(1) == labels).double().mean())
         score = top1

@@ -54,13 +54,13 @@ def result_of(
     tested = dataset.test is not None
     test = dataset.val if dataset.test is None else dataset.test
     progress.images = dataset.counts
-    kept = checkpoint_of(trainer.model, trainer.dataset.class_names)
-    model = kept.model(frozen, config.kernel).to(trainer.device)
+    current = checkpoint_of(trainer.model, trainer.dataset.class_names)
+    model = current.model(frozen, config.kernel).to(trainer.device)
     last = best = trainer.evaluate(model, test)
-    path = trainer.output / kept.file_name
+    path = trainer.kept_path
     # The leading process may still be writing it.
     trainer.group.wait()
-    if trainer.refits or progress.best_epoch < progress.epoch - 1:
+    if not trainer.last_is_kept:
         model = load_checkpoint(path).model(frozen, config.kernel).to(trainer.device)
         best = trainer.evaluate(model, test)
     keep_calibration(trainer, model, trainer.dataset.val, path)

@@ -20,7 +20,7 @@ import torch
 from adavipro_fast.data.metrics import Evaluation, standard_error
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
-from adavipro_fast.files.checkpoint import FILES, load_checkpoint
+from adavipro_fast.files.checkpoint import file_of, load_checkpoint
 from adavipro_fast.files.whole import write_whole
 from adavipro_fast.method.config import PROMPTED
 from adavipro_fast.method.model import AdaViPro
@@ -217,7 +217,7 @@ class Search:
 
     def build(self, candidate: Candidate) -> Run:
         """Build a candidate's run; linear heads start from the search's linear probe."""
-        config, probe = candidate.config, self.folder / "linear_probe" / FILES["linear_probe"]
+        config, probe = candidate.config, self.folder / "linear_probe" / file_of("linear_probe")
         prompt = config.prompt
         linear = prompt.head == "linear" and not prompt.margin and prompt.method not in FITTED
         linear = linear and prompt.head_input in (None, "features")
@@ -349,7 +349,7 @@ def progress_of(candidate: Candidate) -> Progress | None:
 
 def path_of(candidate: Candidate) -> Path:
     """Return the path of a candidate's best checkpoint."""
-    return candidate.folder / FILES.get(candidate.config.prompt.method, "checkpoint.safetensors")
+    return candidate.folder / file_of(candidate.config.prompt.method)
 
 
 def row_of(candidate: Candidate, progress: Progress, images: int, trainable: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import full_fp32
 from adavipro_fast.errors import NonFiniteLossError
-from adavipro_fast.files.checkpoint import checkpoint_of
+from adavipro_fast.files.checkpoint import checkpoint_of, file_of
 from adavipro_fast.method.config import PROMPTED
 from adavipro_fast.method.model import AdaViPro
 from adavipro_fast.method.prompt import frame_regions
@@ -88,8 +88,8 @@ class Trainer:
         if config.balanced:
             labels = dataset.train.labels[dataset.train.rows]
             self.class_weights = balanced(labels, len(dataset.class_names)).to(self.device)
-        judged = dataset.val.labels[dataset.val.rows]
-        self.judge = Judge(judged, len(dataset.class_names), config.judge, model.head.link)
+        judged, classes = dataset.val.labels[dataset.val.rows], len(dataset.class_names)
+        self.judge = Judge(judged, classes, config.judge, model.head.link)
         self.refits = model.config.head == "linear" and model.config.method in PROMPTED
         """whether the head is fitted again after the last epoch, and only that model may be kept"""
         self.asked_to_stop = self.stopping = False
@@ -180,16 +180,17 @@ class Trainer:
     def _fit_folds(self, folds: FoldHeads) -> None:
         """Fit the fold heads to the features of the training images with the current prompt."""
         if self.group.leads:
-            folds.fit(self._finite(prompted_features(self.model, self.dataset.train, self.device)))
+            folds.fit(self._features(self.dataset.train))
         folds.share(self.group, self.model.head.rows.shape[1])
         self.model.head.load(unscaled(folds.mean, self.model.encoder).tensors)
 
-    def _finite(self, features: Features) -> Features:
-        """Return features.
+    def _features(self, split: Split) -> Features:
+        """Return the features of a split with the current prompt.
 
         Raises:
-            NonFiniteLossError: the prompt has made some of them infinite or NaN.
+            NonFiniteLossError: some of them are infinite or NaN.
         """
+        features = prompted_features(self.model, split, self.device)
         if not np.isfinite(features.features).all():
             raise self._diverged(f"the features are not finite in epoch {self.progress.epoch + 1}")
         return features
@@ -300,10 +301,7 @@ class Trainer:
         """Give the model a head fitted to the training images with the current prompt."""
         head = self.model.head
         trained = {name: tensor.detach().clone() for name, tensor in head.trained().items()}
-        train, val = (
-            self._finite(prompted_features(self.model, split, self.device))
-            for split in (self.dataset.train, self.dataset.val)
-        )
+        train, val = map(self._features, (self.dataset.train, self.dataset.val))
         fitted = refitted_head(train, val, self.model, balanced=self.config.balanced)
         head.load(fitted.tensors)
         yield
@@ -328,13 +326,21 @@ class Trainer:
 
     def _keep(self, val: Evaluation, epoch: int) -> None:
         """Write the best model so far."""
-        progress = self.progress
-        progress.best_val, progress.best_score = val.top1, self.judge.score(val)
-        progress.best_epoch = epoch
+        self.progress.best_val, self.progress.best_score = val.top1, self.judge.score(val)
+        self.progress.best_epoch = epoch
         if self.group.leads:
-            names = self.dataset.class_names
-            checkpoint = checkpoint_of(self.model, names, self.templates)
-            checkpoint.save(self.output / checkpoint.file_name)
+            kept = checkpoint_of(self.model, self.dataset.class_names, self.templates)
+            kept.save(self.kept_path)
+
+    @property
+    def kept_path(self) -> Path:
+        """The file of the best model so far."""
+        return self.output / file_of(self.model.config.method)
+
+    @property
+    def last_is_kept(self) -> bool:
+        """Whether the best model is the one in training."""
+        return not self.refits and self.progress.best_epoch >= self.progress.epoch - 1
 
     def evaluate(self, model: AdaViPro, split: Split) -> Evaluation:
         """Evaluate a model with argmax masks, each process its share of the batches.
