@@ -60,8 +60,7 @@ def torch_device(name: str) -> torch.device:
     if number >= torch.cuda.device_count():
         raise ValueError(
             f"device {name!r} does not exist; PyTorch finds {torch.cuda.device_count()} CUDA "
-            "devices, "
-            "counted from 0"
+            "devices, counted from 0"
         )
     return torch.device("cuda", number)
 

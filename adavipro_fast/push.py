@@ -61,8 +61,7 @@ def command(config: PushConfig) -> dict[str, Any]:
         cli.warn(
             f"the encoder is a local file ({checkpoint.encoder.name}, "
             f"{checkpoint.encoder.pretrained or 'no tag'}), and its path is stored in the "
-            "checkpoint; "
-            f"other users need that encoder and {names}"
+            f"checkpoint; other users need that encoder and {names}"
         )
     pictures = [name for name in PICTURES if config.checkpoint.with_name(name).is_file()]
     with TemporaryDirectory() as name:

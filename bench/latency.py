@@ -89,12 +89,8 @@ def command(config: LatencyConfig) -> dict[str, Any]:
         folder = (config.folder or Path(name)) / config.precision
         folder.mkdir(parents=True, exist_ok=True)
         for count in sizes:
-            built = checked_rows(subject, count, folder, config, wrong)
-            if config.build:
-                rows += ({"name": r.name, "batch": count, "build_s": r.build_s} for r in built)
-                continue
-            seconds = QUICK_S if config.quick else config.seconds
-            rows += time_rows(subject, built, count, seconds)
+            # In a function, which frees a batch size's models before the next one's are built.
+            rows += measured(subject, count, folder, config, wrong)
     if config.plot is not None:
         label = "median latency, ms per image; ratio to the encoder alone in the same runtime"
         draw(rows, config.plot, value="ms_per_image", label=label)
@@ -104,6 +100,16 @@ def command(config: LatencyConfig) -> dict[str, Any]:
     if wrong:
         raise VerificationError("; ".join(wrong))
     return result
+
+
+def measured(
+    subject: Subject, count: int, folder: Path, config: LatencyConfig, wrong: list[str]
+) -> list[dict[str, Any]]:
+    """Build, check and time the rows of a batch size."""
+    built = checked_rows(subject, count, folder, config, wrong)
+    if config.build:
+        return [{"name": r.name, "batch": count, "build_s": r.build_s} for r in built]
+    return time_rows(subject, built, count, QUICK_S if config.quick else config.seconds)
 
 
 def built_rows(subject: Subject, count: int, folder: Path, config: LatencyConfig) -> list[Row]:

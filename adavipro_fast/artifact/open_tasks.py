@@ -112,9 +112,8 @@ class OpenArtifact(Artifact):
             raise ValueError(f"task {task.name!r} preprocesses images differently from the file")
         if task.config.region_size != about.config.region_size:
             raise ValueError(
-                f"task {task.name!r} has regions of {task.config.region_size} pixels; the "
-                "file needs "
-                f"{about.config.region_size}"
+                f"task {task.name!r} has regions of {task.config.region_size} pixels; the file "
+                f"needs {about.config.region_size}"
             )
         edges = (task.config.edge, task.config.edge_padding)
         if task.config.method == "adavipro" and edges != (graph.edge, graph.edge_padding):

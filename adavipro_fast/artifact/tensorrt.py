@@ -63,10 +63,9 @@ def check_runs_here(values: dict[str, Any], version: str, capability: str | None
         )
     if capability not in values["compute_capabilities"]:
         raise ValueError(
-            f"the engine was built for compute capability "
-            f"{', '.join(values['compute_capabilities'])}, but this GPU has {capability}; "
-            "build it again "
-            f"with adavipro-to-tensorrt --compute-capability {capability}"
+            "the engine was built for compute capability "
+            f"{', '.join(values['compute_capabilities'])}, but this GPU has {capability}; build it "
+            f"again with adavipro-to-tensorrt --compute-capability {capability}"
         )
 
 

@@ -71,6 +71,5 @@ def grey_note(peaks: np.ndarray[Any, np.dtype[np.uint16]], preprocess: Preproces
         return []
     return [
         f"the largest value of the 16-bit grey training images is {peak} of {WHITE}, so they are "
-        "decoded nearly black; "
-        f"if {level} is white, add --white-level {level}"
+        f"decoded nearly black; if {level} is white, add --white-level {level}"
     ]

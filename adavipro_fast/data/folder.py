@@ -134,9 +134,8 @@ def source_of_test(
     unknown = [name for name in inside if name not in names and not inside[name].empty]
     if unknown:
         raise ValueError(
-            f"{folder} has classes that the model does not have: {listed(unknown)}; its "
-            "classes are "
-            f"{listed(known)}"
+            f"{folder} has classes that the model does not have: {listed(unknown)}; its classes "
+            f"are {listed(known)}"
         )
     source, missing = _source(folder, inside, names, notes, skip=skip_unreadable)
     if not source.labels:
@@ -275,8 +274,7 @@ def _source(
             kinds = ", ".join(f"{count} {kind}" for kind, count in inside.left_out.most_common())
             raise ValueError(
                 f"{others} of {others + len(inside.images)} files of class {name!r} in {folder} "
-                f"are not images: {kinds}; move them away, or skip them with "
-                "--skip-unreadable"
+                f"are not images: {kinds}; move them away, or skip them with --skip-unreadable"
             )
         if not inside.images:
             missing.append(name)

@@ -131,9 +131,8 @@ def load_dataset(config: DataConfig, preprocess: Preprocess, *, seed: int = 0) -
         if len(held) == 0:
             raise ValueError(
                 f"{config.data} has {len(train)} training images of {len(class_names)} classes: "
-                "too few to hold out a validation split and keep one image of each class; "
-                "add images "
-                "or a val/ folder" + "".join(f" ({note})" for note in notes[:1])
+                "too few to hold out a validation split and keep one image of each class; add "
+                "images or a val/ folder" + "".join(f" ({note})" for note in notes[:1])
             )
         splits["val"] = Split(train.images, train.labels, held)
         train = Split(train.images, train.labels, kept)
@@ -247,9 +246,8 @@ def relabelled(source: Source, own: tuple[str, ...], names: tuple[str, ...]) -> 
     unknown = [name for name in own if composed(name) not in label_of]
     if unknown:
         raise ValueError(
-            f"the data set has classes that the model does not have: {listed(unknown)}; "
-            "its classes "
-            f"are {listed(names)}; use the data set that it was trained on"
+            f"the data set has classes that the model does not have: {listed(unknown)}; its "
+            f"classes are {listed(names)}; use the data set that it was trained on"
         )
     labels = tuple(label_of[composed(own[label])] for label in source.labels)
     return replace(source, labels=labels)

@@ -200,9 +200,8 @@ class Description:
             got = [size if isinstance(size, int) and size >= 0 else None for size in sizes]
             if got != shape:
                 raise ValueError(
-                    f"the metadata of {path} gives {name} the shape {shape}, but the graph "
-                    f"has {got}; export "
-                    "it again"
+                    f"the metadata of {path} gives {name} the shape {shape}, but the graph has "
+                    f"{got}; export it again"
                 )
 
     @property

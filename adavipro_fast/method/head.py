@@ -114,9 +114,8 @@ class Head(nn.Module):
         read = features if self.reads == "features" else embedding
         if read.shape[1] != self.rows.shape[1]:
             raise ValueError(
-                f"class embeddings have {self.rows.shape[1]} elements, but the encoder's "
-                "output has "
-                f"{read.shape[1]}"
+                f"class embeddings have {self.rows.shape[1]} elements, but the encoder's output "
+                f"has {read.shape[1]}"
             )
         scale = 1.0 if self.reads == "features" else self.scale
         logits = scale * read @ self.rows.t()

@@ -73,8 +73,7 @@ class Preprocess:
         if self.decoding not in (FIRST_DECODING, DECODING):
             raise ValueError(
                 f"decoding version {self.decoding} is unknown; this release supports "
-                f"{FIRST_DECODING} and "
-                f"{DECODING}"
+                f"{FIRST_DECODING} and {DECODING}"
             )
         if not 255 <= self.white_level <= WHITE:
             raise ValueError(f"white_level is {self.white_level}; use 255 to {WHITE}")

@@ -57,9 +57,8 @@ def what_lacks(folder: Path) -> str:
     except (OSError, ValueError, AttributeError):
         return f"has no {OPEN_CLIP_CONFIG}; save the model with open_clip, or use one of its names"
     return (
-        f"contains a {kind!r} model of transformers, but only 'clip' is supported; use an "
-        "encoder of "
-        "open_clip, or timm:NAME"
+        f"contains a {kind!r} model of transformers, but only 'clip' is supported; use an encoder "
+        "of open_clip, or timm:NAME"
     )
 
 
@@ -153,9 +152,8 @@ def one_line_errors(model: str, pretrained: str) -> Iterator[None]:
                 "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable"
             )
             reason = (
-                f"its weights are not on this machine and {why}; download {source} on "
-                "another machine "
-                "and use --pretrained FILE. Exported .onnx files need no weights"
+                f"its weights are not on this machine and {why}; download {source} on another "
+                "machine and use --pretrained FILE. Exported .onnx files need no weights"
             )
         raise ValueError(
             f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}"

@@ -11,11 +11,7 @@ from adavipro_fast.data.sets import Dataset, load_dataset
 from adavipro_fast.device import fast_precision, slow_precision
 from adavipro_fast.errors import counted
 from adavipro_fast.files.checkpoint import checkpoint_of, load_checkpoint
-from adavipro_fast.method.clip import (
-    TextTower,
-    check_templates,
-    load_clip,
-)
+from adavipro_fast.method.clip import TextTower, check_templates, load_clip
 from adavipro_fast.method.config import PROMPTED, HeadInput, PromptConfig
 from adavipro_fast.method.encoder import FrozenEncoder
 from adavipro_fast.method.head import HeadRows
@@ -227,9 +223,8 @@ def _head(config: TrainConfig, loaded: Loaded) -> HeadRows:
     probe = load_checkpoint(source)
     if probe.class_names != dataset.class_names or probe.encoder.sha256 != frozen.sha256:
         raise ValueError(
-            f"{source} was trained for other classes or another encoder; leave --head-from "
-            "out to fit "
-            "a new probe"
+            f"{source} was trained for other classes or another encoder; leave --head-from out to "
+            "fit a new probe"
         )
     if probe.config.head_input is None or asked not in (None, probe.config.head_input):
         raise ValueError(

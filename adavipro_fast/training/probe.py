@@ -3,12 +3,14 @@
 A probe is logistic regression (scikit-learn) whose penalty is chosen on validation.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -166,7 +168,10 @@ def fitted(
     """
     weights = "balanced" if balanced else None
     probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS, class_weight=weights)
-    probe.fit(known, labels)
+    with warnings.catch_warnings():
+        # With the weakest penalties; validation judges what it has found by then.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe.fit(known, labels)
     weight, bias = torch.tensor(probe.coef_), torch.tensor(probe.intercept_)
     if len(weight) == 1:
         # Of two classes scikit-learn keeps the difference.

@@ -14,13 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from adavipro_fast.data.metrics import (
-    Evaluation,
-    balanced,
-    evaluate,
-    macro_of,
-    mask_figures,
-)
+from adavipro_fast.data.metrics import Evaluation, balanced, evaluate, macro_of, mask_figures
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
 from adavipro_fast.device import full_fp32
@@ -92,6 +86,7 @@ class Trainer:
         self.judge = Judge(judged, classes, config.judge, model.head.link)
         self.refits = model.config.head == "linear" and model.config.method in PROMPTED
         """whether the head is fitted again after the last epoch, and only that model may be kept"""
+        self._known: tuple[tuple[int, int], Features] | None = None
         self.asked_to_stop = self.stopping = False
         self.deadline = math.inf
         """of `time.monotonic`; the run stops after the step that passes it"""
@@ -161,12 +156,8 @@ class Trainer:
                     raise KeyboardInterrupt(f"stopped; continue with --resume {self.output}")
                 started = time.perf_counter()
         seconds = max(time.perf_counter() - began, 1e-9)
-        speed = {
-            "seconds": seconds,
-            "images_per_s": done / seconds,
-            "data_wait_share": waited / seconds,
-        }
-        self._finish_epoch({"tau": tau}, speed)
+        speed = {"seconds": seconds, "images_per_s": done / seconds}
+        self._finish_epoch({"tau": tau}, speed | {"data_wait_share": waited / seconds})
         self._count_seconds(counted)
         log.epoch(progress)
         self.save()
@@ -180,9 +171,18 @@ class Trainer:
     def _fit_folds(self, folds: FoldHeads) -> None:
         """Fit the fold heads to the features of the training images with the current prompt."""
         if self.group.leads:
-            folds.fit(self._features(self.dataset.train))
+            folds.fit(self._train_features())
         folds.share(self.group, self.model.head.rows.shape[1])
         self.model.head.load(unscaled(folds.mean, self.model.encoder).tensors)
+
+    def _train_features(self) -> Features:
+        """Return the features of the training images, computed once at each point of the run."""
+        if self.folds is None:
+            return self._features(self.dataset.train)
+        at = self.progress.epoch, self.progress.step
+        if self._known is None or self._known[0] != at:
+            self._known = at, self._features(self.dataset.train)
+        return self._known[1]
 
     def _features(self, split: Split) -> Features:
         """Return the features of a split with the current prompt.
@@ -301,7 +301,7 @@ class Trainer:
         """Give the model a head fitted to the training images with the current prompt."""
         head = self.model.head
         trained = {name: tensor.detach().clone() for name, tensor in head.trained().items()}
-        train, val = map(self._features, (self.dataset.train, self.dataset.val))
+        train, val = self._train_features(), self._features(self.dataset.val)
         fitted = refitted_head(train, val, self.model, balanced=self.config.balanced)
         head.load(fitted.tensors)
         yield
