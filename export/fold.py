@@ -102,7 +102,7 @@ class MaskHead(nn.Module):
         linear = config.edge in ("laplacian", "none")
         padded = config.edge != "none" and not self.replicate
         # Shift the pixels by c / a if zero padding would make edges of it.
-        self.centre = self.generator is not None or (not linear and padded)
+        self.centre = bool(shift.any()) and (self.generator is not None or (not linear and padded))
         self.register_buffer("offset", (shift / scale).view(3, 1, 1))
         self.register_buffer("scale", (scale if linear else scale.abs()).view(3, 1, 1))
         kernels = [torch.tensor(values) for values in FILTERS[config.edge]]

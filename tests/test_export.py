@@ -81,6 +81,8 @@ FOLDS = [
     ({}, 14, 14, {}),
     ({}, 8, 11, {"edge": "laplacian-magnitude", "edge_padding": "replicate"}),
     ({}, 28, 28, {"edge": "laplacian-magnitude"}),
+    ({}, 8, 11, {}),
+    ({}, 28, 9, {"edge": "sobel"}),
     ({"patch": 28}, 7, 9, {"edge": "sobel"}),
     ({"patch": 8, "no_ln_pre": True}, 14, 20, {"edge": "sobel", "edge_padding": "replicate"}),
     ({"pool_type": "avg"}, 14, 5, {"edge": "none"}),
