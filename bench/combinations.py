@@ -3,8 +3,9 @@
     python bench/combinations.py --json bench/results/cpu-2-cores/combinations.json
 
 A combination works if its file is exported and verified, and then: ONNX Runtime and OpenVINO answer
-like PyTorch on the CPU, TensorRT-RTX builds the engine (which is not run), Triton's repository is
-written, and `serve` answers over HTTP. Any failure must have a reason in `REASONS`.
+like PyTorch on the CPU, TensorRT (on a machine with a GPU) and TensorRT-RTX build the engine, which
+is not run, Triton's repository is written, and `serve` answers over HTTP. Any failure must have a
+reason in `REASONS`.
 """
 
 import io
@@ -13,7 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -36,12 +37,13 @@ from lib.table import Json, publish
 from lib.task_models import NAMES, PROMPT_SIZE, task_model
 
 Tasks = Literal["one", "baked", "data"]
-WHERE = ("onnxruntime", "openvino", "tensorrt-rtx", "triton", "serve")
+WHERE = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton", "serve")
 # Part of an error message, and the table's explanation of it, in at most ten words.
 REASONS = {
     "on cpu: ": "ONNX Runtime has bf16 on CUDA devices only",
     "on auto: ": "ONNX Runtime has bf16 on CUDA devices only",
     "its fp8 rounding": "OpenVINO's fp8 rounding does not follow the file",
+    "finds no CUDA device": "TensorRT builds on the GPU that will run it",
     "needs normalised floats": "Triton's clients send bytes: export with --input uint8",
     "was exported with --tasks open": "Triton cannot keep tables: bake the tasks",
 }
@@ -143,18 +145,20 @@ def row_of(
     )  # fmt: skip
     onnx_export.export(export)
     build = to_tensorrt.TensorRtConfig(
-        path, path.with_suffix(".engine"), runtime="tensorrt-rtx", compute_capability=CAPABILITIES,
+        path, path.with_suffix(".engine"), runtime="tensorrt",
         batch="1,4,16", image_size="32,224,512", builder_level=0,
     )  # fmt: skip
+    build_rtx = replace(build, runtime="tensorrt-rtx", compute_capability=CAPABILITIES)
     triton = to_triton.TritonConfig(path, trial.folder / "triton")
     works: dict[str, Callable[[], object]] = {
         "onnxruntime": partial(answered, trial, path, tasks, "onnxruntime"),
         "openvino": partial(answered, trial, path, tasks, "openvino"),
-        "tensorrt-rtx": partial(to_tensorrt.command, build),
+        "tensorrt": partial(to_tensorrt.command, build),
+        "tensorrt-rtx": partial(to_tensorrt.command, build_rtx),
         "triton": partial(to_triton.command, triton),
     }
     if not engines:
-        del works["tensorrt-rtx"]
+        del works["tensorrt"], works["tensorrt-rtx"]
     tried = {where: reason_of(work) for where, work in works.items()}
     return {
         "name": name,

@@ -81,8 +81,8 @@ def combinations() -> str:
     """Tabulate supported combinations by precision and tasks, with notes on unsupported inputs."""
     kinds = {"one": "one", "baked": "several, baked", "data": "several, as data"}
     runtimes = {
-        "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt-rtx": "TensorRT-RTX",
-        "triton": "Triton", "serve": "serve",
+        "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT",
+        "tensorrt-rtx": "TensorRT-RTX", "triton": "Triton", "serve": "serve",
     }  # fmt: skip
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows("combinations"):

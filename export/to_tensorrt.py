@@ -201,7 +201,16 @@ def wide_products(about: Description) -> int:
 
 
 def choose_runtime(asked: Runtime) -> str:
-    """Resolve auto: TensorRT if there is a GPU and TensorRT is installed, else TensorRT-RTX."""
+    """Resolve auto: TensorRT if there is a GPU and TensorRT is installed, else TensorRT-RTX.
+
+    Raises:
+        ValueError: TensorRT is asked for, and there is no GPU.
+    """
+    if asked == "tensorrt" and compute_capability() is None:
+        raise ValueError(
+            "tensorrt builds for the GPU of this machine, and PyTorch finds no CUDA device; "
+            "use --runtime tensorrt-rtx with --compute-capability"
+        )
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
@@ -221,17 +230,12 @@ def choose_capabilities(trt: ModuleType, runtime: str, asked: tuple[str, ...]) -
     """
     here = compute_capability()
     if runtime == "tensorrt":
-        if here is None:
-            raise ValueError(
-                "tensorrt builds for the GPU of this machine, and PyTorch finds no CUDA device; "
-                "use --runtime tensorrt-rtx with --compute-capability"
-            )
         if set(asked) - {here}:
             raise ValueError(
                 f"tensorrt builds for this GPU ({here}) only; leave --compute-capability out or "
                 "use --runtime tensorrt-rtx"
             )
-        return [here]
+        return [str(here)]
     if not asked and here is None:
         raise ValueError(
             "this machine has no GPU; choose one to build for, such as --compute-capability 8.6"
