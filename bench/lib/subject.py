@@ -64,7 +64,7 @@ class Row:
     other: str = ""
     """another row to compare with"""
     build_s: float = 0.0
-    """export, compilation and first call, seconds; not part of the latency"""
+    """compilation or opening, and the first call, seconds; not part of the latency"""
     cosine: float = 1.0
     """smallest cosine between embeddings of this row and of PyTorch in fp32"""
     note: str = ""
@@ -171,9 +171,7 @@ def export(
     """
     if reason := obstacle(subject, name, runtime):
         return reason
-    path = folder / f"{name.removesuffix('_again')}.onnx"
-    if not path.exists():
-        write(subject, path)
+    path = written(subject, name, folder)
     kind = OpenVinoArtifact if runtime == "openvino" else OnnxArtifact
     try:
         return kind.open(path, str(subject.device))
@@ -192,6 +190,14 @@ def obstacle(subject: Subject, name: str, runtime: Runtime) -> str | None:
     if "folded" in name and folding_obstacle(subject.model.encoder.visual) is not None:
         return "this encoder cannot be folded"
     return no_openvino(subject.device) if runtime == "openvino" else None
+
+
+def written(subject: Subject, name: str, folder: Path) -> Path:
+    """Return the ONNX file of a row, and write it if it does not exist."""
+    path = folder / f"{name.removesuffix('_again')}.onnx"
+    if not path.exists():
+        write(subject, path)
+    return path
 
 
 def write(subject: Subject, path: Path) -> None:
