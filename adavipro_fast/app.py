@@ -111,12 +111,7 @@ def opened(config: AppConfig) -> tuple[Served, Artifact | None]:
         ValueError: a file needs the name of a task.
     """
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
-    options: dict[str, Any] = {
-        "model": config.model,
-        "pretrained": config.pretrained,
-        "precision": config.precision,
-        "runtime": config.runtime,
-    }
+    options = cli.opening(config, "device", "task")
     path = on_disk(config.artifact)
     served = Served(path.stem, path, (config.device,), task=config.task, **options)
     if served.now.about.open_for is not None:

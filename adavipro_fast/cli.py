@@ -83,6 +83,15 @@ Images = Annotated[
 ]
 
 
+# Flags of commands that `open_artifact` takes.
+OPENING = ("model", "pretrained", "precision", "device", "runtime", "task", "decode")
+
+
+def opening(config: Any, *but: str) -> dict[str, Any]:
+    """Return the flags with which a command's file is opened, except those named."""
+    return {k: v for k, v in vars(config).items() if k in OPENING and k not in but}
+
+
 def main(
     config: type[Config],
     command: Callable[[Config], Result],

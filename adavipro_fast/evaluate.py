@@ -93,16 +93,7 @@ def main() -> None:
 
 def command(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate and return the figures."""
-    artifact = open_artifact(
-        config.artifact,
-        model=config.model,
-        pretrained=config.pretrained,
-        precision=config.precision,
-        device=config.device,
-        runtime=config.runtime,
-        task=config.task,
-        decode=config.decode,
-    )
+    artifact = open_artifact(config.artifact, **cli.opening(config))
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))
     about = artifact.about

@@ -81,10 +81,7 @@ def command(config: PredictConfig) -> dict[str, Any]:
         raise ValueError("no image given; use adavipro-predict ARTIFACT IMAGE [IMAGE ...]")
     if config.ray is not None and config.output is None:
         raise ValueError("--ray needs --output F.csv, .jsonl or .parquet")
-    options = {
-        name: getattr(config, name)
-        for name in ("model", "pretrained", "precision", "device", "runtime", "task", "decode")
-    }
+    options = cli.opening(config)
     artifact = open_artifact(config.artifact, **options)
     artifact.about.check_one_task(config.artifact)
     cli.warn(slow_precision(config.precision, torch_device(config.device)))

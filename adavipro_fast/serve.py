@@ -155,14 +155,7 @@ def opened(config: ServeConfig, devices: Sequence[str]) -> list[Served]:
     """
     if not config.artifact:
         raise ValueError("no file given; use adavipro-serve ARTIFACT [ARTIFACT ...]")
-    options: dict[str, Any] = {
-        "model": config.model,
-        "pretrained": config.pretrained,
-        "precision": config.precision,
-        "runtime": config.runtime,
-        "decode": config.decode,
-        "say": say,
-    }
+    options = cli.opening(config, "device") | {"say": say}
     if config.tasks_folder is not None and not config.tasks_folder.is_dir():
         raise ValueError(f"no such folder: {config.tasks_folder}")
     served: dict[str, Served] = {}

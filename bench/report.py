@@ -104,6 +104,9 @@ def cell(group: list[Row], where: str, notes: list[str]) -> str:
             notes.append(row[where])
     numbers = sorted({notes.index(row[where]) + 1 for row in group if row[where]})
     shown = "yes" if len(works) == len(group) else ", ".join(works) or "no"
+    # The machine lacked something, not the combination.
+    if all(row[where].startswith("TensorRT ") for row in group):
+        shown = "not tried"
     return f"{shown} ({', '.join(map(str, numbers))})" if numbers else shown
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adavipro_fast.export.patches import foldable
 from adavipro_fast.method.functional import (
     LAPLACIAN,
     SOBEL_X,
@@ -37,19 +38,16 @@ class TokenTable(nn.Module):
     Only overlapping pairs of region and token are stored: a token overlaps at most k regions.
 
     Args:
-        convolution: the tower's patch embedding.
-        template: (3, S, S), P.
-        grid: G.
+        model: its prompt and its tower's patch embedding are folded.
         dtype: of the table.
     """
 
     index: Tensor
 
-    def __init__(
-        self, convolution: nn.Conv2d, template: Tensor, grid: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: AdaViPro, dtype: torch.dtype) -> None:
         super().__init__()
-        weight = convolution.weight.detach().double()
+        template, grid = template_of(model), model.prompt.grid
+        weight = foldable(model.encoder.visual).weight.detach().double()
         patch, side = weight.shape[-1], template.shape[-1]
         region = side // grid
         spans = [

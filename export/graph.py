@@ -28,7 +28,6 @@ from adavipro_fast.export.open_tasks import (
     TableMasks,
     TableScores,
     TableTokens,
-    blank_table,
 )
 from adavipro_fast.export.patches import (
     PatchEmbedding,
@@ -238,12 +237,8 @@ def _alone(models: Sequence[AdaViPro], form: Form) -> Parts:
     decide: nn.Module = Always(prompt.grid)
     if prompt.generator is not None:
         decide = MaskHead(prompt, *affine_of(model, form))
-    template = template_of(model)
-    if not form.folded:
-        return Parts(OneTask(), head, decide, PixelPrompt(template))
-    convolution = foldable(model.encoder.visual)
-    table = TokenTable(convolution, template, prompt.grid, form.dtype)
-    return Parts(OneTask(), head, decide, table)
+    place = TokenTable(model, form.dtype) if form.folded else PixelPrompt(template_of(model))
+    return Parts(OneTask(), head, decide, place)
 
 
 def _baked(models: Sequence[AdaViPro], form: Form) -> Parts:
@@ -256,10 +251,10 @@ def _baked(models: Sequence[AdaViPro], form: Form) -> Parts:
 
 
 def _as_data(models: Sequence[AdaViPro], form: Form) -> Parts:
-    # Its edges are the graph's.
+    # Its edges are the graph's, and its table has the shape of every task's.
     model = next((m for m in models if m.prompt.generator is not None), models[0])
-    blank = blank_table(model, form.dtype)
-    return Parts(AsData(model, blank), TableScores(model), TableMasks(model), TableTokens(blank))
+    table = TokenTable(model, form.dtype)
+    return Parts(AsData(model, table), TableScores(model), TableMasks(model), TableTokens(table))
 
 
 PARTS = {"alone": _alone, "baked": _baked, "open": _as_data}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from adavipro_fast.export.encoder import Projection
-from adavipro_fast.export.fold import MaskHead, TokenTable, constant_delta, template_of
-from adavipro_fast.export.patches import foldable, folding_obstacle
+from adavipro_fast.export.fold import MaskHead, TokenTable, constant_delta
+from adavipro_fast.export.patches import folding_obstacle
 from adavipro_fast.export.tasks import own_deltas
 from adavipro_fast.files.checkpoint import Checkpoint
 from adavipro_fast.files.task import TABLES, TaskFile
@@ -32,7 +32,7 @@ def folded_task(name: str, checkpoint: Checkpoint, model: AdaViPro) -> TaskFile:
     constant = torch.tensor(constant_delta(model))
     if prompt.generator is not None:
         kernel, constant = (part.detach() for part in prompt.generator.collapsed())
-    table = TokenTable(foldable(visual), template_of(model), prompt.grid, torch.float32)
+    table = TokenTable(model, torch.float32)
     head = model.head.folded
     count, widths = len(head.rows), Projection(model.encoder).widths(head)
     classes = [torch.zeros(count, width) for width in widths]
@@ -71,16 +71,16 @@ class AsData(nn.Module):
 
     Args:
         model: any of the tasks; its encoder and region size are used.
-        blank: see `blank_table`.
+        table: of any of the tasks, for its shape.
     """
 
     inputs = ("task", *TABLES)
 
-    def __init__(self, model: AdaViPro, blank: TokenTable) -> None:
+    def __init__(self, model: AdaViPro, table: TokenTable) -> None:
         super().__init__()
         grid, kernel = model.prompt.grid, model.config.region_size + 2
         widths = Projection(model.encoder).widths(model.head.folded)
-        rows = blank.rows
+        rows = table.rows
         self.shapes = [(3, kernel, kernel), (grid**2,), (len(rows), *rows[0].shape)]
         self.shapes += [(5, sum(widths)), (5,)]
         self.dtypes = [torch.float32, torch.float32, rows[0].dtype, torch.float32, torch.float32]
@@ -130,14 +130,14 @@ class TableTokens(nn.Module):
     """Adds the tables' rows of open regions to patch tokens.
 
     Args:
-        blank: see `blank_table`.
+        table: of any of the tasks, for the regions of each token.
     """
 
     index: Tensor
 
-    def __init__(self, blank: TokenTable) -> None:
+    def __init__(self, table: TokenTable) -> None:
         super().__init__()
-        self.register_buffer("index", blank.index)
+        self.register_buffer("index", table.index)
 
     def forward(self, tokens: Tensor, mask: Tensor, tables: Tables) -> Tensor:
         """Add the prompt to tokens (B, N, W), given the mask (B, G, G)."""
@@ -161,9 +161,3 @@ class TableScores(nn.Module):
         # Not a MatMul node: those must be in the encoder's precision, and scores in fp32.
         scores = (tables.classes.index_select(0, tables.task) * both[:, None]).sum(2)
         return scores + tables.biases.index_select(0, tables.task), embedding
-
-
-def blank_table(model: AdaViPro, dtype: torch.dtype) -> TokenTable:
-    """Return the table of an all-zero prompt, for its shape and the regions of each token."""
-    template = torch.zeros(3, model.preprocess.size, model.preprocess.size)
-    return TokenTable(foldable(model.encoder.visual), template, model.prompt.grid, dtype)

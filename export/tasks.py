@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from adavipro_fast.export.encoder import Projection
 from adavipro_fast.export.fold import MaskHead, TokenTable, constant_delta, template_of
-from adavipro_fast.export.patches import foldable
 from adavipro_fast.files.task import ABSENT
 from adavipro_fast.method.model import AdaViPro
 
@@ -140,9 +139,8 @@ class TaskTokens(nn.Module):
 
     def __init__(self, models: Sequence[AdaViPro], dtype: torch.dtype) -> None:
         super().__init__()
-        convolution, grid = foldable(models[0].encoder.visual), models[0].prompt.grid
         for number, model in enumerate(models):
-            table = TokenTable(convolution, template_of(model), grid, dtype)
+            table = TokenTable(model, dtype)
             if number == 0:
                 shape = len(table.rows), len(models), *table.rows[0].shape
                 stacked = torch.empty(shape, dtype=dtype)  # (parts, T, N, W)

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adavipro_fast.artifact import onnx as artifact
 from adavipro_fast.artifact import tensorrt as engine
 from adavipro_fast.artifact.artifact import NotRunnableError
+from adavipro_fast.artifact.open import open_onnx
 from adavipro_fast.artifact.open_tasks import OpenArtifact
 from adavipro_fast.data.sets import Dataset
 from adavipro_fast.data.split import Split
@@ -251,7 +252,7 @@ def test_onnx_runtimes_cuda_provider_is_told_to_leave_tf32(checkpoint, tmp_path,
     monkeypatch.setattr(artifact, "torch_device", lambda _: torch.device("cuda", 1))
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     with pytest.raises(NotRunnableError, match="no GPU here"):
-        artifact.OnnxArtifact.open(path, "cuda")
+        open_onnx(path, "cuda", "onnxruntime")
     provider = ("CUDAExecutionProvider", {"device_id": 1, "use_tf32": "0"})
     assert asked == [([provider], "1")]
 
@@ -615,7 +616,7 @@ def test_metadata_of_another_graph_is_refused(checkpoint, tmp_path):
         bad = tmp_path / "bad.onnx"
         bad.write_bytes(sealed.seal(model.SerializeToString()))
         with pytest.raises(ValueError, match=message):
-            artifact.OnnxArtifact.open(bad, "cpu")
+            open_onnx(bad, "cpu", "onnxruntime")
 
 
 def write_sealed(path, model, about):

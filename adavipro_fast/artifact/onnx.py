@@ -12,7 +12,6 @@ from adavipro_fast.artifact.artifact import GraphArtifact, NotRunnableError
 from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.about import Description
-from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.method.config import ExportPrecision
 
 # Official builds of ONNX Runtime send events about their use to its publisher from 1.29 on. Read
@@ -31,20 +30,19 @@ class OnnxArtifact(GraphArtifact):
     backend: str = "onnxruntime"
 
     @classmethod
-    def open(cls, path: Path, device: str = "auto") -> "OnnxArtifact":
+    def of(cls, path: Path, about: Description, device: str = "auto") -> "OnnxArtifact":
         """Load a file on the CPU or a CUDA device; never on another one than asked for.
 
+        Args:
+            path: of the file.
+            about: from `describe_onnx`.
+            device: auto, cpu, cuda, ...
+
         Raises:
-            FileNotFoundError: no such file.
             ImportError: ONNX Runtime is not installed.
             NotRunnableError: ONNX Runtime cannot run it there.
-            ValueError: not one of ours, or damaged.
+            ValueError: the graph does not fit its description.
         """
-        return cls.of(path, describe_onnx(path), device)
-
-    @classmethod
-    def of(cls, path: Path, about: Description, device: str = "auto") -> "OnnxArtifact":
-        """Load a file that was described; errors are `open`'s."""
         try:
             import onnxruntime
         except ImportError as error:

@@ -13,7 +13,6 @@ from adavipro_fast.artifact.artifact import GraphArtifact, NotRunnableError
 from adavipro_fast.cores import threads
 from adavipro_fast.device import torch_device
 from adavipro_fast.files.about import Description
-from adavipro_fast.files.sealed import describe_onnx
 from adavipro_fast.files.task import TABLES
 from adavipro_fast.method.config import QUANTISED
 
@@ -43,21 +42,15 @@ class OpenVinoArtifact(GraphArtifact):
     """a request holds the memory of one call; compiled for latency, one call takes all cores"""
 
     @classmethod
-    def open(cls, path: Path, device: str = "auto") -> "OpenVinoArtifact":
-        """Load a file on the CPU.
+    def of(cls, path: Path, about: Description, device: str = "auto") -> "OpenVinoArtifact":
+        """Load a file on the CPU; arguments are `OnnxArtifact.of`'s.
 
         Raises:
-            FileNotFoundError: no such file.
             ImportError: OpenVINO is not installed.
             NotRunnableError: OpenVINO cannot run it.
-            ValueError: not one of ours, damaged, of a form that it does not run, or a device other
-                than the CPU was asked for.
+            ValueError: of a form that it does not run, or a device other than the CPU was asked
+                for.
         """
-        return cls.of(path, describe_onnx(path), device)
-
-    @classmethod
-    def of(cls, path: Path, about: Description, device: str = "auto") -> "OpenVinoArtifact":
-        """Load a file that was described; errors are `open`'s."""
         place = torch_device("cpu" if device == "auto" else device)
         if obstacle := openvino_obstacle(about, place):
             raise ValueError(f"OpenVINO does not run {path}: {obstacle}; {OTHERWISE}")

@@ -165,7 +165,11 @@ class Application:
             prediction = await asyncio.wrap_future(answer)
             if before != tasks_of(generation.about, tasks):
                 raise RetryError("a task was replaced during the request; try again")
-            return prediction
+            if generation.about.open_for is None:
+                return prediction
+            # The batch's logits have the classes of its largest task; keep this request's classes.
+            widest = max(len(task.class_names) for task in before.values())
+            return prediction._replace(logits=prediction.logits[:, :widest])
         except NotRunnableError as error:
             raise HTTPException(500, str(error)) from None
         except ValueError as error:
@@ -189,19 +193,6 @@ def tasks_of(about: Description, tasks: Sequence[str] | None) -> dict[str, Descr
         ValueError: a task is unknown.
     """
     return {task: about.of_task(task) for task in dict.fromkeys(tasks or ())}
-
-
-def named_tasks(now: Generation, tasks: Sequence[str] | None) -> list[Description]:
-    """Describe the task of each image.
-
-    Raises:
-        HTTPException: a task is unknown.
-    """
-    try:
-        known = tasks_of(now.about, tasks)
-    except ValueError as error:
-        raise HTTPException(400, str(error)) from None
-    return [known[task] for task in tasks or ()]
 
 
 async def classified(

@@ -13,7 +13,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 
 from adavipro_fast.files.about import Description
 from adavipro_fast.serving import kserve
-from adavipro_fast.serving.application import VERSION, Application, classified, named_tasks
+from adavipro_fast.serving.application import VERSION, Application, classified
 from adavipro_fast.serving.kserve import TensorSpec
 from adavipro_fast.serving.served import CLASSIFY, Generation
 
@@ -115,12 +115,8 @@ async def outputs(
     if not files:
         pixels = torch.from_numpy(asked.inputs["image"].copy())
         prediction = await own.run(now, pixels, tasks)
-        logits = prediction.logits
-        if now.about.open_for is not None:
-            # The batch's logits have the classes of its largest task; keep this request's classes.
-            logits = logits[:, : max(len(each.class_names) for each in named_tasks(now, tasks))]
         return {
-            "logits": logits.numpy(),
+            "logits": prediction.logits.numpy(),
             "mask": prediction.mask.int().numpy(),
             "embedding": prediction.embedding.numpy(),
         }

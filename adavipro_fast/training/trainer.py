@@ -108,7 +108,9 @@ class Trainer:
         """
         self.model.prompt.train()
         if self.progress.best_val < 0:
+            began = time.perf_counter()
             self._keep_untrained()
+            self._count_seconds(began)
             # From here on there is something to go on from.
             self.save()
         # Backward passes too.
@@ -176,8 +178,8 @@ class Trainer:
         self.model.head.load(unscaled(folds.mean, self.model.encoder).tensors)
 
     def _train_features(self) -> Features:
-        """Return the features of the training images, computed once at each point of the run."""
-        if self.folds is None:
+        """Return the features of the training images; with folds, keep them for the next fit."""
+        if self.folds is None or not self.group.leads:
             return self._features(self.dataset.train)
         at = self.progress.epoch, self.progress.step
         if self._known is None or self._known[0] != at:
@@ -343,10 +345,7 @@ class Trainer:
         return not self.refits and self.progress.best_epoch >= self.progress.epoch - 1
 
     def evaluate(self, model: AdaViPro, split: Split) -> Evaluation:
-        """Evaluate a model with argmax masks, each process its share of the batches.
-
-        The batches are those of a single process, so that the predictions are, too.
-        """
+        """Evaluate with argmax masks; processes share out the batches of a single one."""
         training = model.prompt.training
         model.prompt.eval()
         try:
@@ -393,7 +392,7 @@ class Trainer:
         state.restore(path, tensors, self.model, self.parts)
         if self.folds is not None:
             self.folds.load(tensors, self.model.head.rows.shape[1])
-        self.progress = before.progress
+        self.progress, self._known = before.progress, None
         self.progress.result = {}
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)

@@ -13,6 +13,7 @@ from torch import Tensor
 from adavipro_fast import AdaViPro, PromptConfig, load_encoder
 from adavipro_fast.artifact.artifact import NotRunnableError
 from adavipro_fast.artifact.onnx import OnnxArtifact
+from adavipro_fast.artifact.open import open_onnx
 from adavipro_fast.artifact.openvino import OpenVinoArtifact
 from adavipro_fast.device import torch_device
 from adavipro_fast.errors import VerificationError
@@ -172,9 +173,8 @@ def export(
     if reason := obstacle(subject, name, runtime):
         return reason
     path = written(subject, name, folder)
-    kind = OpenVinoArtifact if runtime == "openvino" else OnnxArtifact
     try:
-        return kind.open(path, str(subject.device))
+        return open_onnx(path, str(subject.device), runtime)
     except NotRunnableError as error:
         return str(error)
 
