@@ -51,4 +51,6 @@ def test_each_cell_is_as_the_table_says(precision, input, tasks):
     config = combinations.CombinationsConfig((precision,), (input,), (tasks,))
     (got,) = combinations.command(config)["rows"]
     kept = {row["name"]: row for row in json.loads(RESULTS.read_text())["rows"]}
-    assert got == kept[got["name"]]
+    # TensorRT's cells depend on the GPU of the machine.
+    unknown = {"tensorrt": None}
+    assert got | unknown == kept[got["name"]] | unknown
