@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -33,7 +33,7 @@ from adavipro_fast.export.tasks import bytes_of
 from adavipro_fast.files.about import Description, OpenFor, Task
 from adavipro_fast.files.checkpoint import Checkpoint, load_checkpoint
 from adavipro_fast.files.hub import run_name
-from adavipro_fast.files.task import stacked
+from adavipro_fast.files.task import TaskFile, stacked
 from adavipro_fast.files.whole import file_sha256, named_when_whole
 from adavipro_fast.method.config import QUANTISED, ExportPrecision, Input
 from adavipro_fast.method.model import AdaViPro
@@ -298,17 +298,21 @@ class Trial:
         cpu = torch.device("cpu")
         return [TorchArtifact.of(source.checkpoint, source.model, cpu) for source in self.sources]
 
+    @cached_property
+    def folded(self) -> list[TaskFile]:
+        """The tables of each task."""
+        return [folded_task(s.name, s.checkpoint, s.model) for s in self.sources]
+
     def holder(self, candidate: OnnxArtifact) -> OpenArtifact:
         """Add the tasks to a file with tasks as data."""
         holder = OpenArtifact(candidate)
-        for source in self.sources:
-            holder.add(folded_task(source.name, source.checkpoint, source.model))
+        for task in self.folded:
+            holder.add(task)
         return holder
 
     def tables(self) -> dict[str, Any]:
         """Return the tables of all tasks, the inputs of a graph with tasks as data."""
-        tasks = [folded_task(s.name, s.checkpoint, s.model) for s in self.sources]
-        tables = stacked(tasks, self.form.dtype)
+        tables = stacked(self.folded, self.form.dtype)
         return {name: table.detach().numpy() for name, table in tables.items()}
 
     def sizes(self) -> dict[str, Any]:
