@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import stats
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adavipro_fast.data.images import read_pixels
 from adavipro_fast.device import full_fp32
 from adavipro_fast.method import functional
 from adavipro_fast.method.config import PromptConfig
@@ -490,10 +490,10 @@ def test_argmax_agrees_on_every_region_of_100_real_images(edge, tmp_path):
     with tarfile.open(SHARED / "data" / "dtd10.tar") as archive:
         members = [m for m in archive if m.name.endswith(".jpg")][::12][:100]
         archive.extractall(tmp_path, members, filter="data")
-    transform = Preprocess(224, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest").pixels()
-    files = sorted(tmp_path.rglob("*.jpg"))
+    preprocess = Preprocess(224, (0.5,) * 3, (0.5,) * 3, "bicubic", "shortest")
+    files = tuple(sorted(tmp_path.rglob("*.jpg")))
     assert len(files) == 100
-    pixels = torch.stack([torch.from_numpy(transform(Image.open(f))) for f in files]).to(DEVICE)
+    pixels = read_pixels(files, preprocess).to(DEVICE)
     options = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     config = PromptConfig(edge=edge, embed_dim=8)
     twins = [AdaptivePrompt(224, config, kernel=k, **options) for k in ("fused", "plain")]
