@@ -6,6 +6,7 @@ Two threads that store different values to one address are an error.
 """
 
 import os
+import re
 
 # Triton reads it when it is imported: the interpreter would run the Python instead.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -18,8 +19,18 @@ from adavipro_fast.kernels import adaptive_prompt as kernels
 from adavipro_fast.method import prompt
 
 PROGRAM = ptx.Program
-# A block's shared memory has two names.
-ptx.Program = lambda text: PROGRAM(text.replace(".shared::cta", ".shared"))
+# Sums of a half and a float, from sm_100 on, which the emulator would take for sums of halves.
+MIXED = re.compile(r"(add|sub)(\.rn)?\.f32\.(b?f16)\s+(\S+), (\S+), (\S+);")
+
+
+def program(text):
+    """Parse PTX, rewritten to instructions that the emulator executes rightly."""
+    text = MIXED.sub(r"cvt.f32.\3 \4, \5;\n\t\1\2.f32 \4, \4, \6;", text)
+    # A block's shared memory has two names.
+    return PROGRAM(text.replace(".shared::cta", ".shared"))
+
+
+ptx.Program = program
 for name in ("_forward", "_backward", "_logistic_noise"):
     launched = emulate.Emulated(getattr(kernels, name), int(os.environ["PTX_ARCH"]))
     setattr(kernels, name, launched)
