@@ -78,7 +78,7 @@ def command(config: TasksConfig) -> dict[str, Any]:
     models = [task_model(subject, config.prompt_size, number) for number in range(max(counts))]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        # Write all files before opening any: models and sessions together would not fit in memory.
+        # Written before any is opened: models and sessions together would not fit in memory.
         write(subject, models[:1], folder / "single.onnx", config.precision)
         for count in counts:
             write(subject, models[:count], folder / f"{count}.onnx", config.precision)
