@@ -141,7 +141,7 @@ def test_a_file_that_no_provider_runs_is_a_skipped_row(tmp_path, monkeypatch):
     def refuse(*_):
         raise NotRunnableError("CUDA was asked for")
 
-    monkeypatch.setattr(subject.OnnxArtifact, "open", refuse)
+    monkeypatch.setattr(subject, "open_onnx", refuse)
     demo = subject.Subject("demo", images=1, device="cpu")
     (tmp_path / "folded.onnx").touch()
     (tmp_path / "baseline.onnx").touch()
