@@ -46,7 +46,7 @@ def files(demo_clip, tmp_path_factory):
         model = AdaViPro(encoder, text.class_embeddings(names, ["{}"]), config)
         quantiles = tuple(torch.linspace(0.3, 1, 101).tolist())
         checkpoint = replace(checkpoint_of(model, names), calibration=Calibration(2.0, quantiles))
-        paths[task] = root / task / checkpoint.file_name
+        paths[task] = root / task / "checkpoint.safetensors"
         checkpoint.save(paths[task])
     both = root / "both.onnx"
     settings = {"input": "uint8", "graph": "pixel"}

@@ -64,7 +64,9 @@ def test_each_image_is_scored_by_the_head_that_has_not_seen_it(reads, classes, b
     for row, image in zip(logits, images.tolist(), strict=True):
         seen = (heads.fold != heads.fold[image]).numpy()
         weights = "balanced" if balanced else None
-        alone = LogisticRegression(C=heads.penalty, max_iter=2000, class_weight=weights)
+        alone = LogisticRegression(
+            C=STRENGTHS[reads][heads.chosen], max_iter=2000, class_weight=weights
+        )
         alone.fit(known[seen], labels.numpy()[seen])
         expected = torch.tensor(alone.predict_log_proba(known[image : image + 1])[0]).float()
         assert torch.allclose(row.log_softmax(0), expected, atol=1e-3)
@@ -83,11 +85,11 @@ def test_the_penalty_is_that_of_the_least_loss_on_images_left_out_and_moves_in_s
         own = logits[torch.arange(90), heads.fold]
         return F.cross_entropy(own, labels).item()
 
-    first = heads.penalty
-    assert loss(first) == min(map(loss, strengths))
+    first = heads.chosen
+    assert loss(strengths[first]) == min(map(loss, strengths))
     # Without noise the weakest penalty is the best one, which is many steps away.
     heads.fit(features_of(labels, 3, noise=0.0))
-    assert strengths.index(heads.penalty) == strengths.index(first) + 1
+    assert heads.chosen == first + 1
 
 
 @pytest.mark.parametrize(("epochs", "fits"), [(4, [0, 1, 2, 3]), (50, [*range(0, 50, 7)])])
@@ -160,7 +162,7 @@ def test_a_state_without_fold_heads_is_gone_on_with(small, tmp_path, missing):
     again.progress.step = 1
     again.run()
     assert again.progress.epoch == 2
-    assert again.folds.penalty is not None
+    assert again.folds.chosen is not None
 
 
 @pytest.mark.parametrize("start", ["text", "probe"])

@@ -65,7 +65,7 @@ def references(small_encoder, folder, tmp_path_factory):
             model.prompt.initialise(sample)
             model.prompt.generator.policy.bias.data *= 0.5
         checkpoint = checkpoint_of(model, names)
-        path = tmp_path_factory.mktemp(name) / name / checkpoint.file_name
+        path = tmp_path_factory.mktemp(name) / name / "checkpoint.safetensors"
         checkpoint.save(path)
         made[name] = path, TorchArtifact.of(checkpoint, model, CPU)
     return made

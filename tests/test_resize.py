@@ -25,7 +25,7 @@ def checkpoint(demo_clip, tmp_path_factory):
     names = ("disc", "ring", "star")
     classes = demo_clip[1].class_embeddings(names, ["{}"])
     stored = checkpoint_of(AdaViPro(demo_clip[0], classes, config), names)
-    path = tmp_path_factory.mktemp("any") / stored.file_name
+    path = tmp_path_factory.mktemp("any") / "checkpoint.safetensors"
     stored.save(path)
     return path
 

@@ -48,7 +48,7 @@ def files(demo_clip, tmp_path_factory):
         model = AdaViPro(encoder, text.class_embeddings(names, ["{}"]), config)
         quantiles = tuple(torch.linspace(0.3, 1, 101).tolist())
         checkpoint = replace(checkpoint_of(model, names), calibration=Calibration(2.0, quantiles))
-        checkpoint.save(root / task / checkpoint.file_name)
+        checkpoint.save(root / task / "checkpoint.safetensors")
     path = root / "shapes" / "checkpoint.safetensors"
     onnx_export.export(OnnxConfig(path, root / "open.onnx", tasks="open", input="uint8"))
     for task in NAMES:

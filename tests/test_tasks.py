@@ -55,7 +55,7 @@ def checkpoints(demo_clip, tmp_path_factory):
         bias = torch.randn(count) if config.head == "linear" else None
         model = AdaViPro(demo_clip[0], rows, config, class_bias=bias)
         checkpoint = checkpoint_of(model, tuple(f"{name} {i}" for i in range(count)))
-        paths[name] = tmp_path_factory.mktemp(name) / name / checkpoint.file_name
+        paths[name] = tmp_path_factory.mktemp(name) / name / "checkpoint.safetensors"
         checkpoint.save(paths[name])
     return paths
 

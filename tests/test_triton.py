@@ -42,7 +42,7 @@ def files(demo_clip, tmp_path_factory):
         config = PromptConfig(embed_dim=4, edge="laplacian-magnitude", edge_padding="replicate")
         model = AdaViPro(encoder, text.class_embeddings(names, ["{}"]), config)
         stored = replace(checkpoint_of(model, names), calibration=Calibration(2.0))
-        paths.append(root / task / stored.file_name)
+        paths.append(root / task / "checkpoint.safetensors")
         stored.save(paths[-1])
     onnx_export.export(OnnxConfig(paths[0], root / "shapes.onnx", input="uint8"))
     onnx_export.export(OnnxConfig(paths[0], root / "many.onnx", (paths[1],), input="uint8"))

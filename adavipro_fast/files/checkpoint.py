@@ -61,11 +61,6 @@ class Checkpoint:
     files"""
 
     @property
-    def file_name(self) -> str:
-        """Name of the file that training writes."""
-        return file_of(self.config.method)
-
-    @property
     def head(self) -> HeadRows:
         """The head's stored rows and bias, unscaled."""
         reads = self.config.head_input or "embedding"

@@ -86,11 +86,6 @@ class FoldHeads:
         self.chosen: int | None = None
         """index of the last fit's penalty in `STRENGTHS`"""
 
-    @property
-    def penalty(self) -> float | None:
-        """Inverse strength of the last fit's penalty."""
-        return None if self.chosen is None else STRENGTHS[self.reads][self.chosen]
-
     def due(self, epoch: int, step: int) -> bool:
         """Return whether the heads are fitted before a step of an epoch, both counted from 0."""
         return (step == 0 and epoch % self.every == 0) or not len(self.rows)
