@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def in_onnx_runtime(request, monkeypatch):
-    """Files are opened in ONNX Runtime; what `auto` takes is test_openvino's business."""
-    if request.path.stem != "test_openvino":
+    """Files are opened in ONNX Runtime, but where what `auto` takes is tested."""
+    if request.path.stem not in ("test_openvino", "test_combinations"):
         monkeypatch.setattr("adavipro_fast.artifact.open.preferred", lambda *_: False)
 
 
