@@ -31,6 +31,7 @@ from adavipro_fast.export import onnx_export, to_task, to_tensorrt, to_triton
 from adavipro_fast.files.checkpoint import checkpoint_of
 from adavipro_fast.method.config import ExportPrecision, Input
 from adavipro_fast.method.model import Prediction
+from lib.published import NEEDS_GPU, NOT_INSTALLED
 from lib.server import server
 from lib.subject import Subject
 from lib.table import Json, publish
@@ -43,8 +44,8 @@ REASONS = {
     "on cpu: ": "ONNX Runtime has bf16 on CUDA devices only",
     "on auto: ": "ONNX Runtime has bf16 on CUDA devices only",
     "its fp8 rounding": "OpenVINO's fp8 rounding does not follow the file",
-    "builds for the GPU of this machine": "TensorRT builds on the GPU that will run it",
-    "tensorrt is not installed": "TensorRT is not installed on this machine",
+    "builds for the GPU of this machine": NEEDS_GPU,
+    "tensorrt is not installed": NOT_INSTALLED,
     "needs normalised floats": "Triton's clients send bytes: export with --input uint8",
     "was exported with --tasks open": "Triton cannot keep tables: bake the tasks",
 }

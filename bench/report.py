@@ -18,7 +18,7 @@ from adavipro_fast.files.whole import write_whole
 from lib import gpu_tables
 from lib.accuracy_tables import accuracy, evidence, results, runs, sets, worth
 from lib.machine import ROOT
-from lib.published import RATIO, RESULTS, Row, columns, named, rows, table
+from lib.published import NEEDS_GPU, NOT_INSTALLED, RATIO, RESULTS, Row, columns, named, rows, table
 from lib.table import draw, scatter
 
 DOCS = ROOT / "docs" / "pages"
@@ -104,8 +104,7 @@ def cell(group: list[Row], where: str, notes: list[str]) -> str:
             notes.append(row[where])
     numbers = sorted({notes.index(row[where]) + 1 for row in group if row[where]})
     shown = "yes" if len(works) == len(group) else ", ".join(works) or "no"
-    # The machine lacked something, not the combination.
-    if all(row[where].startswith("TensorRT ") for row in group):
+    if all(row[where] in (NEEDS_GPU, NOT_INSTALLED) for row in group):
         shown = "not tried"
     return f"{shown} ({', '.join(map(str, numbers))})" if numbers else shown
 

@@ -70,6 +70,7 @@ def test_a_finished_cell_is_not_run_again_and_all_start_from_one_probe(config, m
         assert gain == pytest.approx(100 * (gained - lost) / row["images"]["test"])
         # A model that is kept has a head that was fitted again after the last epoch.
         assert row["kept_epoch"] or row["test_top1"] == row["probe_test"]
+        assert row["val_top1"] >= row["probe_val"]
     monkeypatch.setattr(heads, "build", None)
     again = heads.command(config)
     assert again["rows"] == rows

@@ -169,7 +169,7 @@ def fitted(
     weights = "balanced" if balanced else None
     probe = LogisticRegression(C=strength, max_iter=HEAD_STEPS, class_weight=weights)
     with warnings.catch_warnings():
-        # With the weakest penalties; validation judges what it has found by then.
+        # Weak penalties may not converge; validation judges the result in any case.
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(known, labels)
     weight, bias = torch.tensor(probe.coef_), torch.tensor(probe.intercept_)

@@ -86,7 +86,7 @@ class Trainer:
         self.judge = Judge(judged, classes, config.judge, model.head.link)
         self.refits = model.config.head == "linear" and model.config.method in PROMPTED
         """whether the head is fitted again after the last epoch, and only that model may be kept"""
-        self._known: tuple[tuple[int, int], Features] | None = None
+        self._kept_features: tuple[tuple[int, int], Features] | None = None
         self.asked_to_stop = self.stopping = False
         self.deadline = math.inf
         """of `time.monotonic`; the run stops after the step that passes it"""
@@ -182,9 +182,9 @@ class Trainer:
         if self.folds is None or not self.group.leads:
             return self._features(self.dataset.train)
         at = self.progress.epoch, self.progress.step
-        if self._known is None or self._known[0] != at:
-            self._known = at, self._features(self.dataset.train)
-        return self._known[1]
+        if self._kept_features is None or self._kept_features[0] != at:
+            self._kept_features = at, self._features(self.dataset.train)
+        return self._kept_features[1]
 
     def _features(self, split: Split) -> Features:
         """Return the features of a split with the current prompt.
@@ -345,7 +345,7 @@ class Trainer:
         return not self.refits and self.progress.best_epoch >= self.progress.epoch - 1
 
     def evaluate(self, model: AdaViPro, split: Split) -> Evaluation:
-        """Evaluate with argmax masks; processes share out the batches of a single one."""
+        """Evaluate with argmax masks; each process runs its share of one process's batches."""
         training = model.prompt.training
         model.prompt.eval()
         try:
@@ -392,7 +392,7 @@ class Trainer:
         state.restore(path, tensors, self.model, self.parts)
         if self.folds is not None:
             self.folds.load(tensors, self.model.head.rows.shape[1])
-        self.progress, self._known = before.progress, None
+        self.progress, self._kept_features = before.progress, None
         self.progress.result = {}
         if self.progress.scaler:
             self.scaler.load_state_dict(self.progress.scaler)

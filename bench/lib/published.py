@@ -12,6 +12,9 @@ RESULTS = ROOT / "bench" / "results"
 CPU = RESULTS / "cpu-2-cores"
 RATIO = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"
 Row = dict[str, Any]
+# Reasons why a combination was not tried, which say nothing about the combination itself.
+NEEDS_GPU = "TensorRT builds on the GPU that will run it"
+NOT_INSTALLED = "TensorRT is not installed on this machine"
 
 
 @cache

@@ -113,12 +113,12 @@ def file_rows(
         if chosen(f"{PREFIXES[runtime]}_{name}")
     ]
     for name, runtime in rows:
-        if not (left_out(name, runtime, quick=quick) or obstacle(subject, name, runtime)):
+        if not (skipped_by_quick(name, runtime, quick=quick) or obstacle(subject, name, runtime)):
             written(subject, name, folder)
     return [file_row(subject, name, count, folder, runtime, quick=quick) for name, runtime in rows]
 
 
-def left_out(name: str, runtime: Runtime, *, quick: bool) -> bool:
+def skipped_by_quick(name: str, runtime: Runtime, *, quick: bool) -> bool:
     """Report whether --quick leaves a file out."""
     return quick and (name not in QUICK or runtime == "openvino")
 
@@ -136,7 +136,7 @@ def file_row(
         int8=ending == "int8",
         other=f"{prefix}_{kind}_uint8" if ending == "int8" else "",
     )
-    if left_out(name, runtime, quick=quick):
+    if skipped_by_quick(name, runtime, quick=quick):
         return replace(row, skipped=f"--quick: no {row.name} row")
     began = time.perf_counter()
     artifact = export(subject, name, folder, runtime)
